@@ -1,0 +1,1 @@
+"""Lowering of integer graphs to TVM modules."""

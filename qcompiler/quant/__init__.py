@@ -1,0 +1,1 @@
+"""Quantization: number formats, the exact integer arithmetic, ranges, plans."""

@@ -1,0 +1,234 @@
+"""The single definition of the integer arithmetic, in numpy.
+
+The TE expressions (`qcompiler.backends.te_arithmetic`) and the simulator's C (`runtime_stubs/qarith.h`)
+follow this file and are compared with it bit for bit.
+
+Every integer operator ends in `requantize`: an int32 accumulator becomes an 8- or 16-bit output.
+The target spec picks one of four variants:
+
+============  ==================================================================  =======================
+variant       y - zero_point, before saturation                                   source
+============  ==================================================================  =======================
+``float32``   ``rint(float32(acc) * multiplier)``, half to even                   ONNX Runtime QLinearConv
+``tflite``    ``SRDHM(acc << left, multiplier)`` then a rounding shift by -shift  TFLite reference kernels
+``tosa``      ``(acc * multiplier + 2^(30 - shift)) >> (31 - shift)``, 64 bit     TOSA 1.0 RESCALE, single round
+``shift``     ``(acc + 2^(-shift - 1)) >> -shift``                                power-of-two hardware
+============  ==================================================================  =======================
+
+A fixed-point multiplier is an int32 in [2^30, 2^31) with an exponent `shift`; the real factor is
+``multiplier * 2^(shift - 31)`` (TFLite's `QuantizeMultiplier`). For `shift` the multiplier is 1 and the
+factor is ``2^shift``. For `float32` the multiplier is a float32 and `shift` is 0.
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.errors import QCompilerError
+
+RequantizeVariant = Literal["float32", "tflite", "tosa", "shift"]
+REQUANTIZE_VARIANTS: tuple[RequantizeVariant, ...] = ("float32", "tflite", "tosa", "shift")
+
+IntArray = npt.NDArray[np.integer]
+_INT32_MIN, _INT32_MAX = -(1 << 31), (1 << 31) - 1
+
+# Additions bring both inputs to a common scale with this many extra bits (TFLite `add.cc`).
+TFLITE_ADD_LEFT_SHIFT = 20
+
+
+def fixed_point_multiplier(factor: float) -> tuple[int, int]:
+    """Return (multiplier, shift) with ``factor ≈ multiplier * 2^(shift - 31)``.
+
+    `factor` must be finite and not negative. Zero, and factors below 2^-32, give (0, 0), as
+    `QuantizeMultiplier` in tensorflow/lite/kernels/internal/quantization_util.cc does.
+    """
+    assert math.isfinite(factor) and factor >= 0, factor
+    if factor == 0:
+        return 0, 0
+    mantissa, shift = math.frexp(factor)
+    multiplier = math.floor(mantissa * (1 << 31) + 0.5)
+    if multiplier == 1 << 31:
+        multiplier //= 2
+        shift += 1
+    if shift < -31:
+        return 0, 0
+    if shift > 30:
+        raise QCompilerError(f"the rescale factor {factor} is above 2^30 and no target can represent it")
+    return multiplier, shift
+
+
+def multipliers(factors: npt.ArrayLike, variant: RequantizeVariant) -> tuple[np.ndarray, np.ndarray]:
+    """Encode real rescale factors for `variant`.
+
+    Args:
+        factors: real factors (input scale * weight scale / output scale), any shape.
+        variant: the requantize variant.
+
+    Returns:
+        (multiplier, shift), both of the shape of `factors`. multiplier is float32 for ``float32`` and
+        int32 otherwise; shift is int32.
+
+    Raises:
+        QCompilerError: variant ``shift`` and a factor that is not a power of two.
+    """
+    real = np.asarray(factors, np.float64)
+    if variant == "float32":
+        return real.astype(np.float32), np.zeros(real.shape, np.int32)
+    if variant == "shift":
+        exponent = np.round(np.log2(real)).astype(np.int32)
+        if not np.array_equal(np.exp2(exponent.astype(np.float64)), real):
+            raise QCompilerError(
+                "this target rescales by powers of two only and the model's scales are not powers of two; "
+                "compile the float model so that the scales are chosen for the target"
+            )
+        return np.ones(real.shape, np.int32), exponent
+    pairs = [fixed_point_multiplier(float(factor)) for factor in real.ravel()]
+    mult = np.array([pair[0] for pair in pairs], np.int32).reshape(real.shape)
+    shift = np.array([pair[1] for pair in pairs], np.int32).reshape(real.shape)
+    return mult, shift
+
+
+def saturating_rounding_doubling_high_mul(a: IntArray, b: IntArray) -> np.ndarray:
+    """High half of 2*a*b with rounding to nearest, ties away from zero in the truncated product (gemmlowp)."""
+    product = a.astype(np.int64) * b.astype(np.int64)
+    nudge = np.where(product >= 0, np.int64(1 << 30), np.int64(1 - (1 << 30)))
+    total = product + nudge
+    # C++ integer division truncates toward zero; numpy's floors.
+    high = np.where(total >= 0, total >> 31, -((-total) >> 31))
+    return np.minimum(high, _INT32_MAX)
+
+
+def rounding_divide_by_pot(x: IntArray, exponent: IntArray) -> np.ndarray:
+    """x / 2^exponent, to nearest, ties away from zero (gemmlowp `RoundingDivideByPOT`)."""
+    x, exponent = x.astype(np.int64), exponent.astype(np.int64)
+    mask = (np.int64(1) << exponent) - 1
+    remainder = x & mask
+    threshold = (mask >> 1) + (x < 0)
+    return (x >> exponent) + (remainder > threshold)
+
+
+def wrap_int32(x: IntArray) -> np.ndarray:
+    """Two's complement int32 of x, as an int64 array."""
+    return x.astype(np.int64).astype(np.uint64).astype(np.uint32).astype(np.int32).astype(np.int64)
+
+
+def rescale(acc: IntArray, multiplier: np.ndarray, shift: np.ndarray, variant: RequantizeVariant) -> np.ndarray:
+    """Scale int32 `acc` by the encoded factor; no zero point, no saturation. Returns int64.
+
+    `multiplier` and `shift` broadcast against `acc` (per channel: the last axis).
+    `float32` clips to ±2^30 before rounding, so that the conversion back to an integer is defined.
+    """
+    if variant == "float32":
+        scaled = acc.astype(np.float32) * multiplier.astype(np.float32)
+        limit = np.float32(1 << 30)
+        return np.rint(np.clip(scaled, -limit, limit)).astype(np.int64)
+    shift = np.asarray(shift, np.int64)
+    if variant == "tflite":
+        left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
+        shifted = wrap_int32(acc.astype(np.int64) << left)
+        return rounding_divide_by_pot(saturating_rounding_doubling_high_mul(shifted, multiplier), right)
+    if variant == "tosa":
+        total_shift = 31 - shift
+        rounding = np.int64(1) << (total_shift - 1)
+        return (acc.astype(np.int64) * multiplier.astype(np.int64) + rounding) >> total_shift
+    left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
+    rounding = np.where(right > 0, np.int64(1) << np.maximum(right - 1, 0), 0)
+    return ((acc.astype(np.int64) << left) + rounding) >> right
+
+
+def saturate(x: IntArray, low: int, high: int, dtype: npt.DTypeLike) -> np.ndarray:
+    return np.clip(x, low, high).astype(dtype)
+
+
+def requantize(
+    acc: IntArray,
+    multiplier: np.ndarray,
+    shift: np.ndarray,
+    variant: RequantizeVariant,
+    zero_point: int,
+    clamp: tuple[int, int],
+    dtype: npt.DTypeLike,
+) -> np.ndarray:
+    """int32 accumulators to quantized outputs: rescale, add the zero point, clamp to [clamp[0], clamp[1]]."""
+    return saturate(rescale(acc, multiplier, shift, variant) + zero_point, *clamp, dtype)
+
+
+def add_factors(scale_a: float, scale_b: float, scale_y: float, variant: RequantizeVariant) -> "AddFactors":
+    """Encode y = (a*scale_a ± b*scale_b) / scale_y.
+
+    ``tflite`` follows `AddElementwise` of TFLite's add.h: both inputs are shifted left by 20 bits,
+    scaled down to twice the larger scale, added, and scaled to the output. The other variants use one
+    common shift: ``(a*multiplier_a ± b*multiplier_b + 2^(shift-1)) >> shift``, all in int32.
+    """
+    if variant == "tflite":
+        twice_max = 2.0 * max(scale_a, scale_b)
+        ma, sa = fixed_point_multiplier(scale_a / twice_max)
+        mb, sb = fixed_point_multiplier(scale_b / twice_max)
+        my, sy = fixed_point_multiplier(twice_max / ((1 << TFLITE_ADD_LEFT_SHIFT) * scale_y))
+        return (ma, sa, mb, sb, my, sy)
+    largest = max(scale_a, scale_b) / scale_y
+    # |a - zero_point| < 2^8 for 8-bit inputs; two products and the rounding term stay below 2^31.
+    shift = 22 - max(math.frexp(largest)[1], -8)
+    if shift < 1:
+        raise QCompilerError(f"an addition's input scale is {largest:.3g} times its output scale; no target can do it")
+    return (round(scale_a / scale_y * 2.0**shift), 0, round(scale_b / scale_y * 2.0**shift), 0, 1, shift)
+
+
+AddFactors = tuple[int, int, int, int, int, int]
+"""multiplier_a, shift_a, multiplier_b, shift_b, multiplier_y, shift_y."""
+
+
+def add(
+    a: IntArray, b: IntArray, factors: AddFactors, variant: RequantizeVariant, *, subtract: bool = False
+) -> np.ndarray:
+    """a ± b on zero-point-free int32 inputs, rescaled to the output; no zero point, no saturation. Int64."""
+    ma, sa, mb, sb, my, sy = factors
+    sign = -1 if subtract else 1
+    if variant == "tflite":
+        scaled_a = rescale(a.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, np.int64(ma), np.int64(sa), "tflite")
+        scaled_b = rescale(b.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, np.int64(mb), np.int64(sb), "tflite")
+        return rescale(scaled_a + sign * scaled_b, np.int64(my), np.int64(sy), "tflite")
+    total = a.astype(np.int64) * ma + sign * (b.astype(np.int64) * mb)
+    return (total + (1 << (sy - 1))) >> sy
+
+
+def quantize(x: np.ndarray, scale: npt.ArrayLike, zero_point: npt.ArrayLike, dtype: npt.DTypeLike) -> np.ndarray:
+    """ONNX QuantizeLinear: saturate(round_half_even(x / scale) + zero_point). `scale` float32."""
+    info = np.iinfo(dtype)
+    ratio = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
+    limit = np.float32(1 << 30)
+    rounded = np.rint(np.clip(ratio, -limit, limit)).astype(np.int64) + np.asarray(zero_point, np.int64)
+    return np.clip(rounded, info.min, info.max).astype(dtype)
+
+
+def dequantize(q: IntArray, scale: npt.ArrayLike, zero_point: npt.ArrayLike) -> np.ndarray:
+    """ONNX DequantizeLinear: float32(q - zero_point) * scale."""
+    difference = q.astype(np.int32) - np.asarray(zero_point, np.int32)
+    return difference.astype(np.float32) * np.asarray(scale, np.float32)
+
+
+def softmax_tables(scale_x: float, scale_y: float) -> tuple[np.ndarray, int]:
+    """(exponentials, inverse output scale) for `softmax`.
+
+    exponentials: int32 [256]; entry d is ``round(2^22 * exp(-d * scale_x))``, d = max(x) - x.
+    The inverse output scale has 8 fraction bits.
+    """
+    distance = np.arange(256, dtype=np.float64)
+    table = np.rint(np.exp(-distance * scale_x) * (1 << 22)).astype(np.int32)
+    return table, round(256.0 / scale_y)
+
+
+def softmax(
+    x: IntArray, table: np.ndarray, inverse_scale: int, zero_point: int, clamp: tuple[int, int], dtype: npt.DTypeLike
+) -> np.ndarray:
+    """Integer softmax over the last axis: an exponential table and one rounded 64-bit division.
+
+    y = zero_point + floor((2 * e * inverse_scale + s) / (2 * s)),  s = 256 * sum(e).
+    """
+    distance = x.max(axis=-1, keepdims=True).astype(np.int64) - x.astype(np.int64)
+    exponential = table.astype(np.int64)[distance]
+    total = exponential.sum(axis=-1, keepdims=True) << 8
+    y = (2 * exponential * inverse_scale + total) // (2 * total) + zero_point
+    return saturate(y, *clamp, dtype)

@@ -1,0 +1,62 @@
+"""What calibration and planning hand on: ranges and formats of tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+RangeMethod = Literal["minmax", "mse"]
+DTypeName = Literal["int4", "int8", "uint8", "int16", "int32"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The chosen real interval of one tensor, low <= 0 <= high, and where it came from."""
+
+    low: float
+    high: float
+    observed_low: float
+    observed_high: float
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Activation ranges by value name, of every float tensor of the simplified model."""
+
+    by_name: Mapping[str, Range]
+    method: RangeMethod
+    samples: int
+    synthetic: bool
+    """True if no calibration data was given and random inputs stood in."""
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """Affine quantization of one tensor: real = (q - zero_point) * scale.
+
+    scale and zero_point are 0-d for per-tensor formats and [channels] along `axis` for per-channel ones.
+    """
+
+    dtype: DTypeName
+    scale: np.ndarray
+    zero_point: np.ndarray
+    axis: int | None = None
+
+    @property
+    def per_channel(self) -> bool:
+        return self.axis is not None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Which tensors get which format, and which nodes stay float and why."""
+
+    activations: Mapping[str, TensorFormat]
+    """By value name: these values get a QuantizeLinear/DequantizeLinear pair."""
+    weights: Mapping[str, TensorFormat]
+    """By initializer name: stored quantized, behind a DequantizeLinear."""
+    biases: Mapping[str, TensorFormat]
+    """By initializer name: int32, scale = input scale * weight scale."""
+    float_nodes: Mapping[str, str] = field(default_factory=dict)
+    """Node name to the reason it stays in float."""

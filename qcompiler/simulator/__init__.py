@@ -1,0 +1,1 @@
+"""The NPU simulator: command programs, their costs, their execution and their traces."""

@@ -1,0 +1,1 @@
+"""C sources linked into compiled models: the device ABI (`qrt.h`) and the NPU simulator."""

@@ -1,0 +1,1 @@
+"""The bundled chips, one YAML file each; `qcompile targets` lists them."""
