@@ -84,7 +84,11 @@ def string(node: ir.Node, name: str, default: str | None = None) -> str:
 
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
-    return node is not None and node.domain in (domain, "ai.onnx" if domain == "" else domain) and node.op_type in op_types
+    return (
+        node is not None
+        and node.domain in (domain, "ai.onnx" if domain == "" else domain)
+        and node.op_type in op_types
+    )
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -128,7 +132,9 @@ def add_initializer(graph: ir.Graph, hint: str, array: np.ndarray) -> ir.Value:
     """Add a constant to the graph under a fresh name and return its value."""
     name = fresh_name(graph, hint)
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
@@ -151,7 +157,12 @@ def make_node(
 ) -> ir.Node:
     """A node not yet in a graph. `outputs` are fresh values, or values whose old producer is going away."""
     return ir.node(
-        op_type, inputs, attributes=attributes or {}, domain=domain, outputs=outputs, name=name or outputs[0].name
+        op_type,
+        inputs,
+        attributes=attributes or {},
+        domain=domain,
+        outputs=outputs,
+        name=name or outputs[0].name,
     )
 
 

@@ -55,10 +55,14 @@ def _whole(text: object, units: Mapping[str, float]) -> int:
 Bytes = Annotated[int, BeforeValidator(lambda text: _whole(text, BYTE_UNITS)), Field(ge=0)]
 Hertz = Annotated[float, BeforeValidator(lambda text: parse_unit(text, HERTZ_UNITS)), Field(gt=0)]
 Picojoules = Annotated[float, BeforeValidator(lambda text: parse_unit(text, ENERGY_UNITS)), Field(ge=0)]
-PicojoulesPerByte = Annotated[float, BeforeValidator(lambda text: parse_unit(text, ENERGY_PER_BYTE_UNITS)), Field(ge=0)]
+PicojoulesPerByte = Annotated[
+    float, BeforeValidator(lambda text: parse_unit(text, ENERGY_PER_BYTE_UNITS)), Field(ge=0)
+]
 Watts = Annotated[float, BeforeValidator(lambda text: parse_unit(text, POWER_UNITS)), Field(ge=0)]
 MacRate = Annotated[float, BeforeValidator(lambda text: parse_unit(text, MAC_RATE_UNITS)), Field(gt=0)]
-ElementRate = Annotated[float, BeforeValidator(lambda text: parse_unit(text, ELEMENT_RATE_UNITS)), Field(gt=0)]
+ElementRate = Annotated[
+    float, BeforeValidator(lambda text: parse_unit(text, ELEMENT_RATE_UNITS)), Field(gt=0)
+]
 
 
 class Duration(Spec):
@@ -74,7 +78,10 @@ class Duration(Spec):
             return data
         if isinstance(data, str) and data.rstrip().endswith(("cycle", "cycles")):
             return {"value": parse_unit(data, {"cycle": 1, "cycles": 1}), "unit": "cycles"}
-        return {"value": parse_unit(data, {"cycles": 1, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}), "unit": "s"}
+        return {
+            "value": parse_unit(data, {"cycles": 1, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}),
+            "unit": "s",
+        }
 
     def cycles(self, clock: float) -> float:
         return self.value if self.unit == "cycles" else self.value * clock
@@ -207,7 +214,16 @@ class Quantization(Spec):
     activations: ActivationFormat
     weights: WeightFormat
     requantize: RequantizeVariant
-    shared_scale: tuple[str, ...] = ("Concat", "MaxPool", "Resize", "Reshape", "Transpose", "Slice", "Split", "Pad")
+    shared_scale: tuple[str, ...] = (
+        "Concat",
+        "MaxPool",
+        "Resize",
+        "Reshape",
+        "Transpose",
+        "Slice",
+        "Split",
+        "Pad",
+    )
     """Operators whose inputs and outputs must have one scale and zero point."""
 
 
@@ -267,9 +283,14 @@ class Bound(Spec):
             if span := re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", data):
                 return {"low": int(span.group(1)), "high": int(span.group(2)), "text": data.strip()}
             if limit := re.fullmatch(r"\s*(<=|>=)\s*(\d+)\s*", data):
-                return {"high" if limit.group(1) == "<=" else "low": int(limit.group(2)), "text": data.strip()}
+                return {
+                    "high" if limit.group(1) == "<=" else "low": int(limit.group(2)),
+                    "text": data.strip(),
+                }
             return {"values": (data,), "text": data}
-        raise ValueError(f"{data!r} is not a constraint; write 1..3, <= 64, >= 2, a value or a list of values")
+        raise ValueError(
+            f"{data!r} is not a constraint; write 1..3, <= 64, >= 2, a value or a list of values"
+        )
 
     def admits(self, value: FactValue) -> bool:
         if self.values is not None:
@@ -368,7 +389,9 @@ class Npu(Spec):
             raise ValueError("memories need exactly one of kind scratchpad and one of kind external")
         for rule in self.rules:
             if rule.engine not in self.engines:
-                raise ValueError(f"a rule for {', '.join(rule.ops)} names the engine {rule.engine!r}, which is not there")
+                raise ValueError(
+                    f"a rule for {', '.join(rule.ops)} names the engine {rule.engine!r}, which is not there"
+                )
         return self
 
     @property

@@ -39,21 +39,49 @@ DMA = Opcode(
         "planes", "rows", "row_bytes",
     ),
 )  # fmt: skip
-FILL = Opcode(5, "fill", ("base", "offset", "plane_stride", "row_stride", "planes", "rows", "row_bytes", "value"))
+FILL = Opcode(
+    5, "fill", ("base", "offset", "plane_stride", "row_stride", "planes", "rows", "row_bytes", "value")
+)
 BARRIER = Opcode(6, "barrier", ())
 IFM = Opcode(
     10,
     "ifm",
-    ("slot", "base", "offset", "height", "width", "depth", "stride_y", "stride_x", "stride_c", "dtype", "zero_point"),
+    (
+        "slot",
+        "base",
+        "offset",
+        "height",
+        "width",
+        "depth",
+        "stride_y",
+        "stride_x",
+        "stride_c",
+        "dtype",
+        "zero_point",
+    ),
 )
 """Input feature map `slot` (0, or 1 for the second operand). A stride of 0 broadcasts."""
 OFM = Opcode(
     11,
     "ofm",
-    ("base", "offset", "height", "width", "depth", "stride_y", "stride_x", "dtype", "zero_point", "clamp_min", "clamp_max"),
+    (
+        "base",
+        "offset",
+        "height",
+        "width",
+        "depth",
+        "stride_y",
+        "stride_x",
+        "dtype",
+        "zero_point",
+        "clamp_min",
+        "clamp_max",
+    ),
 )
 KERNEL = Opcode(
-    12, "kernel", ("height", "width", "stride_y", "stride_x", "dilation_y", "dilation_x", "pad_top", "pad_left")
+    12,
+    "kernel",
+    ("height", "width", "stride_y", "stride_x", "dilation_y", "dilation_x", "pad_top", "pad_left"),
 )
 """Padding below and to the right follows from the IFM's size: reads outside it see the zero point."""
 WEIGHTS = Opcode(13, "weights", ("base", "offset", "dtype", "zero_point"))
@@ -66,7 +94,9 @@ MAX_POOL = Opcode(22, "max_pool", ())
 AVERAGE_POOL = Opcode(23, "average_pool", ("count_include_pad",))
 """`scales` holds one record per count, entry n-1 for n elements."""
 ADD = Opcode(
-    24, "add", ("subtract", "multiplier_a", "shift_a", "multiplier_b", "shift_b", "multiplier_y", "shift_y", "variant")
+    24,
+    "add",
+    ("subtract", "multiplier_a", "shift_a", "multiplier_b", "shift_b", "multiplier_y", "shift_y", "variant"),
 )
 MUL = Opcode(25, "mul", ())
 REQUANTIZE = Opcode(26, "requantize", ())
@@ -74,7 +104,9 @@ REQUANTIZE = Opcode(26, "requantize", ())
 LOOKUP = Opcode(27, "lookup", ("base", "offset"))
 SOFTMAX = Opcode(28, "softmax", ("base", "offset", "inverse_scale"))
 RESIZE_NEAREST = Opcode(29, "resize_nearest", ("base", "y_index", "x_index", "y_origin"))
-RESIZE_LINEAR = Opcode(30, "resize_linear", ("base", "y_index", "y_weight", "x_index", "x_weight", "y_origin"))
+RESIZE_LINEAR = Opcode(
+    30, "resize_linear", ("base", "y_index", "y_weight", "x_index", "x_weight", "y_origin")
+)
 """Table offsets of `integer.ops`; `y_origin` is the row of the whole IFM that row 0 of the tile holds."""
 
 OPCODES: tuple[Opcode, ...] = (
