@@ -85,9 +85,7 @@ def string(node: ir.Node, name: str, default: str | None = None) -> str:
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return (
-        node is not None
-        and node.domain in (domain, "ai.onnx" if domain == "" else domain)
-        and node.op_type in op_types
+        node is not None and node.domain in (domain, "ai.onnx" if domain == "" else domain) and node.op_type in op_types
     )
 
 
@@ -132,9 +130,7 @@ def add_initializer(graph: ir.Graph, hint: str, array: np.ndarray) -> ir.Value:
     """Add a constant to the graph under a fresh name and return its value."""
     name = fresh_name(graph, hint)
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

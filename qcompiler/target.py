@@ -55,14 +55,10 @@ def _whole(text: object, units: Mapping[str, float]) -> int:
 Bytes = Annotated[int, BeforeValidator(lambda text: _whole(text, BYTE_UNITS)), Field(ge=0)]
 Hertz = Annotated[float, BeforeValidator(lambda text: parse_unit(text, HERTZ_UNITS)), Field(gt=0)]
 Picojoules = Annotated[float, BeforeValidator(lambda text: parse_unit(text, ENERGY_UNITS)), Field(ge=0)]
-PicojoulesPerByte = Annotated[
-    float, BeforeValidator(lambda text: parse_unit(text, ENERGY_PER_BYTE_UNITS)), Field(ge=0)
-]
+PicojoulesPerByte = Annotated[float, BeforeValidator(lambda text: parse_unit(text, ENERGY_PER_BYTE_UNITS)), Field(ge=0)]
 Watts = Annotated[float, BeforeValidator(lambda text: parse_unit(text, POWER_UNITS)), Field(ge=0)]
 MacRate = Annotated[float, BeforeValidator(lambda text: parse_unit(text, MAC_RATE_UNITS)), Field(gt=0)]
-ElementRate = Annotated[
-    float, BeforeValidator(lambda text: parse_unit(text, ELEMENT_RATE_UNITS)), Field(gt=0)
-]
+ElementRate = Annotated[float, BeforeValidator(lambda text: parse_unit(text, ELEMENT_RATE_UNITS)), Field(gt=0)]
 
 
 class Duration(Spec):
@@ -288,9 +284,7 @@ class Bound(Spec):
                     "text": data.strip(),
                 }
             return {"values": (data,), "text": data}
-        raise ValueError(
-            f"{data!r} is not a constraint; write 1..3, <= 64, >= 2, a value or a list of values"
-        )
+        raise ValueError(f"{data!r} is not a constraint; write 1..3, <= 64, >= 2, a value or a list of values")
 
     def admits(self, value: FactValue) -> bool:
         if self.values is not None:

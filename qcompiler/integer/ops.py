@@ -29,15 +29,10 @@ class IntegerOp:
     @classmethod
     def of(cls, node: ir.Node) -> Self:
         """Read the attributes of a node of this type."""
-        assert node.domain == QCOMPILER_DOMAIN and node.op_type == cls.op_type, (
-            f"{node.op_type} is not {cls.op_type}"
-        )
+        assert node.domain == QCOMPILER_DOMAIN and node.op_type == cls.op_type, f"{node.op_type} is not {cls.op_type}"
         values = {field.name: node.attributes[field.name].value for field in fields(cls)}
         return cls(
-            **{
-                name: tuple(value) if isinstance(value, list | tuple) else value
-                for name, value in values.items()
-            }
+            **{name: tuple(value) if isinstance(value, list | tuple) else value for name, value in values.items()}
         )
 
     def node(self, inputs: list[ir.Value], output: ir.Value, name: str) -> ir.Node:

@@ -114,9 +114,7 @@ def wrap_int32(x: IntArray) -> np.ndarray:
     return x.astype(np.int64).astype(np.uint64).astype(np.uint32).astype(np.int32).astype(np.int64)
 
 
-def rescale(
-    acc: IntArray, multiplier: np.ndarray, shift: np.ndarray, variant: RequantizeVariant
-) -> np.ndarray:
+def rescale(acc: IntArray, multiplier: np.ndarray, shift: np.ndarray, variant: RequantizeVariant) -> np.ndarray:
     """Scale int32 `acc` by the encoded factor; no zero point, no saturation. Returns int64.
 
     `multiplier` and `shift` broadcast against `acc` (per channel: the last axis).
@@ -174,9 +172,7 @@ def add_factors(scale_a: float, scale_b: float, scale_y: float, variant: Requant
     # |a - zero_point| < 2^8 for 8-bit inputs; two products and the rounding term stay below 2^31.
     shift = 22 - max(math.frexp(largest)[1], -8)
     if shift < 1:
-        raise QCompilerError(
-            f"an addition's input scale is {largest:.3g} times its output scale; no target can do it"
-        )
+        raise QCompilerError(f"an addition's input scale is {largest:.3g} times its output scale; no target can do it")
     return (round(scale_a / scale_y * 2.0**shift), 0, round(scale_b / scale_y * 2.0**shift), 0, 1, shift)
 
 
@@ -198,9 +194,7 @@ def add(
     return (total + (1 << (sy - 1))) >> sy
 
 
-def quantize(
-    x: np.ndarray, scale: npt.ArrayLike, zero_point: npt.ArrayLike, dtype: npt.DTypeLike
-) -> np.ndarray:
+def quantize(x: np.ndarray, scale: npt.ArrayLike, zero_point: npt.ArrayLike, dtype: npt.DTypeLike) -> np.ndarray:
     """ONNX QuantizeLinear: saturate(round_half_even(x / scale) + zero_point). `scale` float32."""
     info = np.iinfo(dtype)
     ratio = np.asarray(x, np.float32) / np.asarray(scale, np.float32)

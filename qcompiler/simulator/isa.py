@@ -39,9 +39,7 @@ DMA = Opcode(
         "planes", "rows", "row_bytes",
     ),
 )  # fmt: skip
-FILL = Opcode(
-    5, "fill", ("base", "offset", "plane_stride", "row_stride", "planes", "rows", "row_bytes", "value")
-)
+FILL = Opcode(5, "fill", ("base", "offset", "plane_stride", "row_stride", "planes", "rows", "row_bytes", "value"))
 BARRIER = Opcode(6, "barrier", ())
 IFM = Opcode(
     10,
@@ -104,9 +102,7 @@ REQUANTIZE = Opcode(26, "requantize", ())
 LOOKUP = Opcode(27, "lookup", ("base", "offset"))
 SOFTMAX = Opcode(28, "softmax", ("base", "offset", "inverse_scale"))
 RESIZE_NEAREST = Opcode(29, "resize_nearest", ("base", "y_index", "x_index", "y_origin"))
-RESIZE_LINEAR = Opcode(
-    30, "resize_linear", ("base", "y_index", "y_weight", "x_index", "x_weight", "y_origin")
-)
+RESIZE_LINEAR = Opcode(30, "resize_linear", ("base", "y_index", "y_weight", "x_index", "x_weight", "y_origin"))
 """Table offsets of `integer.ops`; `y_origin` is the row of the whole IFM that row 0 of the tile holds."""
 
 OPCODES: tuple[Opcode, ...] = (
