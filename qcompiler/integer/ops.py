@@ -210,7 +210,10 @@ class QReduceMean(IntegerOp):
 
 @dataclass(frozen=True)
 class QRequantize(IntegerOp):
-    """Change of scale, zero point or signedness. Inputs: x, multiplier [1], shift [1]. y = requant(x - x_zero_point)."""
+    """Change of scale, zero point or signedness. Inputs: x, multiplier [1], shift [1].
+
+    y = requant(x - x_zero_point).
+    """
 
     op_type: ClassVar[str] = "QRequantize"
     x_zero_point: int

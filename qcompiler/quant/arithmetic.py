@@ -114,17 +114,17 @@ def wrap_int32(x: IntArray) -> np.ndarray:
     return x.astype(np.int64).astype(np.uint64).astype(np.uint32).astype(np.int32).astype(np.int64)
 
 
-def rescale(acc: IntArray, multiplier: np.ndarray, shift: np.ndarray, variant: RequantizeVariant) -> np.ndarray:
+def rescale(acc: IntArray, multiplier: npt.ArrayLike, shift: npt.ArrayLike, variant: RequantizeVariant) -> np.ndarray:
     """Scale int32 `acc` by the encoded factor; no zero point, no saturation. Returns int64.
 
     `multiplier` and `shift` broadcast against `acc` (per channel: the last axis).
     `float32` clips to ±2^30 before rounding, so that the conversion back to an integer is defined.
     """
     if variant == "float32":
-        scaled = acc.astype(np.float32) * multiplier.astype(np.float32)
+        scaled = acc.astype(np.float32) * np.asarray(multiplier, np.float32)
         limit = np.float32(1 << 30)
         return np.rint(np.clip(scaled, -limit, limit)).astype(np.int64)
-    shift = np.asarray(shift, np.int64)
+    multiplier, shift = np.asarray(multiplier, np.int64), np.asarray(shift, np.int64)
     if variant == "tflite":
         left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
         shifted = wrap_int32(acc.astype(np.int64) << left)
@@ -132,7 +132,7 @@ def rescale(acc: IntArray, multiplier: np.ndarray, shift: np.ndarray, variant: R
     if variant == "tosa":
         total_shift = 31 - shift
         rounding = np.int64(1) << (total_shift - 1)
-        return (acc.astype(np.int64) * multiplier.astype(np.int64) + rounding) >> total_shift
+        return (acc.astype(np.int64) * multiplier + rounding) >> total_shift
     left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
     rounding = np.where(right > 0, np.int64(1) << np.maximum(right - 1, 0), 0)
     return ((acc.astype(np.int64) << left) + rounding) >> right
@@ -169,8 +169,8 @@ def add_factors(scale_a: float, scale_b: float, scale_y: float, variant: Requant
         my, sy = fixed_point_multiplier(twice_max / ((1 << TFLITE_ADD_LEFT_SHIFT) * scale_y))
         return (ma, sa, mb, sb, my, sy)
     largest = max(scale_a, scale_b) / scale_y
-    # |a - zero_point| < 2^8 for 8-bit inputs; two products and the rounding term stay below 2^31.
-    shift = 22 - max(math.frexp(largest)[1], -8)
+    # |a - zero_point| < 2^8 and both multipliers < 2^21: two products and the rounding term stay below 2^31.
+    shift = 21 - max(math.frexp(largest)[1], -8)
     if shift < 1:
         raise QCompilerError(f"an addition's input scale is {largest:.3g} times its output scale; no target can do it")
     return (round(scale_a / scale_y * 2.0**shift), 0, round(scale_b / scale_y * 2.0**shift), 0, 1, shift)
@@ -187,9 +187,9 @@ def add(
     ma, sa, mb, sb, my, sy = factors
     sign = -1 if subtract else 1
     if variant == "tflite":
-        scaled_a = rescale(a.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, np.int64(ma), np.int64(sa), "tflite")
-        scaled_b = rescale(b.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, np.int64(mb), np.int64(sb), "tflite")
-        return rescale(scaled_a + sign * scaled_b, np.int64(my), np.int64(sy), "tflite")
+        scaled_a = rescale(a.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, ma, sa, "tflite")
+        scaled_b = rescale(b.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, mb, sb, "tflite")
+        return rescale(scaled_a + sign * scaled_b, my, sy, "tflite")
     total = a.astype(np.int64) * ma + sign * (b.astype(np.int64) * mb)
     return (total + (1 << (sy - 1))) >> sy
 
