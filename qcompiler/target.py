@@ -8,17 +8,40 @@ parsed here into SI-like base units, named in each field's docstring.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from difflib import get_close_matches
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+from qcompiler import host_cpu
 from qcompiler.quant.arithmetic import RequantizeVariant
 
 
+def spec_error(message: str, *at: str | int) -> PydanticCustomError:
+    """A validation error whose place is `at`, keys below the value being validated."""
+    return PydanticCustomError("spec", "{message}", {"message": message, "at": at})
+
+
+def did_you_mean(word: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """ ", did you mean 'bandwidth'?" where something known is near, else the known words."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
+
+
 class Spec(BaseModel):
-    """Frozen, and closed: an unknown key is an error."""
+    """Frozen, and closed: an unknown key is an error that suggests the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_unknown_key(cls, data: object) -> object:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise spec_error(f"unknown key{did_you_mean(str(key), tuple(cls.model_fields))}", key)
+        return data
 
 
 # --- units ---------------------------------------------------------------------------------------------
@@ -123,9 +146,35 @@ class Memory(Spec):
     burst: Bytes = 32
 
 
-class Dma(Spec):
-    """One path between memories; copies on one channel run in order, beside the engines."""
+class DmaPath(Spec):
+    """Between which memories, by name. Written `flash -> sram`, or `dram <-> sram` for both ways."""
 
+    source: str
+    destination: str
+    both_ways: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def parse(cls, data: object) -> object:
+        if isinstance(data, dict):
+            return data
+        match = re.fullmatch(r"\s*(\w+)\s*(<?->)\s*(\w+)\s*", data) if isinstance(data, str) else None
+        if match is None:
+            raise ValueError(f"{data!r} is not a path; write `flash -> sram` or `dram <-> sram`")
+        return {"source": match.group(1), "destination": match.group(3), "both_ways": match.group(2) == "<->"}
+
+    def joins(self, source: str, destination: str) -> bool:
+        ways = {(self.source, self.destination)} | ({(self.destination, self.source)} if self.both_ways else set())
+        return (source, destination) in ways
+
+    def __str__(self) -> str:
+        return f"{self.source} {'<->' if self.both_ways else '->'} {self.destination}"
+
+
+class Dma(Spec):
+    """One copy engine; copies on one channel run in order, beside the compute engines and other DMA."""
+
+    paths: tuple[DmaPath, ...] = Field(min_length=1)
     channels: int = Field(ge=1)
     bandwidth: Bandwidth
     setup: Duration
@@ -153,6 +202,19 @@ class MacArray(Spec):
     """unary i32, binary i32, multiply to i32, multiply, simple add, add/subtract with rescale, max pool, other."""
     activation_cycles: tuple[float, float, float]
     """lookup table, ReLU-like clamp, none."""
+    subkernel_max: tuple[int, int] = (8, 8)
+    """Larger kernels, height and width, are run as several of at most this size."""
+    reserved_banks: int = Field(default=2, ge=0)
+    """Banks taken by the output buffer."""
+    reserved_end_banks: int = Field(default=0, ge=0)
+    """Banks at the end that feature maps may not use; a lookup table needs 2 whatever this says."""
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        for name, wanted in (("granules", 8), ("output_cycles", 8)):
+            if len(getattr(self, name)) != wanted:
+                raise spec_error(f"needs {wanted} entries and has {len(getattr(self, name))}", name)
+        return self
 
 
 class Systolic(Spec):
@@ -183,12 +245,28 @@ class MacPrecision(Spec):
     energy: Picojoules
 
 
+DTYPES: tuple[str, ...] = ("int4", "int8", "uint8", "int16", "int32", "float32")
+"""The types a precision is written with, as in "int8" or "uint8*int8"."""
+
+
+def check_precision(precision: str, *at: str | int) -> None:
+    for dtype in precision.split("*"):
+        if dtype not in DTYPES:
+            raise spec_error(f"{dtype!r} is not a type{did_you_mean(dtype, DTYPES)}", *at)
+
+
 class Engine(Spec):
     geometry: EngineGeometry
     precisions: Mapping[str, MacPrecision] = {}
     """By pair, activation*weight: "int8*int8", "int16*int8", "int8*int4"…"""
     issue: Duration = Duration(value=0, unit="cycles")
     """Fixed cost of starting one command."""
+
+    @model_validator(mode="after")
+    def known_precisions(self) -> Self:
+        for precision in self.precisions:
+            check_precision(precision, "precisions", precision)
+        return self
 
 
 # --- quantization ---------------------------------------------------------------------------------------
@@ -252,6 +330,8 @@ RULE_FIELDS: dict[str, str] = {
     "reduced": "elements under the reduction",
     "function": "function of the lookup table",
     "mode": "interpolation mode",
+    "scale_h": "vertical resize factor",
+    "scale_w": "horizontal resize factor",
 }
 """What a rule's `where` may speak of, with the words used in a refusal."""
 
@@ -259,7 +339,10 @@ FactValue = int | bool | str
 
 
 class Bound(Spec):
-    """One constraint: `1..3`, `<= 64`, `>= 2`, an exact value, or a list of values."""
+    """One constraint: `1..3`, `..64` or `<= 64`, `2..` or `">= 2"`, an exact value, or a list of values.
+
+    (YAML wants quotes around a leading `>`.)
+    """
 
     low: int | None = None
     high: int | None = None
@@ -272,12 +355,16 @@ class Bound(Spec):
         if isinstance(data, dict):
             return data
         if isinstance(data, bool | int):
-            return {"values": (data,), "text": str(data).lower()}
+            shown = {True: "yes", False: "no"}.get(data, str(data)) if isinstance(data, bool) else str(data)
+            return {"values": (data,), "text": shown}
         if isinstance(data, list | tuple):
             return {"values": tuple(data), "text": " or ".join(str(item) for item in data)}
         if isinstance(data, str):
-            if span := re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", data):
-                return {"low": int(span.group(1)), "high": int(span.group(2)), "text": data.strip()}
+            if span := re.fullmatch(r"\s*(\d*)\s*\.\.\s*(\d*)\s*", data):
+                low, high = (int(end) if end else None for end in span.groups())
+                if low is not None and high is not None and low > high:
+                    raise ValueError(f"{data.strip()} admits nothing")
+                return {"low": low, "high": high, "text": data.strip()}
             if limit := re.fullmatch(r"\s*(<=|>=)\s*(\d+)\s*", data):
                 return {
                     "high" if limit.group(1) == "<=" else "low": int(limit.group(2)),
@@ -304,10 +391,12 @@ class OpRule(Spec):
     note: str = ""
 
     @model_validator(mode="after")
-    def known_fields(self) -> "OpRule":
+    def known_words(self) -> Self:
         for field in self.where:
             if field not in RULE_FIELDS:
-                raise ValueError(f"unknown constraint {field!r}; known are {', '.join(RULE_FIELDS)}")
+                raise spec_error(f"unknown constraint{did_you_mean(field, RULE_FIELDS)}", "where", field)
+        for index, precision in enumerate(self.precisions):
+            check_precision(precision, "precisions", index)
         return self
 
 
@@ -358,9 +447,53 @@ class Host(Spec):
     threads: int = Field(default=1, ge=1)
     mac_rate: Mapping[str, MacRate]
     """MACs per host cycle and thread by precision pair, "float32" included; for estimates."""
+    mac_rate_with: Mapping[str, Mapping[str, MacRate]] = {}
+    """Rates that hold instead if the CPU has an LLVM feature ("avx512vnni"); the first it has wins."""
     element_rate: ElementRate
     mac_energy: Picojoules
     byte_energy: PicojoulesPerByte
+
+    @model_validator(mode="after")
+    def has_rates(self) -> Self:
+        if "float32" not in self.mac_rate:
+            raise spec_error("needs a rate for float32, which every fallback operator may use", "mac_rate")
+        return self
+
+    @property
+    def is_this_machine(self) -> bool:
+        """Whether the spec leaves the CPU to be detected: `{kind: llvm}` and nothing more about the chip."""
+        return self.tvm_target.get("kind") == "llvm" and not {"mcpu", "mtriple", "mattr"} & set(self.tvm_target)
+
+    def resolved_tvm_target(self) -> Mapping[str, str | int | tuple[str, ...]]:
+        """The TVM target dict to build for, the machine's own CPU filled in where the spec leaves it open."""
+        if not self.is_this_machine:
+            return self.tvm_target
+        cpu = host_cpu.detect()
+        masked = {"mattr": tuple(f"-{name}" for name in cpu.masked)} if cpu.masked else {}
+        return {**self.tvm_target, "mcpu": cpu.mcpu, **masked}
+
+    def features(self) -> frozenset[str]:
+        """LLVM features of the CPU: what LLVM knows of its mcpu and mattr, or detected on this machine."""
+        if self.is_this_machine:
+            return host_cpu.detect().features
+        from tvm.target import Target as TvmTarget
+        from tvm.target import codegen
+
+        described = {key: list(item) if isinstance(item, tuple) else item for key, item in self.tvm_target.items()}
+        found = frozenset(str(name) for name in codegen.llvm_get_cpu_features(TvmTarget(described)))
+        mattr = self.tvm_target.get("mattr", ())
+        assert isinstance(mattr, tuple)
+        removed = {name[1:] for name in mattr if name.startswith("-")}
+        return (found | {name[1:] for name in mattr if name.startswith("+")}) - removed
+
+    def rates(self) -> Mapping[str, float]:
+        """MACs per cycle and thread by precision pair, on the CPU this target has."""
+        if self.mac_rate_with:
+            features = self.features()
+            for feature, rates in self.mac_rate_with.items():
+                if feature in features:
+                    return {**self.mac_rate, **rates}
+        return self.mac_rate
 
 
 class Npu(Spec):
@@ -377,16 +510,47 @@ class Npu(Spec):
     """Feature map depth is rounded up to this in cost estimates and in scratchpad."""
 
     @model_validator(mode="after")
-    def consistent(self) -> "Npu":
+    def consistent(self) -> Self:
         kinds = [memory.kind for memory in self.memories.values()]
         if kinds.count("scratchpad") != 1 or kinds.count("external") != 1:
-            raise ValueError("memories need exactly one of kind scratchpad and one of kind external")
-        for rule in self.rules:
+            raise spec_error("needs exactly one of kind scratchpad and one of kind external", "memories")
+        if kinds.count("flash") > 1:
+            raise spec_error("may hold one flash only", "memories")
+        for index, rule in enumerate(self.rules):
             if rule.engine not in self.engines:
-                raise ValueError(
-                    f"a rule for {', '.join(rule.ops)} names the engine {rule.engine!r}, which is not there"
+                raise spec_error(
+                    f"no engine {rule.engine!r}{did_you_mean(rule.engine, self.engines)}", "rules", index, "engine"
                 )
+        for name, dma in self.dma.items():
+            for index, path in enumerate(dma.paths):
+                for memory in (path.source, path.destination):
+                    if memory not in self.memories:
+                        hint = did_you_mean(memory, self.memories)
+                        raise spec_error(f"no memory {memory!r}{hint}", "dma", name, "paths", index)
+        inside, outside = self.memory_name("scratchpad"), self.memory_name("external")
+        for ends in ((outside, inside), (inside, outside)):
+            if self.path_between(*ends) is None:
+                raise spec_error(f"needs a path {ends[0]} -> {ends[1]}", "dma")
+        if "flash" in kinds and self.path_between(self.memory_name("flash"), inside) is None:
+            raise spec_error(f"needs a path {self.memory_name('flash')} -> {inside}", "dma")
         return self
+
+    def memory_name(self, kind: Literal["external", "scratchpad", "flash"]) -> str:
+        """The name of the memory of this kind; there must be one."""
+        return next(name for name, memory in self.memories.items() if memory.kind == kind)
+
+    @property
+    def weight_memory(self) -> str:
+        """Where constants live: the flash if there is one, else the external memory."""
+        has_flash = any(memory.kind == "flash" for memory in self.memories.values())
+        return self.memory_name("flash" if has_flash else "external")
+
+    def path_between(self, source: str, destination: str) -> str | None:
+        """The name of the first DMA that copies from one memory to the other, or None."""
+        for name, dma in self.dma.items():
+            if any(path.joins(source, destination) for path in dma.paths):
+                return name
+        return None
 
     @property
     def scratchpad(self) -> Memory:
@@ -402,7 +566,7 @@ class Target(Spec):
 
     name: str
     description: str
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = Field(min_length=1)
     """Where the figures come from."""
     quantization: Quantization
     host: Host

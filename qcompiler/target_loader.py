@@ -1,0 +1,332 @@
+"""Read target specs: YAML with inheritance into a `Target`, or an error that says file, line and column.
+
+The file format is described in docs/target-specs.md. A spec `extends` another by name or by path; mappings
+merge key by key, everything else replaces what it inherits, and `null` removes it.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from qcompiler.errors import QCompilerError
+from qcompiler.target import Target
+
+Scalar = str | int | float | bool | None
+Plain = Scalar | list["Plain"] | dict[str, "Plain"]
+
+_OWN_KEYS = ("extends", "name", "description")
+"""What a spec does not inherit."""
+_RULE_OPS = ("Lookup", "Requantize")
+"""Operators a rule may name beside those of ONNX."""
+
+
+@dataclass(frozen=True)
+class TargetSummary:
+    """One line of the list of bundled targets."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something stands, counted from 1."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A YAML value, its place, and the place of the key it stands under."""
+
+    value: "Scalar | Mapping[str, Node] | tuple[Node, ...]"
+    place: Place
+    key: Place
+
+    def plain(self) -> Plain:
+        if isinstance(self.value, Mapping):
+            return {key: node.plain() for key, node in self.value.items()}
+        if isinstance(self.value, tuple):
+            return [node.plain() for node in self.value]
+        return self.value
+
+    def child(self, key: str | int) -> "Node | None":
+        if isinstance(self.value, Mapping):
+            return self.value.get(str(key))
+        if isinstance(self.value, tuple) and isinstance(key, int) and key < len(self.value):
+            return self.value[key]
+        return None
+
+
+def load_target(name_or_path: str | os.PathLike[str]) -> Target:
+    """The target of a bundled name ("arm-npu") or of a YAML file.
+
+    Raises:
+        QCompilerError: no such target (the nearest is suggested), or anything wrong with the file, every
+            problem on a line of its own with its place.
+    """
+    file = _locate(os.fspath(name_or_path))
+    root = _resolve(file, ())
+    assert isinstance(root.value, Mapping)
+    fields = dict(root.value)
+    fields.setdefault("name", Node(file.stem, root.place, root.place))
+    spec = Node(fields, root.place, root.key)
+    try:
+        target = Target.model_validate(spec.plain())
+    except ValidationError as error:
+        raise QCompilerError("\n".join(_explain(spec, details) for details in error.errors())) from None
+    _check_operator_names(spec, target)
+    return target
+
+
+def list_targets() -> tuple[TargetSummary, ...]:
+    """The bundled targets, by name."""
+    return tuple(TargetSummary(name, _description(file)) for name, file in sorted(_bundled().items()))
+
+
+def _description(file: Path) -> str:
+    node = _parse(file).child("description")
+    return str(node.value) if node is not None else ""
+
+
+# --- finding and merging -------------------------------------------------------------------------------------
+
+
+def _bundled() -> dict[str, Path]:
+    folder = resources.files("qcompiler.target_specs")
+    return {Path(file.name).stem: Path(str(file)) for file in folder.iterdir() if file.name.endswith(".yaml")}
+
+
+def _looks_like_path(text: str) -> bool:
+    return text.endswith((".yaml", ".yml")) or os.sep in text or "/" in text
+
+
+def _locate(text: str) -> Path:
+    if _looks_like_path(text):
+        return Path(text)
+    bundled = _bundled()
+    if text in bundled:
+        return bundled[text]
+    near = get_close_matches(text, list(bundled), n=1, cutoff=0.5)
+    suggestion = f"did you mean {near[0]!r}? Known are" if near else "known are"
+    raise QCompilerError(
+        f"unknown target {text!r}; {suggestion} {', '.join(sorted(bundled))}; a path to a YAML spec works too"
+    )
+
+
+def _resolve(file: Path, chain: tuple[Path, ...]) -> Node:
+    """A spec merged onto everything it extends."""
+    root = _parse(file)
+    parent = root.child("extends")
+    if parent is None or parent.value is None:
+        return _without(root, ("extends",))
+    if not isinstance(parent.value, str):
+        raise QCompilerError(f"extends: needs the name or the path of one target ({parent.place})")
+    parent_file = _locate_parent(file, parent.value, parent.place)
+    seen = (*chain, file.resolve())
+    if parent_file.resolve() in seen:
+        circle = " -> ".join(step.name for step in (*seen[seen.index(parent_file.resolve()) :], parent_file))
+        raise QCompilerError(f"extends: {circle} goes round in a circle ({parent.place})")
+    base = _without(_resolve(parent_file, seen), _OWN_KEYS)
+    merged = _merge(base, _without(root, ("extends",)))
+    return _join_sources(base, root, merged)
+
+
+def _locate_parent(file: Path, text: str, place: Place) -> Path:
+    if not _looks_like_path(text):
+        try:
+            return _locate(text)
+        except QCompilerError as error:
+            raise QCompilerError(f"extends: {error} ({place})") from None
+    path = file.parent / text
+    if not path.is_file():
+        raise QCompilerError(f"extends: there is no file {path} ({place})")
+    return path
+
+
+def _without(node: Node, keys: tuple[str, ...]) -> Node:
+    assert isinstance(node.value, Mapping)
+    return Node({key: item for key, item in node.value.items() if key not in keys}, node.place, node.key)
+
+
+def _merge(base: Node, over: Node) -> Node:
+    if not isinstance(base.value, Mapping) or not isinstance(over.value, Mapping) or _other_kind(base, over):
+        return over
+    merged = dict(base.value)
+    for key, item in over.value.items():
+        inherited = merged.pop(key, None)
+        if item.value is not None:
+            merged[key] = item if inherited is None else _merge(inherited, item)
+    return Node(merged, over.place, over.key)
+
+
+def _other_kind(base: Node, over: Node) -> bool:
+    """A geometry of another kind has other keys: it replaces the inherited one instead of merging with it."""
+    old, new = base.child("kind"), over.child("kind")
+    return old is not None and new is not None and old.value != new.value
+
+
+def _join_sources(base: Node, root: Node, merged: Node) -> Node:
+    """Inherited figures keep their sources: `sources` alone among the lists is appended to."""
+    old, new = base.child("sources"), root.child("sources")
+    assert isinstance(merged.value, Mapping)
+    if old is None or new is None or not isinstance(old.value, tuple) or not isinstance(new.value, tuple):
+        return merged
+    joined = Node((*new.value, *old.value), new.place, new.key)
+    return Node({**merged.value, "sources": joined}, merged.place, merged.key)
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def _parse(file: Path) -> Node:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise QCompilerError(
+            f"there is no target spec {file}; give a YAML file, or a bundled target ({', '.join(sorted(_bundled()))})"
+        ) from None
+    except OSError as error:
+        raise QCompilerError(f"cannot read the target spec {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise QCompilerError(f"{file} is not a text file in UTF-8: byte {error.start} is {error.reason}") from None
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" ({file}:{mark.line + 1}:{mark.column + 1})" if mark is not None else f" ({file})"
+        raise QCompilerError(f"not valid YAML: {error.problem or error.context}{place}") from None
+    except YAMLError as error:
+        raise QCompilerError(f"not valid YAML: {' '.join(str(error).split())} ({file})") from None
+    start = Place(str(file), 1, 1)
+    if not isinstance(tree, CommentedMap):
+        raise QCompilerError(f"a target spec is a mapping such as `name: my-npu`, this is not ({start})")
+    return _node(tree, str(file), start, start)
+
+
+def _node(value: object, file: str, place: Place, key: Place) -> Node:
+    if isinstance(value, CommentedMap):
+        items: dict[str, Node] = {}
+        for name, item in value.items():
+            # Keys that came in through a YAML merge (<<) have no place of their own.
+            own = name in value.lc.data
+            at_key = _place(file, value.lc.key(name)) if own else place
+            items[str(name)] = _node(item, file, _place(file, value.lc.value(name)) if own else place, at_key)
+        return Node(items, place, key)
+    if isinstance(value, CommentedSeq):
+        places = [_place(file, value.lc.item(index)) for index in range(len(value))]
+        return Node(
+            tuple(_node(item, file, at, at) for item, at in zip(value, places, strict=True)),
+            place,
+            key,
+        )
+    if value is None or isinstance(value, bool):
+        return Node(value, place, key)
+    if isinstance(value, int):
+        return Node(int(value), place, key)
+    if isinstance(value, float):
+        return Node(float(value), place, key)
+    return Node(str(value), place, key)
+
+
+def _place(file: str, position: tuple[int, int]) -> Place:
+    return Place(file, position[0] + 1, position[1] + 1)
+
+
+# --- explaining ------------------------------------------------------------------------------------------------
+
+
+def _explain(spec: Node, details: ErrorDetails) -> str:
+    """One line: path, what is wrong, place."""
+    location, kind = details["loc"], details["type"]
+    context = details.get("ctx", {})
+    if kind == "spec":
+        node, path = _walk(spec, (*location, *context["at"]))
+        on_key = context["message"].startswith("unknown")
+        return f"{_path(path)}: {context['message']} ({node.key if on_key else node.place})"
+    if kind == "missing":
+        node, path = _walk(spec, location[:-1])
+        return f"{_path((*path, str(location[-1])))}: is missing ({node.key})"
+    node, path = _walk(spec, location)
+    return f"{_path(path)}: {_message(node, details)} ({node.place})"
+
+
+def _message(node: Node, details: ErrorDetails) -> str:
+    context = details.get("ctx", {})
+    shown = repr(node.value) if isinstance(node.value, str) else "this" if isinstance(node.value, tuple) else node.value
+    match details["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "literal_error":
+            return f"{shown} is not one of {context['expected']}"
+        case "union_tag_invalid":
+            return f"kind {context['tag']!r} is not one of {context['expected_tags']}"
+        case "union_tag_not_found":
+            return f"needs a kind ({_tags(details)})"
+        case _:
+            message = details["msg"]
+            return message[0].lower() + message[1:]
+
+
+def _tags(details: ErrorDetails) -> str:
+    assert "kind" in str(details.get("ctx", {}).get("discriminator", "")), details
+    return "mac_array, systolic or simd"
+
+
+def _walk(spec: Node, location: tuple[str | int, ...]) -> tuple[Node, tuple[str | int, ...]]:
+    """The node at a pydantic location and its path; steps that are not in the file (union tags) are skipped."""
+    node, path = spec, ()
+    for step in location:
+        below = node.child(step)
+        if below is not None:
+            node, path = below, (*path, step)
+    return node, path
+
+
+def _path(path: tuple[str | int, ...]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or "the spec"
+
+
+def _check_operator_names(spec: Node, target: Target) -> None:
+    """A misspelt operator would match nothing and send every node to the CPU without a word."""
+    unknown = list(_unknown_operators(target))
+    if not unknown:
+        return
+    lines: list[str] = []
+    for path, word in unknown:
+        node, _ = _walk(spec, path)
+        lines.append(f"{_path(path)}: {word} ({node.place})")
+    raise QCompilerError("\n".join(lines))
+
+
+def _unknown_operators(target: Target) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    from onnx import defs
+
+    named = [
+        (("npu", "rules", rule_index, "ops", index), op)
+        for rule_index, rule in enumerate(target.npu.rules if target.npu else ())
+        for index, op in enumerate(rule.ops)
+    ]
+    named += [
+        (("quantization", "shared_scale", index), op) for index, op in enumerate(target.quantization.shared_scale)
+    ]
+    for path, op in named:
+        if op not in _RULE_OPS and not defs.has(op):
+            names = {schema.name for schema in defs.get_all_schemas() if schema.domain == ""} | set(_RULE_OPS)
+            near = get_close_matches(op, sorted(names), n=1, cutoff=0.6)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            yield path, f"there is no operator {op!r}{hint}"
