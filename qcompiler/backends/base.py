@@ -1,0 +1,84 @@
+"""What a backend hands to the assembler: one function per node or region, and its parameters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from tvm import te, tirx
+
+from qcompiler.graph import Shape, dtype_of, shape_of
+from qcompiler.target import Host
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The code of one node.
+
+    `function` is in destination-passing style: its buffers are `inputs`, then `parameters`, then one per output
+    of the node. A buffer may give a value another shape of as many elements, in the same order; the
+    assembler passes a view.
+    """
+
+    function: tirx.PrimFunc
+    inputs: tuple[ir.Value, ...]
+    parameters: tuple[np.ndarray, ...] = ()
+
+
+@dataclass(frozen=True)
+class View:
+    """The node's output is `input` under another shape: nothing to run."""
+
+    input: ir.Value
+
+
+Lowering = Kernel | View
+
+
+@dataclass(frozen=True)
+class NpuFunction:
+    """The driver of one NPU region: ``function(inputs…, constants uint8[n], outputs…, workspace uint8[m])``."""
+
+    function: tirx.PrimFunc
+    constants: np.ndarray
+    """uint8 [n]: weights, biases and scales in the accelerator's layout."""
+    workspace: int
+    """Bytes of external memory the driver needs beside its arguments; at least 1."""
+
+
+@dataclass(frozen=True)
+class HostCode:
+    """The CPU that code is generated for: its TVM target and what schedules ask of it."""
+
+    target: tvm.target.Target
+    threads: int
+    features: frozenset[str]
+    """LLVM's names: "avx2", "avx512vnni", "dotprod"…"""
+
+    @property
+    def vector_bytes(self) -> int:
+        """Width of a vector register."""
+        # llvm_get_vector_width answers 64 for every x86.
+        return 64 if "avx512bw" in self.features else 32 if "avx2" in self.features else 16
+
+
+def host_code(host: Host) -> HostCode:
+    """The CPU of a spec; where the spec leaves it open, that of this machine."""
+    described = {
+        key: list(item) if isinstance(item, tuple) else item for key, item in host.resolved_tvm_target().items()
+    }
+    return HostCode(tvm.target.Target(described), host.threads, host.features())
+
+
+# --- building functions ------------------------------------------------------------------------------------
+
+
+def placeholder(value: ir.Value, shape: Shape | None = None) -> te.Tensor:
+    """A value as a TE input, under its own shape or another of as many elements."""
+    return te.placeholder(shape_of(value) if shape is None else shape, str(dtype_of(value)), "x")
+
+
+def parameters_of(arrays: Sequence[np.ndarray]) -> tuple[te.Tensor, ...]:
+    """Constant arrays as TE inputs."""
+    return tuple(te.placeholder(array.shape, str(array.dtype), f"p{index}") for index, array in enumerate(arrays))

@@ -1,0 +1,92 @@
+"""Give buffers with lifetimes their places in one memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """`size` bytes, alive from step `first` to step `last`, both included."""
+
+    name: str
+    size: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where each buffer lies. Buffers alive at the same step never overlap."""
+
+    buffers: tuple[Buffer, ...]
+    offsets: tuple[int, ...]
+    """Bytes, one per buffer, multiples of the alignment."""
+    peak: int
+    """End of the highest buffer, in bytes."""
+    lower_bound: int
+    """Most bytes alive at one step: no plan can need less."""
+
+    def offset_of(self, name: str) -> int:
+        return next(offset for buffer, offset in zip(self.buffers, self.offsets, strict=True) if buffer.name == name)
+
+
+def aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def live_bytes(buffers: Sequence[Buffer], step: int, alignment: int) -> int:
+    return sum(aligned(buffer.size, alignment) for buffer in buffers if buffer.first <= step <= buffer.last)
+
+
+def plan_memory(buffers: Sequence[Buffer], alignment: int) -> MemoryPlan:
+    """Place buffers to keep the peak low.
+
+    Best fit in several orders, of which the best wins: by size (TFLite's greedy-by-size), by size times lifetime,
+    and by first use. Deterministic; quadratic in the number of buffers.
+    """
+    steps = {buffer.first for buffer in buffers}
+    lower_bound = max((live_bytes(buffers, step, alignment) for step in steps), default=0)
+    best: tuple[int, tuple[int, ...]] | None = None
+    for order in _ORDERS:
+        offsets = _place(buffers, sorted(range(len(buffers)), key=lambda i: order(buffers[i])), alignment)  # noqa: B023
+        peak = max((offset + buffer.size for offset, buffer in zip(offsets, buffers, strict=True)), default=0)
+        if best is None or peak < best[0]:
+            best = (peak, offsets)
+        if peak <= lower_bound:
+            break
+    assert best is not None
+    return MemoryPlan(tuple(buffers), best[1], best[0], lower_bound)
+
+
+_Order = Callable[[Buffer], tuple[int, int, str]]
+_ORDERS: tuple[_Order, ...] = (
+    lambda buffer: (-buffer.size, buffer.first, buffer.name),
+    lambda buffer: (-buffer.size * (buffer.last - buffer.first + 1), buffer.first, buffer.name),
+    lambda buffer: (buffer.first, -buffer.size, buffer.name),
+    lambda buffer: (buffer.first - buffer.last, -buffer.size, buffer.name),
+)
+
+
+def _place(buffers: Sequence[Buffer], order: Sequence[int], alignment: int) -> tuple[int, ...]:
+    """One after the other into the tightest gap among the placed buffers whose lives meet."""
+    placed: dict[int, int] = {}
+    for index in order:
+        buffer = buffers[index]
+        taken = sorted(
+            (placed[other], placed[other] + buffers[other].size)
+            for other in placed
+            if buffers[other].first <= buffer.last and buffer.first <= buffers[other].last
+        )
+        placed[index] = _best_gap(taken, buffer.size, alignment)
+    return tuple(placed[index] for index in range(len(buffers)))
+
+
+def _best_gap(taken: Sequence[tuple[int, int]], size: int, alignment: int) -> int:
+    best_offset, best_gap, end = None, None, 0
+    for low, high in taken:
+        start = aligned(end, alignment)
+        gap = low - start
+        if gap >= size and (best_gap is None or gap < best_gap):
+            best_offset, best_gap = start, gap
+        end = max(end, high)
+    return aligned(end, alignment) if best_offset is None else best_offset

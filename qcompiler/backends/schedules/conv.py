@@ -1,0 +1,93 @@
+"""Schedules of the two convolution templates of `backends/cpu_conv.py`."""
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+
+from qcompiler.backends.schedules.dot import DotProduct
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """Accumulators held in registers: `pixels` neighbours in a row times `blocks` vectors of output channels."""
+
+    pixels: int
+    blocks: int
+
+
+def conv_tile(width: int, blocks: int, *, registers: int) -> ConvTile:
+    """The tile that loads least per multiply, pixels past the row's end counted.
+
+    A step loads `blocks` weight vectors and `pixels` broadcasts for pixels * blocks dot products. Four registers
+    are left for those operands.
+    """
+    candidates = [
+        ConvTile(pixels, count)
+        for count in (1, 2, 3)
+        if blocks % count == 0
+        for pixels in range(1, min(14, (registers - 4) // count) + 1)
+    ]
+
+    def cost(tile: ConvTile) -> float:
+        covered = -(-width // tile.pixels) * tile.pixels
+        return covered * (1 + 1 / tile.pixels + 1 / tile.blocks)
+
+    return min(candidates, key=cost)
+
+
+def schedule_dot_convolution(
+    function: tirx.PrimFunc, dot: DotProduct | None, tile: ConvTile, *, threads: int
+) -> tirx.PrimFunc:
+    """Rows outermost, then strips of pixels and channel blocks; accumulators stay in registers over the reduction."""
+    s = Schedule(function)
+    accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
+    n, y, x, g, o, v = s.get_loops(output)
+    rows = s.fuse(n, y)
+    strip, pixel = s.split(x, [None, tile.pixels])
+    outer, inner = s.split(o, [None, tile.blocks])
+    s.reorder(strip, g, outer, pixel, inner, v)
+    s.compute_at(accumulator, outer, preserve_unit_loops=True)
+    at_pixel, _, at_block, at_lane, ky, kx, q, r = s.get_loops(accumulator)[-8:]
+    s.reorder(ky, kx, q, at_pixel, at_block, at_lane, r)
+    if dot is None:
+        s.vectorize(at_lane)
+    init = s.decompose_reduction(accumulator, ky)
+    if dot is not None:
+        s.tensorize(at_lane, dot.name)
+    s.unroll(at_pixel)
+    s.unroll(at_block)
+    init_loops = s.get_loops(init)
+    s.vectorize(init_loops[-1])
+    s.vectorize(v)
+    s.unroll(inner)
+    s.unroll(pixel)
+    if threads > 1:
+        s.parallel(rows)
+    return s.mod["main"]
+
+
+def depthwise_lanes(channels: int, lanes: int) -> int:
+    """The widest vector, up to four registers, that divides the channels; 1 if none does."""
+    return next((width for width in (4 * lanes, 2 * lanes, lanes, lanes // 2) if channels % width == 0), 1)
+
+
+def schedule_depthwise(function: tirx.PrimFunc, lanes: int, *, threads: int) -> tirx.PrimFunc:
+    """Channels in lanes, the window unrolled if it is small."""
+    s = Schedule(function)
+    accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
+    n, y, x, c = s.get_loops(output)
+    rows = s.fuse(n, y)
+    outer, v = s.split(c, [None, lanes])
+    s.compute_at(accumulator, outer, preserve_unit_loops=True)
+    at_lane, ky, kx = s.get_loops(accumulator)[-3:]
+    s.reorder(ky, kx, at_lane)
+    if lanes > 1:
+        s.vectorize(at_lane)
+        s.vectorize(v)
+    init = s.decompose_reduction(accumulator, ky)
+    if lanes > 1:
+        s.vectorize(s.get_loops(init)[-1])
+    if threads > 1:
+        s.parallel(rows)
+    return s.mod["main"]

@@ -1,0 +1,78 @@
+"""Dot-product instructions: int32 lanes that each add four products of 8-bit numbers."""
+
+from dataclasses import dataclass
+
+from tvm.s_tir import TensorIntrin
+from tvm.script import tirx as T
+
+from qcompiler.backends.base import HostCode
+
+QUAD = 4
+"""Products one lane adds per instruction."""
+
+
+@dataclass(frozen=True)
+class DotProduct:
+    """One instruction ``c[lane] += Σ_{i<4} a[i] * b[lane, i]``, a broadcast to all lanes."""
+
+    name: str
+    """Its TensorIntrin."""
+    lanes: int
+    unsigned: bool
+    """a is uint8 (b is always int8): int8 activations must be shifted by 128."""
+
+
+def dot_product(host: HostCode) -> DotProduct | None:
+    """The widest dot-product instruction of the CPU, or None if it has none."""
+    if "avx512vnni" in host.features:
+        return _registered("qcompiler_vpdpbusd_512", 16, "llvm.x86.avx512.vpdpbusd.512")
+    if "avxvnni" in host.features or {"avx512vnni", "avx512vl"} <= host.features:
+        return _registered("qcompiler_vpdpbusd_256", 8, "llvm.x86.avx512.vpdpbusd.256")
+    return None
+
+
+def _registered(name: str, lanes: int, instruction: str) -> DotProduct:
+    # TVM keeps intrinsics in a table of its own; entering one twice is an error.
+    if TensorIntrin.get(name, allow_missing=True) is None:
+        TensorIntrin.register(name, *_vpdpbusd(lanes, instruction))
+    return DotProduct(name, lanes, unsigned=True)
+
+
+def _vpdpbusd(lanes: int, instruction: str):
+    """Description and implementation. LLVM 22 types the operands as bytes; TVM's own intrinsic predates that."""
+
+    @T.prim_func(s_tir=True)
+    def description(
+        A: T.Buffer((4,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((lanes, 4), "int8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes])
+            for i in T.serial(0, lanes):
+                for k in T.serial(0, 4):
+                    with T.sblock("update"):
+                        vi, vk = T.axis.remap("SR", [i, k])
+                        C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+
+    @T.prim_func(s_tir=True)
+    def implementation(
+        A: T.Buffer((4,), "uint8", offset_factor=1),  # noqa: N803
+        B: T.Buffer((lanes, 4), "int8", offset_factor=1),  # noqa: N803
+        C: T.Buffer((lanes,), "int32", offset_factor=1),  # noqa: N803
+    ) -> None:
+        with T.sblock("root"):
+            T.reads(C[0:lanes], A[0:4], B[0:lanes, 0:4])
+            T.writes(C[0:lanes])
+            word = T.reinterpret(A.vload([0], "uint8x4"), dtype="int32")
+            spread = T.reinterpret(T.broadcast(word, lanes), dtype=f"int8x{lanes * 4}")
+            C[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
+                T.llvm_lookup_intrinsic_id(instruction),
+                C.vload([0], dtype=f"int32x{lanes}"),
+                spread,
+                B.vload([0, 0], dtype=f"int8x{lanes * 4}"),
+                dtype=f"int32x{lanes}",
+            )
+
+    return description, implementation
