@@ -129,7 +129,8 @@ def fresh_name(graph: ir.Graph, hint: str) -> str:
 def add_initializer(graph: ir.Graph, hint: str, array: np.ndarray) -> ir.Value:
     """Add a constant to the graph under a fresh name and return its value."""
     name = fresh_name(graph, hint)
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    # Not ascontiguousarray, which turns scalars into vectors of one.
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
