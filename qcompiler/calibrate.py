@@ -1,0 +1,110 @@
+"""Run the float model over calibration data and choose the interval each activation is quantized to."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qcompiler.errors import QCompilerError
+from qcompiler.graph import is_op, value_name
+from qcompiler.quant.operators import inherits_format, interior_values, is_activation
+from qcompiler.quant.ranges import Histogram, mse_range, observed_range
+from qcompiler.quant.types import RangeMethod, Ranges
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+
+
+class Samples(Protocol):
+    """What calibration needs of a data set: one sample at a time, batch 1, arrays by input name."""
+
+    synthetic: bool
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]: ...
+
+
+def calibrate(
+    model: ir.Model,
+    dataset: Samples,
+    method: RangeMethod = "mse",
+    progress: Progress | None = None,
+    *,
+    bits: int = 8,
+    symmetric: bool = False,
+) -> Ranges:
+    """Observe the activations of a simplified float model.
+
+    Args:
+        model: float model with static shapes and batch 1.
+        dataset: the samples; each is run once.
+        method: "minmax" spans all values seen; "mse" clips outliers where that lowers the expected squared
+            error of the format described by `bits` and `symmetric`.
+        progress: told after each sample.
+        bits: width of the activation format.
+        symmetric: whether the activation format has its zero point in the middle.
+
+    Returns:
+        A range, zero included, for each tensor that `observed_values` names.
+
+    Raises:
+        QCompilerError: there is no sample, or a tensor of the model comes out as NaN.
+    """
+    values = observed_values(model)
+    names = [value_name(value) for value in values]
+    input_names = {value_name(value) for value in model.graph.inputs}
+    computed = [name for name in names if name not in input_names]
+    session = _session(model, computed) if computed else None
+    histograms = {name: Histogram() for name in names}
+    seen = 0
+    for seen, sample in enumerate(dataset, start=1):
+        outputs = session.run(computed, dict(sample)) if session is not None else []
+        observed = {name: np.asarray(output) for name, output in zip(computed, outputs, strict=True)}
+        observed |= {name: sample[name] for name in names if name in input_names}
+        for name, array in observed.items():
+            histograms[name].add(array, histogram=method == "mse")
+            if np.isnan(histograms[name].low):
+                raise QCompilerError(
+                    f"calibration sample {seen - 1} makes the tensor {name!r} NaN in the float model; "
+                    "remove the sample, or check that it is preprocessed as the model expects"
+                )
+        if progress is not None:
+            progress(seen, len(dataset))
+    if seen == 0:
+        raise QCompilerError("the calibration data holds no sample; give at least one")
+    choose = (lambda h: mse_range(h, bits, symmetric=symmetric)) if method == "mse" else observed_range
+    return Ranges(
+        by_name={name: choose(histogram) for name, histogram in histograms.items()},
+        method=method,
+        samples=seen,
+        synthetic=dataset.synthetic,
+    )
+
+
+def observed_values(model: ir.Model) -> list[ir.Value]:
+    """The float tensors whose format is their own, in graph order.
+
+    Left out are those that never exist in the integer graph (before a fused Relu, inside a lookup region) and
+    those whose values come straight from another tensor (Reshape, MaxPool, Concat…), whose range follows.
+    """
+    interior = interior_values(list(model.graph))
+    values = [value for value in model.graph.inputs if is_activation(value)]
+    for node in model.graph:
+        if not (inherits_format(node) or is_op(node, "Concat")):
+            values += [value for value in node.outputs if value.name and is_activation(value)]
+    return [value for value in values if value not in interior]
+
+
+def _session(model: ir.Model, names: list[str]) -> ort.InferenceSession:
+    """A session of the model with the named tensors as its outputs."""
+    exposed = model.clone()
+    by_name = {value_name(value): value for node in exposed.graph for value in node.outputs if value.name}
+    exposed.graph.outputs.clear()
+    exposed.graph.outputs.extend(by_name[name] for name in names)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    proto = ir.to_proto(exposed).SerializeToString()
+    return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,134 @@
+"""From an interval, or from weights, to scale and zero point."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from qcompiler.quant.types import DTypeName, TensorFormat
+
+_LIMITS: dict[DTypeName, tuple[int, int]] = {
+    "int4": (-8, 7),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-(1 << 15), (1 << 15) - 1),
+    "int32": (-(1 << 31), (1 << 31) - 1),
+}
+
+ZERO_SPAN = 2.0**-40
+"""An interval narrower than this holds nothing but zeros."""
+
+BIAS_LIMIT = 1 << 30
+"""Biases stay this small in accumulator units, which leaves the sum of products as much room again."""
+
+
+def limits(dtype: DTypeName) -> tuple[int, int]:
+    """Smallest and largest integer of a format."""
+    return _LIMITS[dtype]
+
+
+def bit_width(dtype: DTypeName) -> int:
+    low, high = _LIMITS[dtype]
+    return (high - low).bit_length()
+
+
+def activation_format(
+    low: float, high: float, dtype: DTypeName, *, symmetric: bool, power_of_two: bool = False
+) -> TensorFormat:
+    """The per-tensor format that spans [low, high], zero included and exactly represented.
+
+    Symmetric formats put the zero point in the middle and leave out the lowest integer. `power_of_two` rounds
+    the scale up to a power of two.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    smallest, largest = limits(dtype)
+    if high - low < ZERO_SPAN:
+        low, high = 0.0, 1.0
+    middle = (smallest + largest + 1) // 2
+    scale = max(-low, high) / (largest - middle) if symmetric else (high - low) / (largest - smallest)
+    scale = _round_scale(np.float64(scale), power_of_two)
+    zero_point = middle if symmetric else int(np.clip(np.rint(smallest - low / scale), smallest, largest))
+    return TensorFormat(dtype, np.float32(scale).reshape(()), np.array(zero_point, _storage(dtype)))
+
+
+def weight_format(
+    weights: np.ndarray,
+    dtype: DTypeName,
+    axis: int | None,
+    *,
+    symmetric: bool,
+    narrow: bool,
+    power_of_two: bool = False,
+    floor: np.ndarray | float = 0.0,
+) -> TensorFormat:
+    """The format of constant weights, per channel along `axis` or per tensor if it is None.
+
+    Args:
+        weights: float32, any shape.
+        narrow: leave out the lowest integer, so that the range is symmetric.
+        floor: the smallest scale allowed, scalar or [channels] (see `least_weight_scale`).
+    """
+    smallest, largest = limits(dtype)
+    others = tuple(index for index in range(weights.ndim) if index != axis) if axis is not None else None
+    low = np.minimum(weights.min(axis=others), 0).astype(np.float64)
+    high = np.maximum(weights.max(axis=others), 0).astype(np.float64)
+    middle = (smallest + largest + 1) // 2
+    if symmetric:
+        scale = np.maximum(-low, high) / (largest - middle)
+    else:
+        smallest += narrow
+        scale = (high - low) / (largest - smallest)
+    # A channel of zeros has no scale of its own; the mean keeps its rescale factor in a normal range.
+    nonzero = scale[scale > ZERO_SPAN]
+    scale = np.where(scale > ZERO_SPAN, scale, nonzero.mean() if nonzero.size else 1.0)
+    scale = _round_scale(np.maximum(scale, floor), power_of_two)
+    zero_point = (
+        np.full(scale.shape, middle) if symmetric else np.clip(np.rint(smallest - low / scale), smallest, largest)
+    )
+    return TensorFormat(dtype, scale.astype(np.float32), zero_point.astype(_storage(dtype)), axis)
+
+
+def least_weight_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
+    """The smallest weight scales [channels] with which `bias` fits into its int32 format."""
+    return np.abs(bias.astype(np.float64)) / (input_scale * BIAS_LIMIT)
+
+
+def bias_format(input_scale: np.ndarray, weight: TensorFormat) -> TensorFormat:
+    """int32 with the scale of the accumulator: input scale times weight scale."""
+    scale = (input_scale.astype(np.float32) * weight.scale.astype(np.float32)).astype(np.float32)
+    return TensorFormat("int32", scale, np.zeros(scale.shape, np.int32), 0 if scale.ndim else None)
+
+
+def quantize_array(values: np.ndarray, fmt: TensorFormat, *, narrow: bool = False) -> np.ndarray:
+    """Round constants into `fmt`, half to even; int4 comes back as int8 in [-8, 7]."""
+    smallest, largest = limits(fmt.dtype)
+    scale, zero_point = fmt.scale.astype(np.float64), fmt.zero_point.astype(np.int64)
+    if fmt.axis is not None:
+        shape = [1] * values.ndim
+        shape[fmt.axis] = -1
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    rounded = np.rint(values.astype(np.float64) / scale) + zero_point
+    return np.clip(rounded, smallest + narrow, largest).astype(_storage(fmt.dtype))
+
+
+def same_format(formats: Sequence[TensorFormat]) -> bool:
+    """Whether all formats have one dtype, scale and zero point."""
+    first = formats[0]
+    return all(
+        other.dtype == first.dtype
+        and np.array_equal(other.scale, first.scale)
+        and np.array_equal(other.zero_point, first.zero_point)
+        for other in formats[1:]
+    )
+
+
+def _round_scale(scale: np.ndarray | np.float64, power_of_two: bool) -> np.ndarray:
+    return np.asarray(np.exp2(np.ceil(np.log2(scale))) if power_of_two else scale)
+
+
+Storage = Literal["int8", "uint8", "int16", "int32"]
+
+
+def _storage(dtype: DTypeName) -> Storage:
+    """The numpy dtype that holds a format's integers."""
+    return "int8" if dtype == "int4" else dtype

@@ -1,0 +1,403 @@
+"""Decide which tensors are quantized, to what, and which operators stay in float and why.
+
+An operator is quantized if it has an integer form (`qcompiler.quant.operators`) and does not belong to the
+post-processing: what follows the last convolution or matrix product usually decodes boxes or scores, where
+eight bits cost accuracy and integers save next to nothing. Of that tail only what the accelerator itself runs
+is quantized: activations, pools, softmax, and movement of data between them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.graph import (
+    const_of,
+    data_input,
+    element_count,
+    input_of,
+    integer,
+    is_op,
+    shape_of,
+    users,
+    value_name,
+)
+from qcompiler.integer.facts import LOOKUP_FUNCTIONS, facts_of_float
+from qcompiler.quant import operators
+from qcompiler.quant.formats import activation_format, bias_format, least_weight_scale, weight_format
+from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
+from qcompiler.quant.types import QuantPlan, Range, Ranges, TensorFormat
+from qcompiler.target import Match, Target
+
+TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
+
+SHARING_LIMIT = 2.0
+"""How much wider than its own a tensor's range may become by sharing: a factor of two costs one bit."""
+
+
+def plan(model: ir.Model, ranges: Ranges, target: Target) -> QuantPlan:
+    """Choose formats for a simplified float model.
+
+    Args:
+        model: the model `ranges` was measured on.
+        ranges: from `calibrate`.
+        target: its `quantization` says which formats there are and which operators need one scale, its rules
+            decide about the tail.
+
+    Returns:
+        Formats by value, initializer and node name, and the reason for each node that stays in float.
+    """
+    return _Planner(model.graph, ranges, target).run()
+
+
+@dataclass
+class _Group:
+    """Tensors that share one format."""
+
+    low: float
+    high: float
+    tightest: float
+    """The smallest span of a member that is read by more than Concat."""
+
+    @property
+    def span(self) -> float:
+        return self.high - self.low
+
+
+class _Planner:
+    """The state of one planning: reasons for float first, then groups of tensors, then formats."""
+
+    def __init__(self, graph: ir.Graph, ranges: Ranges, target: Target) -> None:
+        self.graph = graph
+        self.ranges = ranges.by_name
+        self.target = target
+        self.spec = target.quantization
+        self.dtype = self.spec.activations.dtypes[0]
+        self.nodes = list(graph)
+        self.interior = operators.interior_values(self.nodes)
+        self.regions = operators.lookup_regions(self.nodes)
+        self.inner = {member for last, region in self.regions.items() for member in region if member is not last}
+        self.downstream_of_mac = _reach(self.nodes, forward=True)
+        self.upstream_of_mac = _reach(self.nodes, forward=False)
+        self.float_reasons: dict[ir.Node, str] = {}
+        self.roots: dict[ir.Value, ir.Value] = {}
+        """A value whose format is another's, to that other one; follow until a value that is not here."""
+        self.groups: dict[ir.Value, _Group] = {}
+
+    def run(self) -> QuantPlan:
+        for node in self.nodes:
+            if (reason := self._own_reason(node)) is not None:
+                self.float_reasons[node] = reason
+        self._spread()
+        self._drop_islands()
+        quantized = [value for value in self._values() if self._is_quantized(value)]
+        for value in quantized:
+            self._join(value)
+        activations = {value_name(value): self._format(value) for value in quantized}
+        weights, biases = self._constants(activations)
+        return QuantPlan(activations, weights, biases, {n.name or "": r for n, r in self.float_reasons.items()})
+
+    # --- which nodes -----------------------------------------------------------------------------------
+
+    def _own_reason(self, node: ir.Node) -> str | None:
+        """A reason of the node itself to stay in float."""
+        if node in self.inner:
+            return None  # judged with the last node of its lookup table
+        region = self.regions.get(node, ())
+        if not region and (refused := operators.refusal(node)) is not None:
+            return refused
+        if self.dtype == "int16" and (len(region) > 1 or is_op(node, *LOOKUP_FUNCTIONS)):
+            return "lookup tables take 8-bit inputs"
+        for reason in (self._shift_reason(node), self._infinite_reason(node), self._tail_reason(node, region)):
+            if reason is not None:
+                return reason
+        return None
+
+    def _shift_reason(self, node: ir.Node) -> str | None:
+        """Targets that rescale by powers of two cannot divide by other counts."""
+        if self.spec.requantize != "shift" or not is_op(node, "AveragePool", "GlobalAveragePool", "ReduceMean"):
+            return None
+        if is_op(node, "AveragePool"):
+            kernel = node.attributes["kernel_shape"].as_ints()
+            count, padded = element_count(kernel), any(operators.pads_of(node))
+            partial = padded and not integer(node, "count_include_pad", 0)
+        else:
+            count = element_count(shape_of(data_input(node))) // element_count(shape_of(node.outputs[0]))
+            partial = False
+        exact = not partial and math.log2(count).is_integer()
+        return None if exact else "the target rescales by powers of two, and it averages over another count"
+
+    def _infinite_reason(self, node: ir.Node) -> str | None:
+        for value in (*activation_inputs(node), *node.outputs):
+            seen = self.ranges.get(value.name or "")
+            if seen is not None and not (math.isfinite(seen.low) and math.isfinite(seen.high)):
+                return f"the tensor {value.name!r} holds infinities"
+        return None
+
+    def _tail_reason(self, node: ir.Node, region: tuple[ir.Node, ...]) -> str | None:
+        """Why a node after the last multiply-accumulate stays in float, if it does."""
+        if not self._in_tail(node) or operators.is_fused_clamp(node):
+            return None
+        if operators.inherits_format(node) or is_op(node, "ArgMax"):
+            return None
+        if is_op(node, "Concat"):
+            spans = [_span(self._range(value)) for value in activation_inputs(node)]
+            uneven = max(spans) > SHARING_LIMIT * min(spans)
+            return "it joins tensors of different ranges after the last convolution" if uneven else None
+        if len(region) > 1 and len(activation_inputs(node)) > 1:
+            return None  # a gated activation such as x * Sigmoid(x)
+        if not is_op(node, *operators.ACTIVATION_OPS, "Softmax", "AveragePool", "GlobalAveragePool", "ReduceMean"):
+            return TAIL_REASON
+        if self.target.npu is None and not is_op(node, "Softmax"):
+            return None
+        match = self.target.match(facts_of_float(node, self.dtype))
+        return None if isinstance(match, Match) else f"after the last convolution, and {match.reason}"
+
+    def _in_tail(self, node: ir.Node) -> bool:
+        return node in self.downstream_of_mac and node not in self.upstream_of_mac
+
+    def _spread(self) -> None:
+        """Let reasons reach lookup tables, fused clamps, data movement and what follows a float tail."""
+        changed = True
+        while changed:
+            changed = False
+            for node in self.nodes:
+                if node in self.float_reasons:
+                    changed |= self._spread_inside(node)
+                elif (reason := self._neighbour_reason(node)) is not None:
+                    self.float_reasons[node] = reason
+                    changed = True
+
+    def _spread_inside(self, node: ir.Node) -> bool:
+        """The nodes of one integer operator share their fate. True if a node joined."""
+        clamp = operators.clamp_of(node)
+        together = [*self.regions.get(node, ()), *([clamp] if clamp is not None and clamp not in self.inner else [])]
+        fresh = [member for member in together if member not in self.float_reasons]
+        self.float_reasons |= dict.fromkeys(fresh, self.float_reasons[node])
+        return bool(fresh)
+
+    def _neighbour_reason(self, node: ir.Node) -> str | None:
+        makers = [value.producer() for value in activation_inputs(node)]
+        from_float = [maker is None or maker in self.float_reasons for maker in makers]
+        readers = [reader for value in node.outputs for reader in users(value)]
+        into_float = all(reader in self.float_reasons for reader in readers)
+        leaves = any(value.is_graph_output() for value in node.outputs)
+        moves = operators.inherits_format(node) or is_op(node, "Concat")
+        if moves and into_float and (all(from_float) or (self._in_tail(node) and not leaves)):
+            return "it moves data for operators that stay in float"
+        if self._in_tail(node) and not operators.is_fused_clamp(node) and node not in self.inner:
+            stays = any(from_float) if is_op(node, "Concat") else all(from_float)
+            return "it follows operators that stay in float" if stays else None
+        return None
+
+    def _drop_islands(self) -> None:
+        """Quantized operators that no quantized multiply-accumulate is connected to are not worth their borders."""
+        if not any(is_op(node, *MAC_OPS) for node in self.nodes):
+            return
+        islands = [node for node in self.nodes if node not in self.float_reasons]
+        connected = {node for node in islands if is_op(node, *MAC_OPS)}
+        frontier = list(connected)
+        while frontier:
+            node = frontier.pop()
+            around = {*node.predecessors(), *node.successors()}
+            siblings = {reader for value in activation_inputs(node) for reader in users(value)}
+            fresh = {other for other in around | siblings if other not in self.float_reasons} - connected
+            connected |= fresh
+            frontier += fresh
+        for node in islands:
+            if node not in connected:
+                self.float_reasons[node] = "no quantized convolution or matrix product is connected to it"
+
+    # --- which values ----------------------------------------------------------------------------------
+
+    def _values(self) -> Iterable[ir.Value]:
+        yield from self.graph.inputs
+        for node in self.nodes:
+            yield from node.outputs
+
+    def _is_quantized(self, value: ir.Value) -> bool:
+        """Made or read by an operator that is quantized."""
+        if not is_activation(value) or value in self.interior:
+            return False
+        maker = value.producer()
+        if maker is not None and maker not in self.float_reasons:
+            return True
+        return any(reader not in self.float_reasons for reader in users(value))
+
+    def _inherits(self, node: ir.Node | None) -> bool:
+        """True if the quantized `node` gives its output the format of its first input."""
+        if node is None or node in self.float_reasons:
+            return False
+        shared = node.op_type in self.spec.shared_scale and len(activation_inputs(node)) == 1
+        return operators.inherits_format(node) or (shared and not is_op(node, "Concat"))
+
+    def _root(self, value: ir.Value) -> ir.Value:
+        while value in self.roots:
+            value = self.roots[value]
+        return value
+
+    def _join(self, value: ir.Value) -> None:
+        """Put a value into the group of another, or found one for it."""
+        maker = value.producer()
+        if self._inherits(maker):
+            assert maker is not None
+            root = self._root(data_input(maker))
+            self.roots[value] = root
+            filled = self._range(value)  # a Pad may bring in values of its own
+            group = self.groups[root]
+            self.groups[root] = _Group(min(group.low, filled.low), max(group.high, filled.high), group.tightest)
+            return
+        seen = self._range(value)
+        self.groups[value] = _Group(seen.low, seen.high, math.inf if self._only_concats(value) else _span(seen))
+        if is_op(maker, "Concat") and maker not in self.float_reasons:
+            assert maker is not None
+            for part in dict.fromkeys(self._root(part) for part in activation_inputs(maker)):
+                self._merge(part, value)
+
+    def _merge(self, part: ir.Value, whole: ir.Value) -> None:
+        """Let a Concat's input take the format of its output, if that costs its other readers little."""
+        part, whole = self._root(part), self._root(whole)
+        if part is whole:
+            return
+        a, b = self.groups[part], self.groups[whole]
+        union = _Group(min(a.low, b.low), max(a.high, b.high), min(a.tightest, b.tightest))
+        if union.span <= SHARING_LIMIT * union.tightest:
+            self.roots[part] = whole
+            self.groups[whole] = union
+
+    def _only_concats(self, value: ir.Value) -> bool:
+        """True if a Concat is all that reads the value, perhaps after data movement."""
+        readers = users(value)
+        if len(readers) != 1 or value.is_graph_output():
+            return False
+        (reader,) = readers
+        if is_op(reader, "Concat"):
+            return reader not in self.float_reasons
+        return self._inherits(reader) and all(self._only_concats(output) for output in reader.outputs)
+
+    # --- formats -----------------------------------------------------------------------------------------
+
+    def _range(self, value: ir.Value) -> Range:
+        """The interval of any float tensor; data movement and Concat follow their inputs."""
+        maker = value.producer()
+        for op_type, low, high in UNIT_OUTPUTS:
+            if is_op(maker, op_type):
+                return Range(low, high, low, high)
+        constant = const_of(value)
+        if constant is not None:
+            low, high = float(min(constant.min(), 0)), float(max(constant.max(), 0))
+            return Range(low, high, low, high)
+        if (seen := self.ranges.get(value_name(value))) is not None:
+            return seen
+        assert maker is not None, f"no range for {value.name}"
+        if is_op(maker, "Concat"):
+            parts = [self._range(part) for part in maker.inputs if part is not None]
+        else:
+            parts = [self._range(data_input(maker))]
+            if is_op(maker, "Pad") and (fill := const_of(input_of(maker, 2))) is not None and fill.size:
+                low, high = min(float(fill), 0.0), max(float(fill), 0.0)
+                parts.append(Range(low, high, low, high))
+        return Range(
+            min(part.low for part in parts),
+            max(part.high for part in parts),
+            min(part.observed_low for part in parts),
+            max(part.observed_high for part in parts),
+        )
+
+    def _format(self, value: ir.Value) -> TensorFormat:
+        group = self.groups[self._root(value)]
+        return self._activation_format(group.low, group.high)
+
+    def _constant_format(self, node: ir.Node, value: ir.Value, activations: Mapping[str, TensorFormat]) -> TensorFormat:
+        """The format of a constant operand that stands for an activation."""
+        if is_op(node, "Concat"):
+            return activations[value_name(node.outputs[0])]
+        seen = self._range(value)
+        return self._activation_format(seen.low, seen.high)
+
+    def _activation_format(self, low: float, high: float) -> TensorFormat:
+        return activation_format(
+            low,
+            high,
+            self.dtype,
+            symmetric=self.spec.activations.symmetric,
+            power_of_two=self.spec.requantize == "shift",
+        )
+
+    def _constants(
+        self, activations: Mapping[str, TensorFormat]
+    ) -> tuple[dict[str, TensorFormat], dict[str, TensorFormat]]:
+        """Formats of weights by initializer name, and of biases by node name."""
+        spec, weights, biases = self.spec.weights, {}, {}
+        floors: dict[str, list[np.ndarray | float]] = {}
+        axes: dict[str, set[int | None]] = {}
+        weighted = [node for node in self.nodes if node not in self.float_reasons and _has_weights(node)]
+        for node in weighted:
+            name = value_name(data_input(node, 1))
+            bias = const_of(input_of(node, 2))
+            scale = float(activations[value_name(data_input(node))].scale)
+            floors.setdefault(name, []).append(0.0 if bias is None else least_weight_scale(bias.reshape(-1), scale))
+            axes.setdefault(name, set()).add(weight_axis(node) if spec.per_channel else None)
+        for node in weighted:
+            value = data_input(node, 1)
+            name, array = value_name(value), const_of(value)
+            assert array is not None
+            # One initializer in two roles gets the format that suits both.
+            axis = next(iter(axes[name])) if len(axes[name]) == 1 else None
+            floor = np.maximum.reduce([np.asarray(f) if axis is not None else np.max(f) for f in floors[name]])
+            weights[name] = weight_format(
+                array,
+                spec.dtypes[0],
+                axis,
+                symmetric=spec.symmetric,
+                narrow=spec.narrow_range,
+                power_of_two=self.spec.requantize == "shift",
+                floor=floor,
+            )
+            if input_of(node, 2) is not None:
+                scale = activations[value_name(data_input(node))].scale
+                biases[node.name or ""] = bias_format(scale, weights[name])
+        for node in self.nodes:
+            if node in self.float_reasons or _has_weights(node) or not is_op(node, *_OPERANDS):
+                continue
+            if node in self.regions or node in self.inner:
+                continue  # its constant becomes part of the table
+            for value in node.inputs:
+                if operators.is_float(value) and not is_activation(value):
+                    assert value is not None
+                    weights[value_name(value)] = self._constant_format(node, value, activations)
+        return weights, biases
+
+
+_OPERANDS = (*operators.BINARY_OPS, "Concat", "MatMul")
+"""Operators whose constant operands are quantized like activations."""
+
+
+def weight_axis(node: ir.Node) -> int | None:
+    """The output channel axis of a node's weights; None where channels do not lie along one axis."""
+    if is_op(node, "Conv"):
+        return 0
+    if is_op(node, "ConvTranspose"):
+        return 1 if integer(node, "group", 1) == 1 else None
+    if is_op(node, "Gemm"):
+        return 0 if integer(node, "transB", 0) else 1
+    return 1 if len(shape_of(data_input(node, 1))) == 2 else None
+
+
+def _span(interval: Range) -> float:
+    return interval.high - interval.low
+
+
+def _has_weights(node: ir.Node) -> bool:
+    return is_op(node, *MAC_OPS) and const_of(data_input(node, 1)) is not None
+
+
+def _reach(nodes: list[ir.Node], *, forward: bool) -> set[ir.Node]:
+    """Nodes strictly after (`forward`) or strictly before some multiply-accumulate operator."""
+    reached: set[ir.Node] = set()
+    for node in nodes if forward else reversed(nodes):
+        if is_op(node, *MAC_OPS) or node in reached:
+            reached |= set(node.successors() if forward else node.predecessors())
+    return reached

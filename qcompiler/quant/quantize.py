@@ -1,0 +1,133 @@
+"""Turn a float model and a plan into a standard QDQ model."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.graph import (
+    add_initializer,
+    const_of,
+    graph_of,
+    is_op,
+    make_node,
+    make_value,
+    remove_dead,
+    shape_of,
+    users,
+    value_name,
+)
+from qcompiler.quant.formats import quantize_array
+from qcompiler.quant.operators import MAC_OPS
+from qcompiler.quant.types import QuantPlan, TensorFormat
+
+_DTYPES = {
+    "int4": ir.DataType.INT4,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
+    "int16": ir.DataType.INT16,
+    "int32": ir.DataType.INT32,
+}
+
+
+def quantize(model: ir.Model, plan: QuantPlan) -> ir.Model:
+    """Apply a plan.
+
+    Args:
+        model: the float model the plan was made for; left as it is.
+        plan: formats by name.
+
+    Returns:
+        A copy in which each planned activation goes through QuantizeLinear and DequantizeLinear, weights are stored
+        as integers behind a DequantizeLinear, and biases as int32 behind one. Operators that stay in float read
+        the float tensor where one exists. Names of inputs, outputs and activations are kept.
+    """
+    result = model.clone()
+    graph = result.graph
+    nodes = list(graph)
+    for node in nodes:
+        if node.name not in plan.float_nodes:
+            _quantize_constants(node, plan)
+    for value in [*graph.inputs, *(value for node in nodes for value in node.outputs)]:
+        if value.name in plan.activations:
+            _insert_pair(graph, value, plan)
+    remove_dead(result)
+    return result
+
+
+def _quantize_constants(node: ir.Node, plan: QuantPlan) -> None:
+    bias_format = plan.biases.get(node.name or "")
+    for index, value in enumerate(node.inputs):
+        if value is None or (array := const_of(value)) is None:
+            continue
+        if index == 2 and bias_format is not None and is_op(node, *MAC_OPS):
+            flat = array.reshape(-1)
+            node.replace_input_with(index, _stored(node, value, quantize_array(flat, bias_format), bias_format))
+        elif (fmt := plan.weights.get(value_name(value))) is not None:
+            narrow = fmt.dtype in ("int4", "int8") and not fmt.zero_point.any() and is_op(node, *MAC_OPS)
+            node.replace_input_with(index, _stored(node, value, quantize_array(array, fmt, narrow=narrow), fmt))
+
+
+def _stored(reader: ir.Node, value: ir.Value, integers: np.ndarray, fmt: TensorFormat) -> ir.Value:
+    """The output of a DequantizeLinear that stands before `reader` and holds a constant's integers."""
+    graph = graph_of(reader)
+    name = value_name(value)
+    tensor = _constant(graph, f"{name}_quantized", integers, fmt)
+    output = make_value(graph, f"{name}_dequantized", integers.shape, ir.DataType.FLOAT)
+    graph.insert_before(reader, _dequantize(tensor, output, fmt, _parameters(graph, name, fmt)))
+    return output
+
+
+def _constant(graph: ir.Graph, hint: str, integers: np.ndarray, fmt: TensorFormat) -> ir.Value:
+    if fmt.dtype != "int4":
+        return add_initializer(graph, hint, integers)
+    return add_initializer(graph, hint, integers.astype(ir.DataType.INT4.numpy()))
+
+
+def _parameters(graph: ir.Graph, name: str, fmt: TensorFormat) -> Sequence[ir.Value]:
+    """Scale and zero point; int32 has no zero point, as ONNX wants it."""
+    scale = add_initializer(graph, f"{name}_scale", fmt.scale.astype(np.float32))
+    if fmt.dtype == "int32":
+        return (scale,)
+    return scale, _constant(graph, f"{name}_zero_point", fmt.zero_point, fmt)
+
+
+def _dequantize(source: ir.Value, output: ir.Value, fmt: TensorFormat, parameters: Sequence[ir.Value]) -> ir.Node:
+    attributes = {"axis": fmt.axis} if fmt.axis is not None else None
+    return make_node("DequantizeLinear", [source, *parameters], [output], attributes)
+
+
+def _insert_pair(graph: ir.Graph, value: ir.Value, plan: QuantPlan) -> None:
+    """value → QuantizeLinear → DequantizeLinear → readers."""
+    name, shape = value_name(value), shape_of(value)
+    fmt = plan.activations[name]
+    maker = value.producer()
+    exists_in_float = maker is None or maker.name in plan.float_nodes
+    readers = [node for node in users(value) if not (exists_in_float and node.name in plan.float_nodes)]
+    parameters = _parameters(graph, name, fmt)
+    integers = make_value(graph, f"{name}_q", shape, _DTYPES[fmt.dtype])
+    output = make_value(graph, f"{name}_dq", shape, ir.DataType.FLOAT)
+    pair = [
+        make_node("QuantizeLinear", [value, *parameters], [integers]),
+        _dequantize(integers, output, fmt, parameters),
+    ]
+    for reader in readers:
+        for index, read in enumerate(reader.inputs):
+            if read is value:
+                reader.replace_input_with(index, output)
+    if maker is not None:
+        graph.insert_after(maker, pair)
+    else:
+        graph.insert_before(graph[0], pair)
+    if value.is_graph_output() and not exists_in_float:
+        _take_over_output(graph, value, output)
+
+
+def _take_over_output(graph: ir.Graph, value: ir.Value, output: ir.Value) -> None:
+    """Make `output` the graph output under the old name."""
+    name = value_name(value)
+    value.name = f"{name}_float"
+    output.name = name
+    for index, old in enumerate(graph.outputs):
+        if old is value:
+            graph.outputs[index] = output

@@ -1,0 +1,121 @@
+"""Running statistics of a tensor, and the interval a number format should span.
+
+A `Histogram` sees the samples one after the other and needs the same memory however many there are. Its
+bins span [-limit, limit] with `limit` a power of two; when a larger value comes along the limit doubles and
+neighbouring bins merge, so that the result does not depend on the order of the samples.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qcompiler.quant.types import Range
+
+BINS = 8192
+SUBSAMPLE = 1 << 16
+"""Elements of one tensor of one sample that reach the histogram; minimum and maximum always see all."""
+
+_CANDIDATES = np.exp2(-np.arange(96) / 16)
+"""Fractions of the observed extreme at which the interval may end: 1 down to 1/61 in steps of 4%."""
+
+
+@dataclass
+class Histogram:
+    """Extremes and distribution of one tensor over all samples."""
+
+    low: float = 0.0
+    high: float = 0.0
+    limit: float = 0.0
+    """Bins span [-limit, limit]; 0 while only zeros were seen."""
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    zeros: int = 0
+    """Exact zeros, which are in no bin: every format represents them exactly."""
+    finite: bool = True
+    """False once an infinity was seen; it enters `low` or `high` but no bin."""
+
+    def add(self, values: np.ndarray, *, histogram: bool) -> None:
+        """Take one sample's tensor in; only its extremes unless `histogram`. NaN makes `low` NaN."""
+        low, high = float(values.min()), float(values.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.finite = False
+            # min() keeps its first argument when compared with NaN.
+            self.low = math.nan if math.isnan(low) else self.low
+            return
+        if histogram and self.finite:
+            self._count(values.reshape(-1), max(-low, high))
+
+    def _count(self, flat: np.ndarray, extreme: float) -> None:
+        # An odd step does not fall in with the rows of feature maps, whose sizes are mostly even.
+        step = -(-flat.size // SUBSAMPLE) | 1
+        flat = flat[::step] if flat.size > SUBSAMPLE else flat
+        self._grow(extreme)
+        nonzero = flat[flat != 0]
+        self.zeros += flat.size - nonzero.size
+        if nonzero.size:
+            position = nonzero * np.float32(BINS / 2 / self.limit) + np.float32(BINS / 2)
+            index = np.minimum(position.astype(np.int32), BINS - 1)
+            self.counts += np.bincount(index, minlength=BINS)
+
+    def _grow(self, extreme: float) -> None:
+        if extreme <= self.limit:
+            return
+        if self.limit == 0:
+            self.limit = math.ldexp(1.0, math.frexp(extreme)[1])
+        while self.limit < extreme:
+            quarter = BINS // 4
+            merged = self.counts.reshape(BINS // 2, 2).sum(axis=1)
+            self.counts = np.concatenate([np.zeros(quarter, np.int64), merged, np.zeros(quarter, np.int64)])
+            self.limit *= 2
+
+    @property
+    def centers(self) -> np.ndarray:
+        """The value each bin stands for, float64 [BINS]."""
+        return (np.arange(BINS) + 0.5) * (2 * self.limit / BINS) - self.limit
+
+
+def observed_range(histogram: Histogram) -> Range:
+    """The interval from minimum to maximum."""
+    return Range(histogram.low, histogram.high, histogram.low, histogram.high)
+
+
+def mse_range(histogram: Histogram, bits: int, *, symmetric: bool) -> Range:
+    """The interval that minimises the expected squared error of quantizing to `bits`.
+
+    A value inside costs step²/12 (rounding to a step much finer than the distribution), one outside costs its squared
+    distance to the nearer end, a zero costs nothing. `symmetric` intervals are [-high, high] as far as
+    error goes, but are returned cut to the observed side, so that they can still be judged by their span.
+    """
+    low, high = histogram.low, histogram.high
+    if not histogram.finite or histogram.counts.sum() == 0:
+        return observed_range(histogram)
+    if symmetric:
+        extreme = max(-low, high)
+        highs = extreme * _CANDIDATES
+        # One side at a time is enough: the counts of |x| are those of both sides folded.
+        above, inside_above = _beyond(histogram.centers, histogram.counts, highs)
+        below, inside_below = _beyond(-histogram.centers, histogram.counts, highs)
+        inside = inside_above + inside_below - histogram.counts.sum()
+        step = highs / (2 ** (bits - 1) - 1)
+        best = highs[np.argmin(above + below + inside * step**2 / 12)]
+        return Range(max(low, -float(best)), min(high, float(best)), low, high)
+    highs = high * _CANDIDATES if high > 0 else np.zeros(1)
+    lows = low * _CANDIDATES if low < 0 else np.zeros(1)
+    above, inside_above = _beyond(histogram.centers, histogram.counts, highs)
+    below, inside_below = _beyond(-histogram.centers, histogram.counts, -lows)
+    inside = inside_above[None, :] + inside_below[:, None] - histogram.counts.sum()
+    step = (highs[None, :] - lows[:, None]) / (2**bits - 1)
+    error = above[None, :] + below[:, None] + inside * step**2 / 12
+    row, column = np.unravel_index(np.argmin(error), error.shape)
+    return Range(float(lows[row]), float(highs[column]), low, high)
+
+
+def _beyond(centers: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each end: Σ (x - end)² over the values above it, and how many values are not above it."""
+    order = slice(None) if centers[0] < centers[-1] else slice(None, None, -1)
+    x, n = centers[order], counts[order].astype(np.float64)
+    zeroth, first, second = (np.append(np.cumsum((n * x**power)[::-1])[::-1], 0.0) for power in (0, 1, 2))
+    start = np.searchsorted(x, ends, side="right")
+    squares = second[start] - 2 * ends * first[start] + ends**2 * zeroth[start]
+    return np.maximum(squares, 0), n.sum() - zeroth[start]
