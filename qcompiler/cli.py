@@ -1,0 +1,424 @@
+"""The command `qcompile`.
+
+Results go to stdout, everything else to stderr. A user's mistake is one paragraph and exit code 2; with --json it is
+`{"error": …}` on stdout. Heavy imports wait until a command needs them.
+"""
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from qcompiler.errors import QCompilerError
+from qcompiler.quant.types import RangeMethod
+
+if TYPE_CHECKING:
+    from qcompiler.bundle import Bundle
+    from qcompiler.dataset import ImageOptions
+    from qcompiler.report import Report
+
+WIDTH_WITHOUT_TERMINAL = 160
+USAGE_ERROR, INTERRUPTED = 2, 130
+DEFAULT_TARGET = "arm-npu"
+
+EXAMPLES = """
+Examples:
+
+  qcompile model.onnx --target arm-npu --calibration samples.npz
+  qcompile model.onnx --target my-chip.yaml --calibration photos/ --resize 224 --mean 123.7,116.3,103.5 --std 58.4
+  qcompile run model.qc --input in.npz --output out.npz
+  qcompile explain model.onnx --target systolic-npu
+  qcompile targets check my-chip.yaml
+"""
+
+HELP = (
+    "Compile a trained ONNX model to INT8 code for a CPU with or without an accelerator, run it bit-exactly on the "
+    "bundled simulator, and report what it costs.\n\n`qcompile MODEL …` is short for `qcompile compile MODEL …`."
+)
+
+app = typer.Typer(name="qcompile", help=HELP, epilog=EXAMPLES.replace("\n", "\n\n"), no_args_is_help=True,
+                  pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich",
+                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
+app.add_typer(targets_app, name="targets")
+
+VERBS = ("compile", "run", "explain", "targets")
+GROUP_OPTIONS = ("--help", "-h", "--version")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. An invocation that does not begin with a verb is a compilation."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] not in VERBS + GROUP_OPTIONS:
+        given.insert(0, "compile")
+    app(given, prog_name="qcompile")
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+Model = Annotated[Path, typer.Argument(help="The ONNX file, float or already quantized.", show_default=False)]
+TargetName = Annotated[
+    str, typer.Option("--target", "-t", metavar="NAME|SPEC.yaml", help="A bundled target or a spec of your own.")
+]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        "-c",
+        metavar="DATA",
+        help="Representative inputs: an .npz (one array per input, first axis samples), a folder of .npy or .npz "
+        "files, or a folder of images. Without it, ranges come from synthetic inputs.",
+    ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option("--input-shape", metavar="NAME=1,3,224,224", help="Shape of an input with symbolic dimensions."),
+]
+DumpFolder = Annotated[
+    Path | None, typer.Option("--dump", metavar="DIR", help="Write the graph after every stage as ONNX.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and nothing else.")]
+Method = Annotated[RangeMethod, typer.Option(help="How activation ranges are chosen.")]
+SampleLimit = Annotated[int | None, typer.Option(metavar="N", min=1, help="Calibrate with the first N samples only.")]
+Resize = Annotated[str | None, typer.Option(metavar="N|HxW", help="Images: scale to this size.")]
+Mean = Annotated[str, typer.Option(metavar="M[,M,M]", help="Images: subtract from pixels of 0 to 255.")]
+Std = Annotated[str, typer.Option(metavar="S[,S,S]", help="Images: then divide by.")]
+Layout = Annotated[Literal["NCHW", "NHWC"], typer.Option(help="Images: order of axes.")]
+Color = Annotated[Literal["rgb", "bgr", "gray"], typer.Option(help="Images: channels.")]
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@app.callback()
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print versions and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib import metadata
+
+        typer.echo(f"qcompile {metadata.version('qcompiler')} (TVM {metadata.version('apache-tvm')})")
+        raise typer.Exit
+
+
+@app.command("compile", epilog=EXAMPLES.replace("\n", "\n\n"))
+def compile_command(
+    model: Model,
+    target: TargetName = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The bundle to write; MODEL.qc here if not given."),
+    ] = None,
+    input_shape: InputShapes = None,
+    dump: DumpFolder = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+) -> None:
+    """Compile a model into a bundle, check it against the original, and report placement and cost."""
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.compile import compile
+
+        bundle = compile(
+            model,
+            target,
+            calibration=calibration,
+            output=output or Path(f"{model.stem}.qc"),
+            input_shapes=_input_shapes(input_shape or []),
+            dump=dump,
+            method=method,
+            samples=samples,
+            images=_image_options(resize, mean, std, layout, color),
+            progress=progress,
+        )
+        report = bundle.report
+        timings = progress.finish()
+    if as_json:
+        _print_json({"bundle": str(bundle.path), "report": report.to_dict(), "seconds": timings})
+        return
+    _print_report(report)
+    slowest = sorted(timings.items(), key=lambda item: -item[1])[:3]
+    listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in slowest)
+    _stdout().print(Text(f"\nwrote {bundle.path} in {sum(timings.values()):.1f} s ({listed})"))
+
+
+@app.command()
+def explain(
+    model: Model,
+    target: TargetName = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    input_shape: InputShapes = None,
+    dump: DumpFolder = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+) -> None:
+    """Show what would run where, why, and at what cost, without building anything.
+
+    Neither depends on the values of the ranges, so no calibration data is needed.
+    """
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.compile import explain as explain_model
+
+        report = explain_model(
+            model,
+            target,
+            calibration=calibration,
+            input_shapes=_input_shapes(input_shape or []),
+            dump=dump,
+            method=method,
+            samples=samples,
+            images=_image_options(resize, mean, std, layout, color),
+            progress=progress,
+        )
+        progress.finish()
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_report(report)
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="The folder MODEL.qc.", show_default=False)],
+    inputs: Annotated[Path, typer.Option("--input", "-i", metavar="IN.npz", help="One array per input of the model.")],
+    outputs: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.npz", help="Where the outputs go.")],
+    as_json: AsJson = False,
+) -> None:
+    """Run a bundle on an .npz of inputs; the first axis may hold any number of samples."""
+    with _mistakes(as_json):
+        from qcompiler.bundle import load
+
+        compiled = load(bundle)
+        arrays = _read_arrays(inputs, compiled)
+        started = time.perf_counter()
+        results = compiled.run(arrays)
+        seconds = time.perf_counter() - started
+        _write_arrays(outputs, results)
+    if as_json:
+        shown = {name: {"shape": array.shape, "dtype": str(array.dtype)} for name, array in results.items()}
+        _print_json({"bundle": str(bundle), "output": str(outputs), "outputs": shown, "seconds": seconds})
+        return
+    table = Table("output", "shape", "dtype")
+    for name, array in results.items():
+        table.add_row(Text(name), Text("×".join(map(str, array.shape))), str(array.dtype))
+    _stdout().print(table)
+    _stdout().print(Text(f"wrote {outputs}, {seconds:.2f} s"))
+
+
+@targets_app.callback()
+def targets_list(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the bundled targets."""
+    if context.invoked_subcommand is not None:
+        return
+    with _mistakes(as_json):
+        from qcompiler.target_loader import list_targets
+
+        summaries = list_targets()
+    if as_json:
+        _print_json([{"name": summary.name, "description": summary.description} for summary in summaries])
+        return
+    table = Table("target", "description")
+    for summary in summaries:
+        table.add_row(Text(summary.name), Text(summary.description))
+    _stdout().print(table)
+
+
+@targets_app.command("show")
+def targets_show(name: Annotated[str, typer.Argument(metavar="NAME|SPEC.yaml", show_default=False)]) -> None:
+    """Print a target as JSON: inheritance resolved, units parsed (bytes, Hz, pJ, W)."""
+    with _mistakes(as_json=False):
+        from qcompiler.target_loader import load_target
+
+        _print_json(load_target(name).model_dump(mode="json"))
+
+
+@targets_app.command("check")
+def targets_check(
+    file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", show_default=False)], as_json: AsJson = False
+) -> None:
+    """Check a spec of your own; every problem is printed with its line and column."""
+    with _mistakes(as_json):
+        from qcompiler.target_loader import load_target
+
+        # A file without a slash or a suffix would be looked up among the bundled names.
+        target = load_target(file if file.suffix in (".yaml", ".yml") else Path.cwd() / file)
+    if as_json:
+        _print_json({"file": str(file), "target": target.name})
+    else:
+        _stdout().print(Text(f"{file} is a valid target spec: {target.name}, {target.description}"))
+
+
+# --- reading options and data ---------------------------------------------------------------------------------
+
+
+def _input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, equals, sizes = text.rpartition("=")
+        try:
+            shape = tuple(int(size) for size in sizes.split(","))
+        except ValueError:
+            shape = ()
+        if not (name and equals and shape):
+            raise QCompilerError(f"--input-shape {text}: write NAME=1,3,224,224, the input's name and its sizes.")
+        shapes[name] = shape
+    return shapes
+
+
+def _image_options(
+    resize: str | None, mean: str, std: str, layout: Literal["NCHW", "NHWC"], color: Literal["rgb", "bgr", "gray"]
+) -> "ImageOptions":
+    from qcompiler.dataset import ImageOptions, parse_size
+
+    return ImageOptions(
+        resize=None if resize is None else parse_size(resize),
+        mean=_numbers("--mean", mean),
+        std=_numbers("--std", std),
+        layout=layout,
+        color=color,
+    )
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise QCompilerError(f"{option} {text}: write one number, or one per channel with commas between.") from None
+
+
+def _read_arrays(file: Path, bundle: "Bundle") -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or of an .npy for a model with one input."""
+    try:
+        data = np.load(file, allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            if len(bundle.inputs) > 1:
+                names = ", ".join(tensor.name for tensor in bundle.inputs)
+                raise QCompilerError(f"{file} holds one array but {bundle.path} has the inputs {names}; give an .npz.")
+            return {bundle.inputs[0].name: data}
+        with data:
+            return {name: data[name] for name in data.files}
+    except FileNotFoundError:
+        raise QCompilerError(f"{file} does not exist; give an .npz with one array per input.") from None
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise QCompilerError(f"{file} is not a readable .npz: {error}.") from None
+
+
+def _write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz whole or not at all."""
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            with partial.open("wb") as stream:
+                # The signature offers options by keyword; a file of arrays has only names.
+                np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise QCompilerError(f"cannot write {file}: {error.strerror}.") from None
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+def _stdout() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDTH_WITHOUT_TERMINAL)
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _print_report(report: "Report") -> None:
+    from qcompiler.report import render
+
+    _stdout().print(render(report))
+
+
+@contextmanager
+def _mistakes(as_json: bool) -> Iterator[None]:
+    """Turn a user's mistake and Ctrl-C into a message and an exit code."""
+    try:
+        yield
+    except QCompilerError as error:
+        if as_json:
+            _print_json({"error": str(error)})
+        else:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble(("error: ", "red"), str(error)))
+        raise typer.Exit(USAGE_ERROR) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+class ConsoleProgress:
+    """Shows the stage at work on a terminal and remembers how long each took."""
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._started = time.perf_counter()
+        self._timings: dict[str, float] = {}
+
+    def stage(self, name: str) -> None:
+        self._close()
+        self._stage, self._started = name, time.perf_counter()
+        self._task = self._bar.add_task(name, total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def finish(self) -> dict[str, float]:
+        """Seconds by stage."""
+        self._close()
+        return dict(self._timings)
+
+    def _close(self) -> None:
+        if self._task is None:
+            return
+        self._timings[self._stage] = self._timings.get(self._stage, 0.0) + time.perf_counter() - self._started
+        self._bar.remove_task(self._task)
+        self._task = None
+
+
+@contextmanager
+def _console_progress() -> Iterator[ConsoleProgress]:
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield ConsoleProgress(bar)

@@ -1,0 +1,270 @@
+"""What a compilation decided and what it will cost: typed, as JSON, and as tables.
+
+A report holds nothing about the machine or the moment of compiling, so that equal inputs give equal reports.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from qcompiler.partition import Backend, Placement
+
+TEXT_WIDTH = 160
+"""Columns of report.txt."""
+SI_PREFIXES: tuple[tuple[float, str], ...] = ((1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"), (1e-12, "p"))
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one operator costs in one inference."""
+
+    layer: str
+    op: str
+    backend: Backend
+    engine: str
+    macs: int
+    cycles: float
+    """Of the accelerator's clock on the accelerator, of the host's clock on the host."""
+    seconds: float
+    utilisation: float | None
+    """MACs done over MACs the engine could have done in these cycles; None where there are no MACs."""
+    traffic: Mapping[str, int]
+    """Bytes read and written, by memory."""
+    bound: str
+    """What the layer waits for: "compute", or the name of a memory."""
+    energy: float
+    """Joules, idle power excluded."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """One inference, from input to output."""
+
+    latency: float
+    """Seconds."""
+    npu_cycles: float
+    macs: int
+    npu_macs: int
+    traffic: Mapping[str, int]
+    """Bytes by memory."""
+    peak_sram: int
+    """Most bytes of scratchpad reserved at one time."""
+    sram: int
+    """Size of the scratchpad, bytes; 0 without an accelerator."""
+    weights: int
+    """Bytes of constants in the bundle."""
+    energy: float
+    """Joules, idle power of the accelerator included."""
+
+    @property
+    def inferences_per_second(self) -> float:
+        return 1 / self.latency if self.latency else 0.0
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output of the compiled model beside the float one."""
+
+    output: str
+    sqnr: float | None
+    """Signal to quantization noise, dB, over all samples; None if the two are identical."""
+    top1_agreement: float | None
+    """Share of samples whose largest element stands at the same place; None where that says nothing."""
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """The compiled model run beside the model it was made from."""
+
+    samples: int
+    outputs: tuple[OutputCheck, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where activation ranges came from."""
+
+    method: str
+    samples: int
+    synthetic: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    model: str
+    target: str
+    placements: tuple[Placement, ...]
+    layers: tuple[LayerCost, ...]
+    totals: Totals
+    calibration: Calibration | None
+    """None if the model arrived quantized."""
+    self_check: SelfCheck | None
+    """None if nothing was built (`qcompile explain`)."""
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON types."""
+        return _ADAPTER.dump_python(self, mode="json")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> "Report":
+        """The inverse of `to_dict`. Raises pydantic.ValidationError if it is not a report."""
+        return _ADAPTER.validate_python(data)
+
+
+_ADAPTER: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+# --- as text ------------------------------------------------------------------------------------------------
+
+
+def as_text(report: Report, width: int = TEXT_WIDTH) -> str:
+    """The report as plain text of fixed width."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(render(report))
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines).strip("\n") + "\n"
+
+
+def render(report: Report) -> RenderableType:
+    """The whole report for a terminal."""
+    parts: list[RenderableType] = [Text(f"{report.model} for {report.target}", style="bold"), Text()]
+    parts += [_heading("Placement"), _placement_table(report.placements), Text(_placement_summary(report.placements))]
+    parts += [Text(), _heading("Cost of one inference"), _cost_table(report.layers), _totals_table(report.totals)]
+    if report.self_check is not None:
+        parts += [Text(), _heading(f"Self-check on {_count(report.self_check.samples, 'sample')}")]
+        parts.append(_check_table(report.self_check))
+    if report.calibration is not None:
+        parts += [Text(), _calibration(report.calibration)]
+    parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in report.warnings]
+    return Group(*parts)
+
+
+def _heading(title: str) -> Text:
+    return Text(title, style="bold")
+
+
+def _table(*columns: tuple[str, bool]) -> Table:
+    """A table of (header, is a number) columns."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for header, number in columns:
+        table.add_column(header, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
+
+
+def _placement_table(placements: Sequence[Placement]) -> Table:
+    table = _table(("operator", False), ("layer", False), ("runs on", False), ("precision", False), ("reason", False))
+    for placement in placements:
+        where = f"npu: {placement.engine}" if placement.backend == "npu" else "cpu"
+        style = "yellow" if placement.reason else ""
+        cells = (placement.op, placement.node, where, placement.precision, placement.reason or "")
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    return table
+
+
+def _placement_summary(placements: Sequence[Placement]) -> str:
+    on_npu = sum(placement.backend == "npu" for placement in placements)
+    return (
+        f"{on_npu} of {_count(len(placements), 'operator')} on the accelerator, {len(placements) - on_npu} on the CPU"
+    )
+
+
+def _cost_table(layers: Sequence[LayerCost]) -> Table:
+    memories = tuple(dict.fromkeys(name for layer in layers for name in layer.traffic))
+    table = _table(
+        ("layer", False),
+        ("operator", False),
+        ("on", False),
+        ("MACs", True),
+        ("cycles", True),
+        ("utilised", True),
+        *((f"{name} traffic", True) for name in memories),
+        ("bound by", False),
+        ("time", True),
+        ("energy", True),
+    )
+    for layer in layers:
+        table.add_row(
+            *(Text(cell) for cell in (layer.layer, layer.op, layer.backend)),
+            f"{layer.macs:,}" if layer.macs else "",
+            f"{layer.cycles:,.0f}",
+            "" if layer.utilisation is None else f"{layer.utilisation:.0%}",
+            *(byte_count(layer.traffic[name]) if layer.traffic.get(name) else "" for name in memories),
+            Text(layer.bound),
+            quantity(layer.seconds, "s"),
+            quantity(layer.energy, "J"),
+        )
+    return table
+
+
+def _totals_table(totals: Totals) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    share = f", {totals.npu_macs / totals.macs:.1%} of them on the accelerator" if totals.macs else ""
+    rows = [
+        ("latency", f"{quantity(totals.latency, 's')}, {totals.inferences_per_second:,.1f} inferences/s"),
+        ("MACs", f"{totals.macs:,}{share}"),
+        ("accelerator cycles", f"{totals.npu_cycles:,.0f}"),
+        ("traffic", ", ".join(f"{name} {byte_count(size)}" for name, size in totals.traffic.items()) or "none"),
+        ("peak SRAM", f"{byte_count(totals.peak_sram)} of {byte_count(totals.sram)}"),
+        ("weights", byte_count(totals.weights)),
+        ("energy", quantity(totals.energy, "J")),
+    ]
+    if not totals.sram:
+        rows = [row for row in rows if row[0] not in ("accelerator cycles", "peak SRAM")]
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return Padding(table, (0, 0, 0, 0))
+
+
+def _check_table(check: SelfCheck) -> Table:
+    table = _table(("output", False), ("SQNR", True), ("top-1 agreement", True))
+    for row in check.outputs:
+        table.add_row(
+            Text(row.output),
+            "identical" if row.sqnr is None else f"{row.sqnr:.1f} dB",
+            "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}",
+        )
+    return table
+
+
+def _calibration(calibration: Calibration) -> Text:
+    if calibration.synthetic:
+        return Text(
+            "Activation ranges come from synthetic random inputs, because no --calibration was given: "
+            "do not trust the accuracy of this bundle.",
+            style="bold red",
+        )
+    return Text(f"Activation ranges: {calibration.method} over {_count(calibration.samples, 'calibration sample')}.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with three digits and an SI prefix: 0.00123 s is "1.23 ms"."""
+    if value == 0:
+        return f"0 {unit}"
+    factor, prefix = next(((f, p) for f, p in SI_PREFIXES if abs(value) >= f), SI_PREFIXES[-1])
+    scaled = value / factor
+    digits = max(0, 2 - math.floor(math.log10(abs(scaled))))
+    return f"{scaled:,.{digits}f} {prefix}{unit}"
+
+
+def byte_count(size: int) -> str:
+    """Bytes in the largest binary unit that keeps one digit before the point."""
+    if size < 1024:
+        return f"{size} B"
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    raise AssertionError(size)

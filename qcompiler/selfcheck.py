@@ -1,0 +1,80 @@
+"""Run the compiled model beside the one it was made from."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from qcompiler.report import OutputCheck, SelfCheck
+
+SAMPLES = 16
+"""Enough to see a broken layer; accuracy needs a labelled data set."""
+
+
+class Runnable(Protocol):
+    """A compiled model, by input and output name."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]: ...
+
+
+@dataclass
+class _Sums:
+    """Running sums over samples of one output."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    agreements: list[bool] = field(default_factory=list)
+
+    def add(self, reference: np.ndarray, compiled: np.ndarray) -> None:
+        wanted, got = reference.astype(np.float64), compiled.astype(np.float64)
+        self.signal += float(np.sum(wanted**2))
+        self.noise += float(np.sum((wanted - got) ** 2))
+        if _ranks_classes(reference):
+            self.agreements.append(int(wanted.argmax()) == int(got.argmax()))
+
+    def check(self, output: str) -> OutputCheck:
+        agreement = float(np.mean(self.agreements)) if self.agreements else None
+        return OutputCheck(output, sqnr(self.signal, self.noise), agreement)
+
+
+def self_check(model: Path, compiled: Runnable, samples: Iterable[Mapping[str, np.ndarray]]) -> SelfCheck:
+    """Compare outputs on the first `SAMPLES` samples.
+
+    Args:
+        model: the user's ONNX file. ONNX Runtime runs it without graph optimizations, so that nothing of ours stands
+            on both sides of the comparison.
+        compiled: the compiled model.
+        samples: batch-1 arrays by input name.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    outputs = [output.name for output in session.get_outputs()]
+    # A half-precision model is compiled in float32.
+    halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}
+    sums = {name: _Sums() for name in outputs}
+    count = 0
+    for sample in islice(samples, SAMPLES):
+        count += 1
+        feed = {name: array.astype(np.float16) if name in halves else array for name, array in sample.items()}
+        got = compiled.run(sample)
+        for name, reference in zip(outputs, session.run(outputs, feed), strict=True):
+            sums[name].add(np.asarray(reference), got[name])
+    return SelfCheck(count, tuple(sums[name].check(name) for name in outputs))
+
+
+def sqnr(signal: float, noise: float) -> float | None:
+    """Signal to quantization noise in dB, from sums of squares; None without noise."""
+    if noise == 0:
+        return None
+    return 10 * float(np.log10(signal / noise)) if signal else -np.inf
+
+
+def _ranks_classes(output: np.ndarray) -> bool:
+    """Whether the largest element is a class: one vector of at least two, as classifiers give."""
+    return output.dtype.kind == "f" and output.size > 1 and output.size == max(output.shape)

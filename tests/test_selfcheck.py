@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from qcompiler.selfcheck import SAMPLES, self_check, sqnr
+
+
+@pytest.fixture
+def doubling(tmp_path: Path) -> Path:
+    """y = x + x, [1,4]."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+    )
+    path = tmp_path / "double.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+class Scaled:
+    def __init__(self, factor: float, calls: list[int]) -> None:
+        self.factor, self.calls = factor, calls
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.calls.append(1)
+        return {"y": inputs["x"] * np.float32(self.factor)}
+
+
+def _samples(count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng()
+    return [{"x": rng.normal(size=(1, 4)).astype(np.float32)} for _ in range(count)]
+
+
+def test_identical_outputs(doubling: Path) -> None:
+    check = self_check(doubling, Scaled(2, []), _samples(3))
+    assert check.samples == 3
+    assert check.outputs[0].sqnr is None and check.outputs[0].top1_agreement == 1.0
+
+
+def test_noise_and_disagreement_are_seen(doubling: Path) -> None:
+    calls: list[int] = []
+    check = self_check(doubling, Scaled(-2, calls), _samples(SAMPLES + 9))
+    assert len(calls) == check.samples == SAMPLES
+    # y against -y: the noise has twice the amplitude.
+    assert check.outputs[0].sqnr == pytest.approx(-20 * np.log10(2))
+    assert check.outputs[0].top1_agreement == 0.0
+
+
+def test_sqnr_of_an_output_that_should_be_zero() -> None:
+    assert sqnr(0.0, 1.0) == -np.inf
+    assert sqnr(100.0, 1.0) == pytest.approx(20)
