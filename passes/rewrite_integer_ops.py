@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
+from qcompiler.passes.rewrite_qlinear import FLOAT, QdqBuilder
 
 from qcompiler import graph as g
 from qcompiler.errors import QCompilerError
-from qcompiler.passes.rewrite_qlinear import FLOAT, QdqBuilder
 
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
@@ -15,8 +15,7 @@ def _centred(b: QdqBuilder, index: int, zero_point: int, axis: int) -> ir.Value:
     value, zero = g.data_input(b.node, index), g.input_of(b.node, zero_point)
     constant = g.const_of(zero)
     if zero is None or constant is not None:
-        scalar = constant is None or constant.size == 1
-        shape = () if scalar else np.shape(constant)
+        shape = () if constant is None or constant.size == 1 else constant.shape
         if len(shape) > 1:
             raise QCompilerError(
                 f"node {b.node.name!r} ({b.node.op_type}) has zero points of shape {shape} for {value.name!r}; "

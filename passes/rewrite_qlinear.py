@@ -1,4 +1,4 @@
-"""Rewrite operators that carry their own scales (QLinearConv, QLinearAdd…) as DequantizeLinear → operator → QuantizeLinear."""
+"""Rewrite operators that carry their own scales (QLinearConv…) as DequantizeLinear → operator → QuantizeLinear."""
 
 from collections.abc import Callable
 
