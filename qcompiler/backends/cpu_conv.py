@@ -23,7 +23,7 @@ from tvm.tirx import Expr
 from qcompiler.backends import te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.schedules import conv as schedule
-from qcompiler.backends.schedules.dot import QUAD, DotProduct, dot_product
+from qcompiler.backends.schedules.dot import QUAD, dot_product
 from qcompiler.graph import Shape, const_of, data_input, dtype_of, shape_of
 from qcompiler.integer.ops import QConv, QConvTranspose, QGemm
 from qcompiler.quant.arithmetic import RequantizeVariant, wrap_int32

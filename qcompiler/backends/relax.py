@@ -1,0 +1,271 @@
+"""Assemble one Relax function from the kernels of all nodes and regions, and build it into a shared library."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from tvm import relax
+from tvm.relax import transform
+
+from qcompiler import host_cpu
+from qcompiler.backends import cpu
+from qcompiler.backends.base import HostCode, Kernel, NpuFunction, View, host_code
+from qcompiler.errors import QCompilerError
+from qcompiler.graph import Shape, const_of, dtype_of, shape_of, value_name
+from qcompiler.partition import Partition, Region
+from qcompiler.target import Host, Target
+
+NpuLowering = Callable[[Region], NpuFunction]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of the compiled function."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A model as TVM code: ``main(inputs…, parameters…) -> (outputs…)``."""
+
+    module: tvm.IRModule
+    parameters: tuple[np.ndarray, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    uses_npu: bool
+    """Whether the library needs the NPU simulator linked in."""
+
+
+# --- lowering ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of one function."""
+
+    name: str
+    kernel: Kernel
+    outputs: tuple[ir.Value, ...]
+    workspace: int
+    """Bytes of an extra last output that nobody reads; 0 for none."""
+
+
+@dataclass(frozen=True)
+class _Alias:
+    source: ir.Value
+    output: ir.Value
+
+
+def lower(model: ir.Model, partition: Partition, target: Target, npu_lowering: NpuLowering | None = None) -> Lowered:
+    """Lower a partitioned integer graph.
+
+    Args:
+        model: the integer graph; `cpu.unsupported` must have found nothing to object to in its CPU regions.
+        partition: covers every node of the graph.
+        target: says what CPU the code is for.
+        npu_lowering: makes the driver of an NPU region; needed if there is one.
+    """
+    host = host_code(target.host)
+    steps = [step for region in partition.regions for step in _region_steps(region, host, npu_lowering)]
+    return _Assembler(model, steps).assemble(
+        uses_npu=any(region.backend == "npu" for region in partition.regions), host=host
+    )
+
+
+def _region_steps(region: Region, host: HostCode, npu_lowering: NpuLowering | None) -> list[_Call | _Alias]:
+    if region.backend == "cpu":
+        return [_node_step(node, host) for node in region.nodes]
+    assert npu_lowering is not None, f"nothing lowers the NPU region {region.name}"
+    driver = npu_lowering(region)
+    kernel = Kernel(driver.function, region.inputs, (driver.constants,))
+    return [_Call(region.name, kernel, region.outputs, max(driver.workspace, 1))]
+
+
+def _node_step(node: ir.Node, host: HostCode) -> _Call | _Alias:
+    lowering = cpu.lower_node(node, host)
+    if isinstance(lowering, View):
+        return _Alias(lowering.input, node.outputs[0])
+    return _Call(node.op_type, lowering, tuple(node.outputs), 0)
+
+
+class _Assembler:
+    """Declares parameters, equal ones once, and then emits the calls in order."""
+
+    def __init__(self, model: ir.Model, steps: Sequence[_Call | _Alias]) -> None:
+        self._model, self._steps = model, steps
+        self._arrays: dict[tuple[bytes, Shape, str], int] = {}
+        self._parameters: list[np.ndarray] = []
+
+    def assemble(self, *, uses_npu: bool, host: HostCode) -> Lowered:
+        graph = self._model.graph
+        indices = [self._declare(step) for step in self._steps]
+        output_constants = {
+            value: self._index(array) for value in graph.outputs if (array := const_of(value)) is not None
+        }
+
+        inputs = [relax.Var(f"in{i}", _type(shape_of(v), str(dtype_of(v)))) for i, v in enumerate(graph.inputs)]
+        parameters = [
+            relax.Var(f"p{i}", _type(array.shape, str(array.dtype))) for i, array in enumerate(self._parameters)
+        ]
+        # Tensors as their makers left them; whoever needs another shape takes a view.
+        values: dict[ir.Value, relax.Expr] = dict(zip(graph.inputs, inputs, strict=True))
+        values |= {value: parameters[index] for value, index in output_constants.items()}
+
+        builder = relax.BlockBuilder()
+        with builder.function("main", [*inputs, *parameters], attrs={"num_input": len(inputs)}):
+            for step, (constants, own) in zip(self._steps, indices, strict=True):
+                for value, index in constants.items():
+                    values[value] = parameters[index]
+                if isinstance(step, _Alias):
+                    values[step.output] = values[step.source]
+                else:
+                    _emit_call(builder, step, values, [parameters[index] for index in own])
+            results = [_viewed(builder, values[value], shape_of(value)) for value in graph.outputs]
+            builder.emit_func_output(relax.Tuple(results))
+        return Lowered(
+            builder.get(),
+            tuple(self._parameters),
+            tuple(_spec(value) for value in graph.inputs),
+            tuple(_spec(value) for value in graph.outputs),
+            uses_npu,
+        )
+
+    def _declare(self, step: _Call | _Alias) -> tuple[dict[ir.Value, int], list[int]]:
+        """Parameter indices of the constant inputs and of the kernel's own parameters."""
+        reads = (step.source,) if isinstance(step, _Alias) else step.kernel.inputs
+        constants = {value: self._index(array) for value in reads if (array := const_of(value)) is not None}
+        own = [] if isinstance(step, _Alias) else [self._index(array) for array in step.kernel.parameters]
+        return constants, own
+
+    def _index(self, array: np.ndarray) -> int:
+        array = np.ascontiguousarray(array)
+        key = (array.tobytes(), array.shape, str(array.dtype))
+        if key not in self._arrays:
+            self._arrays[key] = len(self._parameters)
+            self._parameters.append(array)
+        return self._arrays[key]
+
+
+def _type(shape: Sequence[int], dtype: str) -> relax.TensorType:
+    return relax.TensorType([int(dim) for dim in shape], dtype)
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    return TensorSpec(value_name(value), shape_of(value), str(dtype_of(value)))
+
+
+def _viewed(builder: relax.BlockBuilder, tensor: relax.Expr, shape: Sequence[int]) -> relax.Expr:
+    """`tensor` under another shape; the VM makes a view of it."""
+    wanted = [int(dim) for dim in shape]
+    if [int(dim) for dim in tensor.ty.shape] == wanted:
+        return tensor
+    return builder.emit(relax.op.reshape(tensor, wanted))
+
+
+def _emit_call(
+    builder: relax.BlockBuilder, step: _Call, values: dict[ir.Value, relax.Expr], own: Sequence[relax.Expr]
+) -> None:
+    buffers = list(step.kernel.function.params)
+    count = len(step.kernel.inputs)
+    assert len(buffers) == count + len(own) + len(step.outputs) + bool(step.workspace), step.name
+    arguments = [
+        _viewed(builder, values[value], buffer.shape)
+        for value, buffer in zip(step.kernel.inputs, buffers[:count], strict=True)
+    ]
+    results = [_type(buffer.shape, str(buffer.dtype)) for buffer in buffers[count + len(own) :]]
+    function = builder.add_func(step.kernel.function, step.name)
+    called = builder.emit(relax.call_tir(function, [*arguments, *own], results if len(results) > 1 else results[0]))
+    for index, value in enumerate(step.outputs):
+        values[value] = builder.emit(relax.TupleGetItem(called, index)) if len(results) > 1 else called
+
+
+# --- building ----------------------------------------------------------------------------------------------
+
+_PIPELINE: tuple[tvm.ir.transform.Pass, ...] = (
+    transform.RemovePurityChecking(),
+    transform.CallTIRRewrite(),
+    transform.StaticPlanBlockMemory(),
+    transform.LowerAllocTensor(),
+    transform.KillAfterLastUse(),
+    transform.LowerRuntimeBuiltin(),
+    transform.ComputePrimValue(),
+    transform.VMShapeLower(),
+    transform.AttachGlobalSymbol(),
+)
+"""TVM's default build pipeline less what an assembled module never needs (legalizing, dispatch, CUDA graphs)."""
+
+_SIMULATOR_FLAGS = ("-c", "-O3", "-std=c11", "-fPIC", "-ffp-contract=off")
+"""Without -ffp-contract=off a compiler may fuse a float multiply and add, and the results would differ."""
+
+
+def build(lowered: Lowered, host: Host, library: Path) -> None:
+    """Compile a lowered model to the shared library `library`, the NPU simulator linked in if it is needed.
+
+    The bytes depend on nothing but the arguments and the C compiler.
+
+    Raises:
+        QCompilerError: no C compiler, or none for the target's CPU.
+    """
+    code = host_code(host)
+    compiler = c_compiler(host)
+    executable = relax.build(
+        lowered.module, code.target, relax_pipeline=tvm.transform.Sequential(list(_PIPELINE)), exec_mode="bytecode"
+    )
+    # Relative names in a fresh folder: object files carry their names into the library's symbol table.
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        work = Path(folder)
+        addons = [str(_simulator_object(compiler, work))] if lowered.uses_npu else []
+        executable.export_library(
+            str(work / "model.so"),
+            fcompile=lambda output, objects, **_: _link(compiler, work, output, objects),
+            addons=addons,
+            workspace_dir=str(work),
+        )
+        shutil.copyfile(work / "model.so", library)
+
+
+def c_compiler(host: Host) -> str:
+    """The command that compiles and links C for a spec's CPU.
+
+    For this machine's architecture: $CC, cc, gcc or clang. For another: the GNU cross compiler of its triple.
+    """
+    triple = str(host.tvm_target.get("mtriple", ""))
+    foreign = triple and triple.split("-", maxsplit=1)[0] != host_cpu.architecture()
+    candidates = [f"{triple}-gcc"] if foreign else [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    for candidate in candidates:
+        if candidate and shutil.which(candidate):
+            return candidate
+    raise QCompilerError(
+        f"no C compiler found to link the compiled model (looked for {', '.join(filter(None, candidates))}); "
+        + (f"install one for {triple}." if foreign else "install gcc or clang, or set CC to the one to use.")
+    )
+
+
+def _simulator_object(compiler: str, work: Path) -> Path:
+    with as_file(files("qcompiler.runtime_stubs")) as stubs:
+        _run([compiler, *_SIMULATOR_FLAGS, f"-I{stubs}", "-o", "npu_sim.o", str(stubs / "npu_sim.c")], work)
+    return work / "npu_sim.o"
+
+
+def _link(compiler: str, work: Path, output: str, objects: Sequence[str]) -> None:
+    names = [Path(name).name for name in objects]
+    _run([compiler, "-shared", "-fPIC", "-Wl,--build-id=none", "-o", Path(output).name, *names, "-lm"], work)
+
+
+def _run(command: Sequence[str], work: Path) -> None:
+    finished = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise QCompilerError(
+            f"the C compiler failed: `{' '.join(command)}` exited with {finished.returncode}: {finished.stderr.strip()}"
+        )
