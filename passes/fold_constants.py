@@ -1,0 +1,59 @@
+"""Compute what depends on constants only."""
+
+import onnx_ir as ir
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from qcompiler.passes.rewriting import Rewrite, map_weight, until_settled, weight_dequantize
+
+from qcompiler.graph import const_of, data_input, is_op, remove_dead, shape_of
+
+INPUT_LIMIT = 64 << 20
+"""Elements; above it a constant operand is left to run time."""
+OUTPUT_LIMIT = 16 << 20
+"""Elements a folded constant may have, unless it is smaller than what it replaces."""
+
+_MOVES = ("Transpose", "Reshape")
+
+
+class FoldConstants(ir.passes.InPlacePass):
+    """Nodes of constants become constants, by the ONNX reference implementation; shapes are static, so Shape folds too.
+
+    DequantizeLinear stays, since a quantized weight must remain one; QuantizeLinear of a float constant becomes the
+    integer constant it is; a Transpose of a dequantized constant, or a Reshape of one dequantized per tensor, moves in
+    front of the DequantizeLinear, where it folds.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        fold = FoldConstantsPass(
+            shape_inference=False,
+            input_size_limit=INPUT_LIMIT,
+            output_size_limit=OUTPUT_LIMIT,
+            should_fold=_should_fold,
+        )
+        modified = False
+        while fold(model).modified:
+            modified = True
+        moved = until_settled(model, _MOVES, _move_before_dequantize).modified
+        swept = remove_dead(model)
+        return ir.passes.PassResult(model, modified=modified or moved or swept)
+
+
+def _should_fold(node: ir.Node) -> bool:
+    return len(node.outputs) == 1 and not is_op(node, "DequantizeLinear", "DynamicQuantizeLinear")
+
+
+def _move_before_dequantize(node: ir.Node) -> bool:
+    dequantize = weight_dequantize(data_input(node))
+    if dequantize is None:
+        return False
+    shape = shape_of(node.outputs[0])
+    if node.op_type == "Reshape":
+        scale = const_of(data_input(dequantize, 1))
+        if scale is None or scale.size > 1:
+            return False
+        rewrite = Rewrite(node)
+        moved = map_weight(rewrite, data_input(node), lambda array: array.reshape(shape), lambda axis: axis)
+    else:
+        perm = node.attributes["perm"].as_ints()
+        rewrite = Rewrite(node)
+        moved = map_weight(rewrite, data_input(node), lambda array: array.transpose(perm), list(perm).index)
+    return rewrite.replace(moved) if moved is not None else rewrite.abandon()
