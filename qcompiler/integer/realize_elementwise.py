@@ -1,0 +1,156 @@
+"""Elementwise arithmetic of two tensors, and lookup tables for everything with one."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompiler.errors import QCompilerError
+from qcompiler.graph import shape_of
+from qcompiler.integer import ops
+from qcompiler.integer.builder import Builder, Format, Output, Quantized, real_constant
+from qcompiler.integer.facts import LOOKUP_FUNCTIONS
+from qcompiler.integer.realize_movement import Forms
+from qcompiler.integer.reference import StandardNode
+from qcompiler.quant import arithmetic
+
+_ELEMENTWISE: frozenset[str] = LOOKUP_FUNCTIONS | {
+    "Add", "And", "BitShift", "Cast", "Ceil", "Clip", "Div", "Equal", "Floor", "Greater", "GreaterOrEqual", "Identity",
+    "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Not", "Or", "PRelu", "Pow", "Relu", "Round", "Sign", "Sub",
+    "Tan", "Where", "Xor",
+}  # fmt: skip
+"""Operators whose output element depends on the input elements at its own place only."""
+
+
+def add(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
+    """Add and Sub, broadcasting; one operand may be constant."""
+    operands = _operands(builder, forms, node, out)
+    if operands is None:
+        return None
+    a, b = operands
+    try:
+        factors = arithmetic.add_factors(
+            float(a.format.scale), float(b.format.scale), float(out.format.scale), builder.variant
+        )
+    except QCompilerError:
+        # The scales lie too far apart for the integer formula; floating point has no such limit.
+        return None
+    op = ops.QAdd(
+        int(node.op_type == "Sub"),
+        a.format.zero_point,
+        b.format.zero_point,
+        out.format.zero_point,
+        *factors,
+        *out.clamp,
+        builder.variant,
+    )
+    return builder.operator(op, [a.value, b.value], out.shape, out.format.dtype, out.name)
+
+
+def mul(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
+    """Mul, broadcasting; one operand may be constant. Div by a constant multiplies by its reciprocal."""
+    operands = _operands(builder, forms, node, out)
+    if operands is None:
+        return None
+    a, b = operands
+    op = ops.QMul(a.format.zero_point, b.format.zero_point, out.format.zero_point, *out.clamp, builder.variant)
+    factors = builder.encoded(builder.factor([a.format.scale, b.format.scale], out.format.scale), out.name)
+    return builder.operator(op, [a.value, b.value, *factors], out.shape, out.format.dtype, out.name)
+
+
+def _operands(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> tuple[Quantized, Quantized] | None:
+    forms_of = [forms.of(value) for value in node.inputs]
+    fixed = [real_constant(value) for value in node.inputs]
+    if node.op_type == "Div":
+        divisor = fixed[1]
+        if divisor is None or not divisor.all():
+            return None
+        forms_of[1], fixed[1] = None, np.float32(1) / divisor
+    other = next((form for form in forms_of if form is not None), None)
+    if other is None or all(constant is not None for constant in fixed):
+        return None
+    pair: list[Quantized] = []
+    for form, constant in zip(forms_of, fixed, strict=True):
+        if form is not None:
+            pair.append(form)
+        elif constant is not None:
+            pair.append(_quantize_constant(builder, constant, other.format.dtype, f"{out.name}.operand"))
+        else:
+            return None
+    return pair[0], pair[1]
+
+
+def _quantize_constant(builder: Builder, array: np.ndarray, dtype: ir.DataType, hint: str) -> Quantized:
+    """Constants over their own range: symmetric int8, or asymmetric uint8, as the other operand is."""
+    low, high = min(float(array.min(initial=0)), 0.0), max(float(array.max(initial=0)), 0.0)
+    signed = dtype == ir.DataType.INT8
+    scale = np.float32(max(high, -low) / 127 if signed else (high - low) / 255)
+    if scale == 0:
+        scale = np.float32(1)
+    fmt = Format(dtype, scale, 0 if signed else int(np.clip(np.rint(-low / scale), 0, 255)))
+    return Quantized(builder.constant(fmt.quantize(array), hint), fmt)
+
+
+def lookup(builder: Builder, forms: Forms, value: ir.Value, out: Output) -> ir.Value | None:
+    """Any elementwise computation on one quantized tensor and single constants, as a table of its 256 results.
+
+    The table holds what DequantizeLinear, the float operators and QuantizeLinear make of every integer.
+    """
+    expression = _Expression(forms)
+    if not expression.add(value) or expression.leaf is None or expression.leaf.shape != shape_of(value):
+        return None
+    leaf = expression.leaf
+    table = np.clip(
+        out.format.quantize(expression.evaluate(value, builder.graph.opset_imports[""])), *out.clamp
+    ).astype(out.format.dtype.numpy())
+    constant = builder.constant(table, f"{out.name}.table")
+    op = ops.QLookup("+".join(node.op_type for node in expression.nodes))
+    return builder.operator(op, [leaf.value, constant], out.shape, out.format.dtype, out.name)
+
+
+class _Expression:
+    """The float operators between one quantized tensor and a value."""
+
+    def __init__(self, forms: Forms) -> None:
+        self.leaf: Quantized | None = None
+        self.nodes: list[ir.Node] = []
+        """In execution order."""
+        self._forms = forms
+        self._leaves: set[ir.Value] = set()
+        self._constants: dict[ir.Value, np.ndarray] = {}
+
+    def add(self, value: ir.Value) -> bool:
+        """Take in what computes `value`; False if it is not elementwise on a single tensor."""
+        if value in self._leaves or value in self._constants:
+            return True
+        constant = real_constant(value)
+        if constant is not None:
+            self._constants[value] = constant.reshape(())[()] if constant.size == 1 else constant
+            return constant.size == 1
+        form = self._forms.of(value)
+        if form is not None:
+            self._leaves.add(value)
+            self.leaf = self.leaf or form
+            return self.leaf == form
+        node = value.producer()
+        if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in _ELEMENTWISE:
+            return False
+        if node in self.nodes:
+            return True
+        inputs = [operand for operand in node.inputs if operand is not None]
+        if not all(self.add(operand) for operand in inputs):
+            return False
+        self.nodes.append(node)
+        return True
+
+    def evaluate(self, value: ir.Value, opset: int) -> np.ndarray:
+        """`value` for each of the 256 integers, lowest first, float32."""
+        assert self.leaf is not None
+        everything = self.leaf.format.dequantize(self.leaf.format.codes())
+        known: dict[ir.Value, np.ndarray] = {leaf: everything for leaf in self._leaves}
+        known |= {constant: np.asarray(array) for constant, array in self._constants.items()}
+        for node in self.nodes:
+            inputs = [None if operand is None else known[operand] for operand in node.inputs]
+            (known[node.outputs[0]],) = StandardNode(node, [onnx.helper.make_opsetid("", opset)])(inputs)
+        result = np.broadcast_to(known[value], everything.shape).astype(np.float32)
+        # What float makes NaN (a root of a negative) has no integer; zero is in every format.
+        return np.nan_to_num(result, nan=0.0, posinf=np.inf, neginf=-np.inf)
