@@ -204,6 +204,10 @@ class MacArray(Spec):
     """lookup table, ReLU-like clamp, none."""
     subkernel_max: tuple[int, int] = (8, 8)
     """Larger kernels, height and width, are run as several of at most this size."""
+    pool_cycles: float = 4
+    """Cycles per micro-block and window element of a pool on 8-bit inputs; 16-bit ones take twice as many."""
+    pipeline_delay: int = 2
+    """Cycles between dependent steps that a block of a single micro-block waits."""
     reserved_banks: int = Field(default=2, ge=0)
     """Banks taken by the output buffer."""
     reserved_end_banks: int = Field(default=0, ge=0)
