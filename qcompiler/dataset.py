@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler import graph as g
 from qcompiler.errors import QCompilerError
-from qcompiler.images import IMAGE_SUFFIXES, ImageOptions, read_image
+from qcompiler.images import IMAGE_SUFFIXES, ImageOptions, parse_size, read_image
 from qcompiler.stored_arrays import MemoryRows, StoredArray, read_headers
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "input_specs",
     "lint",
     "load_dataset",
+    "parse_size",
     "synthetic",
 ]
 

@@ -49,10 +49,10 @@ def import_onnx(path: Path, input_shapes: Mapping[str, tuple[int, ...]] | None =
             on data.
     """
     proto = read_model(path)
+    proto.ir_version = IR_VERSION
     _drop_initializer_inputs(proto.graph)
     _fix_input_shapes(proto, path, input_shapes or {})
     model = to_opset(proto, path)
-    model.ir_version = IR_VERSION
     _half_to_float(model)
     _constants_to_initializers(model)
     _check_finite(model, path)

@@ -201,10 +201,20 @@ def _check(proto: onnx.ModelProto, path: Path) -> None:
         raise QCompilerError(f"{path} has sparse weights, which are not supported; export it with dense ones")
     if not any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    # The checker insists on shapes of inputs and outputs, which onnxruntime does not, and neither do we.
+    bare = [
+        value.type.tensor_type
+        for value in (*proto.graph.input, *proto.graph.output)
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
+    ]
+    for tensor_type in bare:
+        tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
         raise QCompilerError(f"{path} is not a valid ONNX model: {one_line(error)}") from None
+    for tensor_type in bare:
+        tensor_type.ClearField("shape")
     for value in proto.graph.input:
         kind = value.type.WhichOneof("value")
         if kind != "tensor_type" or value.type.tensor_type.elem_type == onnx.TensorProto.STRING:

@@ -53,7 +53,12 @@ def _upgrade(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             if opset < 11:
                 _restore_old_resize(converted)
             return converted
-    except (RuntimeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (
+        RuntimeError,
+        onnx.version_converter.ConvertError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as error:
         raise QCompilerError(
             f"{path}: its opset cannot be brought to {OPSET}: {one_line(error)}. Export it with opset 13 or newer"
         ) from None
