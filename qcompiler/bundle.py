@@ -17,7 +17,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -32,8 +32,12 @@ from pydantic import TypeAdapter, ValidationError
 from qcompiler.errors import QCompilerError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qcompiler.backends.relax import Lowered
     from qcompiler.report import Report
     from qcompiler.runtime import Executable
+    from qcompiler.target import Target
 
 MAGIC = "qcompiler bundle"
 FORMAT_VERSION = 1
@@ -115,7 +119,7 @@ class Bundle:
     def _executable(self) -> "Executable":
         from qcompiler.runtime import Executable
 
-        return Executable(self.path / LIBRARY, self.path / WEIGHTS)
+        return Executable(self.path / LIBRARY, read_weights(self.path / WEIGHTS))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model.
@@ -193,8 +197,12 @@ class Bundle:
         return count
 
 
-def load(path: str | os.PathLike[str]) -> Bundle:
+def load(path: str | os.PathLike[str], keep: TemporaryDirectory[str] | None = None) -> Bundle:
     """Open a bundle, verifying that every file is the one that was written.
+
+    Args:
+        path: the folder MODEL.qc/.
+        keep: a temporary folder around it, to be removed when nobody holds the bundle any more.
 
     Raises:
         QCompilerError: it is not a bundle, of another format version, or a file is missing or changed.
@@ -212,7 +220,7 @@ def load(path: str | os.PathLike[str]) -> Bundle:
             raise QCompilerError(f"{file} is missing; the bundle is incomplete, compile the model again.")
         if sha256(file) != digest:
             raise QCompilerError(f"{file} is not the file that was compiled (its hash differs); compile again.")
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, keep)
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -299,13 +307,73 @@ def _move_in(folder: Path, output: Path) -> None:
     shutil.rmtree(old)
 
 
+def write(
+    folder: Path,
+    source: Path,
+    target: "Target",
+    quantized: "ir.Model",
+    integer: "ir.Model",
+    lowered: "Lowered",
+    report: "Report",
+) -> None:
+    """Write everything but the code, which `backends.relax.build` has put into `folder`, and seal it."""
+    import onnx_ir as ir
+
+    from qcompiler.report import as_text
+
+    write_weights(folder / WEIGHTS, lowered.parameters)
+    ir.save(quantized, folder / QDQ_MODEL)
+    ir.save(integer, folder / INTEGER_MODEL)
+    write_json(folder / TARGET, target.model_dump(mode="json"))
+    write_json(folder / REPORT_JSON, report.to_dict())
+    (folder / REPORT_TEXT).write_text(as_text(report), "utf-8", newline="\n")
+    inputs = tuple(_tensor(value, _reader(value)) for value in integer.graph.inputs)
+    outputs = tuple(_tensor(value, value.producer()) for value in integer.graph.outputs)
+    write_manifest(folder, source, target.name, inputs, outputs)
+
+
+def _reader(value: "ir.Value") -> "ir.Node | None":
+    """The node that quantizes an input."""
+    from qcompiler.graph import is_op, users
+
+    return next((node for node in users(value) if is_op(node, "QuantizeLinear")), None)
+
+
+def _tensor(value: "ir.Value", border: "ir.Node | None") -> Tensor:
+    """Describe an input or output. border: the QuantizeLinear or DequantizeLinear beside it, if any."""
+    from qcompiler.graph import const_of, data_input, dtype_of, input_of, is_op, shape_of, value_name
+
+    quantization = None
+    if border is not None and is_op(border, "QuantizeLinear", "DequantizeLinear"):
+        scale, zero_point = const_of(data_input(border, 1)), const_of(input_of(border, 2))
+        inside = border.outputs[0] if is_op(border, "QuantizeLinear") else data_input(border)
+        if scale is not None and scale.size == 1:
+            offset = 0 if zero_point is None else int(zero_point.item())
+            quantization = Quantization(str(dtype_of(inside)), float(scale.item()), offset)
+    return Tensor(value_name(value), shape_of(value), str(dtype_of(value)), quantization)
+
+
+def write_weights(file: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Constants in order, as safetensors, whose bytes depend on nothing else."""
+    from safetensors.numpy import save_file
+
+    save_file({f"{index:06}": np.ascontiguousarray(array) for index, array in enumerate(arrays)}, file)
+
+
+def read_weights(file: Path) -> list[np.ndarray]:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(file)
+    return [arrays[name] for name in sorted(arrays)]
+
+
 def write_manifest(
     folder: Path,
     model: Path,
     target: str,
     inputs: tuple[Tensor, ...],
     outputs: tuple[Tensor, ...],
-) -> Manifest:
+) -> None:
     """Seal a folder: hash every file in it and write the manifest."""
     from importlib.metadata import version
 
@@ -324,7 +392,6 @@ def write_manifest(
         files=files,
     )
     write_json(folder / MANIFEST, _MANIFEST.dump_python(manifest, mode="json"))
-    return manifest
 
 
 def write_json(file: Path, data: object) -> None:

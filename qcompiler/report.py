@@ -23,8 +23,8 @@ SI_PREFIXES: tuple[tuple[float, str], ...] = ((1, ""), (1e-3, "m"), (1e-6, "µ")
 
 
 @dataclass(frozen=True)
-class LayerCost:
-    """What one operator costs in one inference."""
+class LayerReport:
+    """What one operator, or one hand-over between host and accelerator, costs in one inference."""
 
     layer: str
     op: str
@@ -41,7 +41,7 @@ class LayerCost:
     bound: str
     """What the layer waits for: "compute", or the name of a memory."""
     energy: float
-    """Joules, idle power excluded."""
+    """Joules."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Report:
     model: str
     target: str
     placements: tuple[Placement, ...]
-    layers: tuple[LayerCost, ...]
+    layers: tuple[LayerReport, ...]
     totals: Totals
     calibration: Calibration | None
     """None if the model arrived quantized."""
@@ -178,7 +178,7 @@ def _placement_summary(placements: Sequence[Placement]) -> str:
     )
 
 
-def _cost_table(layers: Sequence[LayerCost]) -> Table:
+def _cost_table(layers: Sequence[LayerReport]) -> Table:
     memories = tuple(dict.fromkeys(name for layer in layers for name in layer.traffic))
     table = _table(
         ("layer", False),

@@ -1,10 +1,9 @@
 """Run the compiled model beside the one it was made from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -15,10 +14,7 @@ SAMPLES = 16
 """Enough to see a broken layer; accuracy needs a labelled data set."""
 
 
-class Runnable(Protocol):
-    """A compiled model, by input and output name."""
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]: ...
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass
@@ -41,13 +37,13 @@ class _Sums:
         return OutputCheck(output, sqnr(self.signal, self.noise), agreement)
 
 
-def self_check(model: Path, compiled: Runnable, samples: Iterable[Mapping[str, np.ndarray]]) -> SelfCheck:
+def self_check(model: Path, compiled: Callable[[Arrays], Arrays], samples: Iterable[Arrays]) -> SelfCheck:
     """Compare outputs on the first `SAMPLES` samples.
 
     Args:
         model: the user's ONNX file. ONNX Runtime runs it without graph optimizations, so that nothing of ours stands
             on both sides of the comparison.
-        compiled: the compiled model.
+        compiled: runs the compiled model on one sample, by input and output name.
         samples: batch-1 arrays by input name.
     """
     options = ort.SessionOptions()
@@ -62,7 +58,7 @@ def self_check(model: Path, compiled: Runnable, samples: Iterable[Mapping[str, n
     for sample in islice(samples, SAMPLES):
         count += 1
         feed = {name: array.astype(np.float16) if name in halves else array for name, array in sample.items()}
-        got = compiled.run(sample)
+        got = compiled(sample)
         for name, reference in zip(outputs, session.run(outputs, feed), strict=True):
             sums[name].add(np.asarray(reference), got[name])
     return SelfCheck(count, tuple(sums[name].check(name) for name in outputs))

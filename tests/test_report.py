@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from qcompiler.partition import Placement
 from qcompiler.report import (
     Calibration,
-    LayerCost,
+    LayerReport,
     OutputCheck,
     Report,
     SelfCheck,
@@ -25,8 +25,8 @@ REPORT = Report(
         Placement("top_k", "TopK", "cpu", "", "float32", "some-npu has no rule for TopK"),
     ),
     layers=(
-        LayerCost("conv_1", "Conv", "npu", "mac", 1_000_000, 8000, 1.6e-5, 0.61, {"sram": 4096}, "sram", 2e-7),
-        LayerCost("top_k", "TopK", "cpu", "cpu", 0, 500, 5e-7, None, {}, "compute", 1e-9),
+        LayerReport("conv_1", "Conv", "npu", "mac", 1_000_000, 8000, 1.6e-5, 0.61, {"sram": 4096}, "sram", 2e-7),
+        LayerReport("top_k", "TopK", "cpu", "cpu", 0, 500, 5e-7, None, {}, "compute", 1e-9),
     ),
     totals=Totals(2e-5, 8000, 1_000_000, 1_000_000, {"sram": 4096, "dram": 10}, 2048, 4096, 900, 3e-7),
     calibration=Calibration("mse", 64, False),

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qcompiler.selfcheck import SAMPLES, self_check, sqnr
+from qcompiler.selfcheck import SAMPLES, Arrays, self_check, sqnr
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ class Scaled:
     def __init__(self, factor: float, calls: list[int]) -> None:
         self.factor, self.calls = factor, calls
 
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, inputs: Arrays) -> Arrays:
         self.calls.append(1)
         return {"y": inputs["x"] * np.float32(self.factor)}
 
 
-def _samples(count: int) -> list[dict[str, np.ndarray]]:
+def _samples(count: int) -> list[Arrays]:
     rng = np.random.default_rng()
     return [{"x": rng.normal(size=(1, 4)).astype(np.float32)} for _ in range(count)]
 

@@ -1,0 +1,275 @@
+"""The road from a model to a bundle, stage by stage.
+
+Everything heavy is imported where it is needed, so that running a bundle loads neither onnx nor the compiler half of
+TVM.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from qcompiler import bundle
+from qcompiler.bundle import Bundle
+from qcompiler.quant.types import RangeMethod, Ranges
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qcompiler.backends.relax import Lowered
+    from qcompiler.costs import Costs
+    from qcompiler.dataset import Dataset, ImageOptions, InputSpec
+    from qcompiler.partition import Partition
+    from qcompiler.report import Report, SelfCheck
+    from qcompiler.selfcheck import Arrays
+    from qcompiler.target import Target
+
+SYNTHETIC_SAMPLES = 8
+
+CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
+InputShapes = Mapping[str, tuple[int, ...]]
+
+
+class Progress(Protocol):
+    """Told what is going on."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+        ...
+
+    def advance(self, done: int, total: int) -> None:
+        """So much of the present stage is done."""
+        ...
+
+
+class Silent:
+    """Progress nobody watches."""
+
+    def stage(self, name: str) -> None:
+        return None
+
+    def advance(self, done: int, total: int) -> None:
+        return None
+
+
+SILENT = Silent()
+
+
+def compile(
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str] = "arm-npu",
+    *,
+    calibration: CalibrationSource | None = None,
+    output: str | os.PathLike[str] | None = None,
+    input_shapes: InputShapes | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    method: RangeMethod = "mse",
+    samples: int | None = None,
+    images: "ImageOptions | None" = None,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Compile an ONNX model to INT8 for a target and write a bundle.
+
+    Args:
+        model: the .onnx file, float or already quantized.
+        target: a bundled target's name, or a YAML spec.
+        calibration: arrays by input name (first axis samples), an .npz, a folder of arrays or of images. Without it
+            ranges come from random inputs, and accuracy is not to be trusted; a quantized model needs none.
+        output: the bundle's folder. Without it, a temporary one that lives as long as the returned `Bundle`.
+        input_shapes: full shapes of inputs with symbolic dimensions.
+        dump: a folder that receives the graph after every stage.
+        method: how activation ranges are chosen from what calibration saw.
+        samples: use the first so many calibration samples.
+        images: preprocessing, if `calibration` is a folder of images.
+        progress: told of stages as they begin.
+
+    Raises:
+        QCompilerError: anything wrong with what was given; nothing is written then.
+    """
+    from qcompiler.backends import npu, relax
+    from qcompiler.costs import cost
+    from qcompiler.selfcheck import self_check
+
+    keep = TemporaryDirectory(prefix="qcompiler-") if output is None else None
+    folder = Path(keep.name) / f"{Path(model).stem}.qc" if keep else Path(output or "")
+    with bundle.staging(folder) as stage:
+        placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
+        chip = placed.target
+        progress.stage("lower")
+        lowered = relax.lower(placed.integer, placed.partition, chip, partial(npu.compile_region, target=chip))
+        progress.stage("build")
+        relax.build(lowered, chip.host, stage / bundle.LIBRARY)
+        progress.stage("self-check")
+        check = self_check(placed.source, _runner(stage / bundle.LIBRARY, lowered), placed.samples)
+        progress.stage("report")
+        weights = sum(array.nbytes for array in lowered.parameters)
+        report = _report(placed, cost(placed.partition, chip, weights), check)
+        bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
+    return bundle.load(folder, keep)
+
+
+def explain(
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str] = "arm-npu",
+    *,
+    calibration: CalibrationSource | None = None,
+    input_shapes: InputShapes | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    method: RangeMethod = "mse",
+    samples: int | None = None,
+    images: "ImageOptions | None" = None,
+    progress: Progress = SILENT,
+) -> "Report":
+    """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
+    from qcompiler.costs import cost
+
+    placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
+    progress.stage("cost")
+    weights = sum(value.const_value.nbytes for value in placed.integer.graph.initializers.values() if value.const_value)
+    return _report(placed, cost(placed.partition, placed.target, weights), None)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A model for which it is decided what runs where."""
+
+    source: Path
+    target: "Target"
+    samples: "Dataset"
+    ranges: Ranges | None
+    """None if the model arrived quantized."""
+    quantized: "ir.Model"
+    integer: "ir.Model"
+    partition: "Partition"
+    warnings: tuple[str, ...]
+
+
+def place(
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    calibration: CalibrationSource | None,
+    input_shapes: InputShapes | None,
+    dump: str | os.PathLike[str] | None,
+    method: RangeMethod,
+    samples: int | None,
+    images: "ImageOptions | None",
+    progress: Progress,
+) -> Placed:
+    """Every stage up to partitioning. Arguments as in `compile`."""
+    from qcompiler.calibrate import calibrate
+    from qcompiler.dataset import input_specs, lint
+    from qcompiler.importer import import_onnx
+    from qcompiler.integer.realize import realize
+    from qcompiler.partition import partition
+    from qcompiler.pipeline import LAYOUT, SIMPLIFY, Dumper, harmonize, legalize, run_passes
+    from qcompiler.quant.plan import plan
+    from qcompiler.quant.quantize import quantize
+    from qcompiler.target_loader import load_target
+
+    source = Path(model)
+    dumper = Dumper(Path(dump)) if dump is not None else None
+    run = partial(run_passes, dumper=dumper)
+    with _Warnings(source) as warnings:
+        chip = load_target(target)
+        progress.stage("import")
+        graph = import_onnx(source, input_shapes)
+        _refuse_unsupported(graph)
+        data = _open_data(calibration, input_specs(graph), samples, images)
+        progress.stage("read samples")
+        warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
+        progress.stage("simplify")
+        graph = run(graph, SIMPLIFY, stage="simplify")
+        graph = run(graph, legalize(chip), stage="legalize")
+        ranges = None
+        if not _is_quantized(graph):
+            progress.stage("calibrate")
+            ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
+            progress.stage("quantize")
+            graph = quantize(graph, plan(graph, ranges, chip))
+        graph = run(graph, harmonize(chip), stage="harmonize")
+        quantized = graph.clone()
+        progress.stage("realize")
+        graph = realize(graph, chip)
+        graph = run(graph, LAYOUT, stage="layout")
+        progress.stage("partition")
+        parts = partition(graph, chip)
+    return Placed(source, chip, data, ranges, quantized, graph, parts, tuple(warnings.messages))
+
+
+# --- details ------------------------------------------------------------------------------------------------
+
+
+class _Warnings(logging.Handler):
+    """Collects what the compiler's loggers warn of, for the report."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+        self._prefix = f"{source}: "
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Without the path: a report must not depend on where the model lay.
+        self.messages.append(record.getMessage().removeprefix(self._prefix))
+
+    def __enter__(self) -> "_Warnings":
+        logging.getLogger("qcompiler").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("qcompiler").removeHandler(self)
+
+
+def _open_data(
+    calibration: CalibrationSource | None,
+    inputs: "tuple[InputSpec, ...]",
+    samples: int | None,
+    images: "ImageOptions | None",
+) -> "Dataset":
+    from qcompiler.dataset import load_dataset, synthetic
+
+    if calibration is None:
+        return synthetic(inputs, SYNTHETIC_SAMPLES)
+    source = calibration if isinstance(calibration, Mapping) else Path(calibration)
+    return load_dataset(source, inputs, images, samples)
+
+
+def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
+    """Run the library just built, by input and output name."""
+    from qcompiler.runtime import Executable
+
+    executable = Executable(library, lowered.parameters)
+
+    def run(arrays: "Arrays") -> "Arrays":
+        outputs = executable.run([arrays[spec.name] for spec in lowered.inputs])
+        return {spec.name: output for spec, output in zip(lowered.outputs, outputs, strict=True)}
+
+    return run
+
+
+def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Report":
+    from qcompiler.report import Calibration, Report
+
+    ranges = placed.ranges
+    return Report(
+        model=placed.source.name,
+        target=placed.target.name,
+        placements=placed.partition.placements,
+        layers=costs.layers,
+        totals=costs.totals,
+        calibration=None if ranges is None else Calibration(ranges.method, ranges.samples, ranges.synthetic),
+        self_check=check,
+        warnings=placed.warnings,
+    )
+
+
+def _is_quantized(model: "ir.Model") -> bool:
+    """Whether activations are quantized already; dequantized weights alone do not make it so."""
+    from qcompiler.graph import nodes_of
+
+    return bool(nodes_of(model.graph, "QuantizeLinear"))
