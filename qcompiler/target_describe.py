@@ -1,0 +1,179 @@
+"""A target in tables, for people to read: what `qcompile targets show` prints."""
+
+from dataclasses import dataclass
+
+from qcompiler.target import (
+    BYTE_UNITS,
+    Bandwidth,
+    Duration,
+    Engine,
+    Host,
+    MacArray,
+    Npu,
+    OpRule,
+    Simd,
+    Systolic,
+    Target,
+)
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column heads and rows of as many cells."""
+
+    title: str
+    columns: Row
+    rows: tuple[Row, ...]
+
+
+def describe(target: Target) -> tuple[Table, ...]:
+    """Identity and quantization, then the accelerator's memories, DMA, engines and rules, then the host and sources."""
+    tables = [_identity(target)]
+    if target.npu is not None:
+        tables += [
+            _memories(target.npu),
+            _dma(target.npu),
+            _engines(target.npu),
+            _rates(target.npu),
+            _rules(target.npu),
+        ]
+    return (*tables, _host(target.host), Table("Sources", ("source",), tuple((line,) for line in target.sources)))
+
+
+def _identity(target: Target) -> Table:
+    quantization = target.quantization
+    weights, activations = quantization.weights, quantization.activations
+    rows = [
+        ("name", target.name),
+        ("description", target.description),
+        ("activations", f"{', '.join(activations.dtypes)}, {_symmetry(activations.symmetric)}"),
+        (
+            "weights",
+            f"{', '.join(weights.dtypes)}, {_symmetry(weights.symmetric)}, "
+            f"per {'channel' if weights.per_channel else 'tensor'}{', narrow range' if weights.narrow_range else ''}",
+        ),
+        ("requantize", quantization.requantize),
+        ("shared scale", ", ".join(quantization.shared_scale)),
+    ]
+    if target.npu is not None:
+        crossing = target.npu.crossing
+        rows += [
+            ("clock", _hertz(target.npu.clock)),
+            ("idle power", f"{target.npu.idle_power * 1e3:g} mW"),
+            ("crossing", f"{_duration(crossing.sync)}, {_bandwidth(crossing.bandwidth)}"),
+        ]
+    return Table("Target", ("", ""), tuple(rows))
+
+
+def _memories(npu: Npu) -> Table:
+    rows = tuple(
+        (
+            name,
+            memory.kind,
+            _bytes(memory.size),
+            _bandwidth(memory.bandwidth),
+            _duration(memory.latency),
+            _bytes(memory.burst),
+            _bytes(memory.alignment),
+            f"{memory.energy.read:g} / {memory.energy.write:g} pJ/B",
+        )
+        for name, memory in npu.memories.items()
+    )
+    heads = ("memory", "kind", "size", "bandwidth", "latency", "burst", "alignment", "energy read / write")
+    return Table("Memories", heads, rows)
+
+
+def _dma(npu: Npu) -> Table:
+    rows = tuple(
+        (
+            name,
+            ", ".join(str(path) for path in dma.paths),
+            str(dma.channels),
+            _bandwidth(dma.bandwidth),
+            _duration(dma.setup),
+        )
+        for name, dma in npu.dma.items()
+    )
+    return Table("DMA", ("DMA", "paths", "channels", "bandwidth", "setup"), rows)
+
+
+def _engines(npu: Npu) -> Table:
+    rows = tuple((name, _geometry(engine), _duration(engine.issue)) for name, engine in npu.engines.items())
+    return Table("Engines", ("engine", "geometry", "issue"), rows)
+
+
+def _geometry(engine: Engine) -> str:
+    match engine.geometry:
+        case MacArray() as array:
+            cores = f"{array.cores} cores of " if array.cores > 1 else ""
+            ublock, limit = ("x".join(str(size) for size in sizes) for sizes in (array.ublock, array.block_max))
+            return f"{cores}MAC array, micro-block {ublock}, block up to {limit}, {array.accumulator_banks} banks"
+        case Systolic() as array:
+            return f"{array.rows}x{array.cols} systolic array, {array.dataflow.replace('_', ' ')}"
+        case Simd() as unit:
+            return f"{unit.lanes}-lane vector unit"
+
+
+def _rates(npu: Npu) -> Table:
+    rows: list[Row] = []
+    for name, engine in npu.engines.items():
+        for precision, cost in engine.precisions.items():
+            rows.append((name, precision, f"{cost.rate:g} MAC/cycle", f"{cost.energy:g} pJ/MAC"))
+        if isinstance(engine.geometry, Simd):
+            for kind, rate in engine.geometry.element_rate.items():
+                rows.append((name, kind, f"{rate:g} element/cycle", ""))
+    return Table("Rates", ("engine", "work", "rate", "energy"), tuple(rows))
+
+
+def _rules(npu: Npu) -> Table:
+    rows = tuple(
+        (", ".join(rule.ops), rule.engine, ", ".join(rule.precisions), _constraints(rule), rule.note)
+        for rule in npu.rules
+    )
+    return Table("Rules (the first that holds wins)", ("operators", "engine", "precisions", "where", "note"), rows)
+
+
+def _constraints(rule: OpRule) -> str:
+    return ", ".join(f"{field} {bound.text}" for field, bound in rule.where.items())
+
+
+def _host(host: Host) -> Table:
+    rows: list[Row] = [
+        ("TVM target", ", ".join(f"{key}: {_plain(item)}" for key, item in host.resolved_tvm_target().items())),
+        ("detected", "yes" if host.is_this_machine else "no"),
+        ("clock", _hertz(host.clock)),
+        ("threads", str(host.threads)),
+        *((f"rate {precision}", f"{rate:g} MAC/cycle") for precision, rate in host.rates().items()),
+        ("element rate", f"{host.element_rate:g} element/cycle"),
+        ("energy", f"{host.mac_energy:g} pJ/MAC, {host.byte_energy:g} pJ/B"),
+    ]
+    return Table("Host CPU", ("", ""), tuple(rows))
+
+
+def _plain(item: str | int | tuple[str, ...]) -> str:
+    return " ".join(item) if isinstance(item, tuple) else str(item)
+
+
+def _symmetry(symmetric: bool) -> str:
+    return "symmetric" if symmetric else "asymmetric"
+
+
+def _bytes(count: int) -> str:
+    unit, size = next((unit, size) for unit, size in reversed(BYTE_UNITS.items()) if count >= size or size == 1)
+    return f"{count / size:g} {unit}"
+
+
+def _hertz(value: float) -> str:
+    return f"{value / 1e9:g} GHz" if value >= 1e9 else f"{value / 1e6:g} MHz"
+
+
+def _duration(duration: Duration) -> str:
+    if duration.unit == "cycles":
+        return f"{duration.value:g} cycles"
+    return f"{duration.value * 1e9:g} ns" if duration.value < 1e-6 else f"{duration.value * 1e6:g} us"
+
+
+def _bandwidth(bandwidth: Bandwidth) -> str:
+    return f"{bandwidth.value:g} B/cycle" if bandwidth.unit == "B/cycle" else f"{bandwidth.value / 1e9:g} GB/s"
