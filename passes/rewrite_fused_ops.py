@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.rewrite_qlinear import FLOAT, MICROSOFT, QdqBuilder
 
 from qcompiler import graph as g
 from qcompiler.errors import QCompilerError
+from qcompiler.passes.rewrite_qlinear import FLOAT, MICROSOFT, QdqBuilder
 
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 _GEMM = ("alpha", "beta", "transA", "transB")

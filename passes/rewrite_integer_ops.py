@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.rewrite_qlinear import FLOAT, QdqBuilder
 
 from qcompiler import graph as g
 from qcompiler.errors import QCompilerError
+from qcompiler.passes.rewrite_qlinear import FLOAT, QdqBuilder
 
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
