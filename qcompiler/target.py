@@ -307,6 +307,9 @@ class Quantization(Spec):
 
 # --- operator rules --------------------------------------------------------------------------------------
 
+WEIGHTED_OPS: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators of multiply-accumulates, whose precision is a pair."""
+
 RULE_FIELDS: dict[str, str] = {
     "kernel_h": "kernel height",
     "kernel_w": "kernel width",
@@ -525,6 +528,7 @@ class Npu(Spec):
                 raise spec_error(
                     f"no engine {rule.engine!r}{did_you_mean(rule.engine, self.engines)}", "rules", index, "engine"
                 )
+            self._check_engine(index, rule)
         for name, dma in self.dma.items():
             for index, path in enumerate(dma.paths):
                 for memory in (path.source, path.destination):
@@ -538,6 +542,26 @@ class Npu(Spec):
         if "flash" in kinds and self.path_between(self.memory_name("flash"), inside) is None:
             raise spec_error(f"needs a path {self.memory_name('flash')} -> {inside}", "dma")
         return self
+
+    def _check_engine(self, index: int, rule: OpRule) -> None:
+        """An engine must be able to run, and the cost model to price, what the rule sends it."""
+        engine = self.engines[rule.engine]
+        for position, op in enumerate(rule.ops):
+            if op not in WEIGHTED_OPS:
+                if isinstance(engine.geometry, Systolic):
+                    raise spec_error(
+                        f"a systolic array runs {', '.join(WEIGHTED_OPS)} only, not {op}",
+                        "rules",
+                        index,
+                        "ops",
+                        position,
+                    )
+                continue
+            for place, precision in enumerate(rule.precisions):
+                if precision not in engine.precisions:
+                    raise spec_error(
+                        f"the engine {rule.engine!r} has no rate for {precision!r}", "rules", index, "precisions", place
+                    )
 
     def memory_name(self, kind: Literal["external", "scratchpad", "flash"]) -> str:
         """The name of the memory of this kind; there must be one."""

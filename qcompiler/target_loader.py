@@ -5,7 +5,7 @@ merge key by key, everything else replaces what it inherits, and `null` removes 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -85,12 +85,12 @@ def load_target(name_or_path: str | os.PathLike[str]) -> Target:
     fields = dict(root.value)
     fields.setdefault("name", Node(file.stem, root.place, root.place))
     spec = Node(fields, root.place, root.key)
+    _report(_unknown_operators(spec))
     try:
-        target = Target.model_validate(spec.plain())
+        return Target.model_validate(spec.plain())
     except ValidationError as error:
-        raise QCompilerError("\n".join(_explain(spec, details) for details in error.errors())) from None
-    _check_operator_names(spec, target)
-    return target
+        _report(_explain(spec, details) for details in _causes(error))
+        raise AssertionError("a validation error without errors") from error
 
 
 def list_targets() -> tuple[TargetSummary, ...]:
@@ -250,19 +250,48 @@ def _place(file: str, position: tuple[int, int]) -> Place:
 # --- explaining ------------------------------------------------------------------------------------------------
 
 
-def _explain(spec: Node, details: ErrorDetails) -> str:
-    """One line: path, what is wrong, place."""
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the path of keys to it, what is wrong, and where it stands."""
+
+    path: tuple[str | int, ...]
+    message: str
+    place: Place
+
+    def __str__(self) -> str:
+        steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in self.path)
+        return f"{steps.lstrip('.') or 'the spec'}: {self.message} ({self.place})"
+
+
+def _report(problems: Iterable[Problem]) -> None:
+    """Raise everything wrong, in the order of the file, if there is anything."""
+    found = sorted(problems, key=lambda problem: (problem.place.file, problem.place.line, problem.place.column))
+    if found:
+        raise QCompilerError("\n".join(str(problem) for problem in found))
+
+
+def _causes(error: ValidationError) -> list[ErrorDetails]:
+    """Without what follows from another: a list counts as too short when its items are wrong."""
+    places = [details["loc"] for details in error.errors()]
+    return [
+        details
+        for details in error.errors()
+        if not any(place != details["loc"] and place[: len(details["loc"])] == details["loc"] for place in places)
+    ]
+
+
+def _explain(spec: Node, details: ErrorDetails) -> Problem:
     location, kind = details["loc"], details["type"]
     context = details.get("ctx", {})
     if kind == "spec":
         node, path = _walk(spec, (*location, *context["at"]))
         on_key = context["message"].startswith("unknown")
-        return f"{_path(path)}: {context['message']} ({node.key if on_key else node.place})"
+        return Problem(path, context["message"], node.key if on_key else node.place)
     if kind == "missing":
         node, path = _walk(spec, location[:-1])
-        return f"{_path((*path, str(location[-1])))}: is missing ({node.key})"
+        return Problem((*path, str(location[-1])), "is missing", node.key)
     node, path = _walk(spec, location)
-    return f"{_path(path)}: {_message(node, details)} ({node.place})"
+    return Problem(path, _message(node, details), node.place)
 
 
 def _message(node: Node, details: ErrorDetails) -> str:
@@ -297,36 +326,26 @@ def _walk(spec: Node, location: tuple[str | int, ...]) -> tuple[Node, tuple[str 
     return node, path
 
 
-def _path(path: tuple[str | int, ...]) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".") or "the spec"
-
-
-def _check_operator_names(spec: Node, target: Target) -> None:
+def _unknown_operators(spec: Node) -> Iterator[Problem]:
     """A misspelt operator would match nothing and send every node to the CPU without a word."""
-    unknown = list(_unknown_operators(target))
-    if not unknown:
-        return
-    lines: list[str] = []
-    for path, word in unknown:
-        node, _ = _walk(spec, path)
-        lines.append(f"{_path(path)}: {word} ({node.place})")
-    raise QCompilerError("\n".join(lines))
-
-
-def _unknown_operators(target: Target) -> Iterator[tuple[tuple[str | int, ...], str]]:
     from onnx import defs
 
-    named = [
-        (("npu", "rules", rule_index, "ops", index), op)
-        for rule_index, rule in enumerate(target.npu.rules if target.npu else ())
-        for index, op in enumerate(rule.ops)
-    ]
-    named += [
-        (("quantization", "shared_scale", index), op) for index, op in enumerate(target.quantization.shared_scale)
-    ]
-    for path, op in named:
-        if op not in _RULE_OPS and not defs.has(op):
+    for path, node in _operator_names(spec):
+        op = node.value
+        if isinstance(op, str) and op not in _RULE_OPS and not defs.has(op):
             names = {schema.name for schema in defs.get_all_schemas() if schema.domain == ""} | set(_RULE_OPS)
             near = get_close_matches(op, sorted(names), n=1, cutoff=0.6)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            yield path, f"there is no operator {op!r}{hint}"
+            yield Problem(path, f"there is no operator {op!r}{hint}", node.place)
+
+
+def _operator_names(spec: Node) -> Iterator[tuple[tuple[str | int, ...], Node]]:
+    rules, _ = _walk(spec, ("npu", "rules"))
+    lists: list[tuple[str | int, ...]] = [("quantization", "shared_scale")]
+    lists += [
+        ("npu", "rules", index, "ops") for index in range(len(rules.value) if isinstance(rules.value, tuple) else 0)
+    ]
+    for path in lists:
+        names, found = _walk(spec, path)
+        if found == path and isinstance(names.value, tuple):
+            yield from (((*path, index), name) for index, name in enumerate(names.value))
