@@ -8,8 +8,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qcompiler.errors import QCompilerError
-from qcompiler.graph import is_op, value_name
-from qcompiler.quant.operators import inherits_format, interior_values, is_activation
+from qcompiler.graph import const_of, data_input, is_op, value_name
+from qcompiler.quant.bias_correction import input_channel_axis
+from qcompiler.quant.operators import MAC_OPS, inherits_format, interior_values, is_activation
 from qcompiler.quant.ranges import Histogram, mse_range, observed_range
 from qcompiler.quant.types import RangeMethod, Ranges
 
@@ -53,35 +54,52 @@ def calibrate(
     Raises:
         QCompilerError: there is no sample, or a tensor of the model comes out as NaN.
     """
-    values = observed_values(model)
-    names = [value_name(value) for value in values]
-    input_names = {value_name(value) for value in model.graph.inputs}
-    computed = [name for name in names if name not in input_names]
+    ranged = [value_name(value) for value in observed_values(model)]
+    products = {} if dataset.synthetic else _products(model)
+    fed = {value_name(value) for value in model.graph.inputs}
+    computed = [name for name in dict.fromkeys([*ranged, *(name for name, _ in products.values())]) if name not in fed]
     session = _session(model, computed) if computed else None
-    histograms = {name: Histogram() for name in names}
+    histograms = {name: Histogram() for name in ranged}
+    sums: dict[tuple[str, int], np.ndarray] = {}
     seen = 0
     for seen, sample in enumerate(dataset, start=1):
         outputs = session.run(computed, dict(sample)) if session is not None else []
-        observed = {name: np.asarray(output) for name, output in zip(computed, outputs, strict=True)}
-        observed |= {name: sample[name] for name in names if name in input_names}
-        for name, array in observed.items():
-            histograms[name].add(array, histogram=method == "mse")
-            if np.isnan(histograms[name].low):
+        tensors = {name: np.asarray(output) for name, output in zip(computed, outputs, strict=True)} | dict(sample)
+        for name, histogram in histograms.items():
+            histogram.add(tensors[name], histogram=method == "mse")
+            if np.isnan(histogram.low):
                 raise QCompilerError(
                     f"calibration sample {seen - 1} makes the tensor {name!r} NaN in the float model; "
                     "remove the sample, or check that it is preprocessed as the model expects"
                 )
+        for name, axis in dict.fromkeys(products.values()):
+            array = tensors[name]
+            others = tuple(index for index in range(array.ndim) if index != axis)
+            sums[name, axis] = sums.get((name, axis), 0.0) + array.mean(axis=others, dtype=np.float64)
         if progress is not None:
             progress(seen, len(dataset))
     if seen == 0:
         raise QCompilerError("the calibration data holds no sample; give at least one")
     choose = (lambda h: mse_range(h, bits, symmetric=symmetric)) if method == "mse" else observed_range
+    means = {node: sums[key] / seen for node, key in products.items()}
     return Ranges(
         by_name={name: choose(histogram) for name, histogram in histograms.items()},
         method=method,
         samples=seen,
         synthetic=dataset.synthetic,
+        channel_means={node: mean for node, mean in means.items() if np.isfinite(mean).all()},
     )
+
+
+def _products(model: ir.Model) -> dict[str, tuple[str, int]]:
+    """Nodes with constant weights, and which tensor's mean along which axis their bias correction needs."""
+    found: dict[str, tuple[str, int]] = {}
+    for node in model.graph:
+        if is_op(node, *MAC_OPS) and const_of(data_input(node, 1)) is not None and is_activation(node.inputs[0]):
+            axis = input_channel_axis(node)
+            if axis is not None:
+                found[node.name or ""] = (value_name(data_input(node)), axis)
+    return found
 
 
 def observed_values(model: ir.Model) -> list[ir.Value]:

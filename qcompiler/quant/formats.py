@@ -1,10 +1,10 @@
 """From an interval, or from weights, to scale and zero point."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from qcompiler.quant import arithmetic
 from qcompiler.quant.types import DTypeName, TensorFormat
 
 _LIMITS: dict[DTypeName, tuple[int, int]] = {
@@ -74,7 +74,11 @@ def weight_format(
     high = np.maximum(weights.max(axis=others), 0).astype(np.float64)
     middle = (smallest + largest + 1) // 2
     if symmetric:
-        scale = np.maximum(-low, high) / (largest - middle)
+        extreme = np.maximum(-low, high)
+        scale = extreme / (largest - middle)
+        # Weights that were quantized before lie on a grid; keeping it makes them exact.
+        step = grid_step(weights, largest - smallest + 1)
+        scale = np.where(extreme <= step * (largest - middle + 0.01), step, scale)
     else:
         smallest += narrow
         scale = (high - low) / (largest - smallest)
@@ -86,6 +90,21 @@ def weight_format(
         np.full(scale.shape, middle) if symmetric else np.clip(np.rint(smallest - low / scale), smallest, largest)
     )
     return TensorFormat(dtype, scale.astype(np.float32), zero_point.astype(_storage(dtype)), axis)
+
+
+def grid_step(weights: np.ndarray, levels: int) -> float:
+    """The step of the even grid that all weights lie on, at most `levels` of them; 0 if there is none."""
+    values = np.unique(weights.astype(np.float64))
+    if not 2 <= values.size <= levels:
+        return 0.0
+    gaps = np.diff(values)
+    # The gaps are whole multiples of the step, equal to it only up to float32 rounding: average it out.
+    step = float(gaps.min())
+    steps = np.rint(np.append(values, gaps) / step)
+    span = values[-1] - values[0]
+    step = span / np.rint(span / step)
+    on_grid = np.allclose(values, np.rint(values / step) * step, rtol=0, atol=step * 0.01)
+    return step if on_grid and np.abs(steps).max() < levels else 0.0
 
 
 def least_weight_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
@@ -100,26 +119,30 @@ def bias_format(input_scale: np.ndarray, weight: TensorFormat) -> TensorFormat:
 
 
 def quantize_array(values: np.ndarray, fmt: TensorFormat, *, narrow: bool = False) -> np.ndarray:
-    """Round constants into `fmt`, half to even; int4 comes back as int8 in [-8, 7]."""
+    """Round constants into `fmt`, half to even; int4 comes back as int8 in [-8, 7].
+
+    `narrow` leaves out the lowest integer of a signed format.
+    """
     smallest, largest = limits(fmt.dtype)
-    scale, zero_point = fmt.scale.astype(np.float64), fmt.zero_point.astype(np.int64)
-    if fmt.axis is not None:
-        shape = [1] * values.ndim
-        shape[fmt.axis] = -1
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    rounded = np.rint(values.astype(np.float64) / scale) + zero_point
-    return np.clip(rounded, smallest + narrow, largest).astype(_storage(fmt.dtype))
+    smallest += narrow and smallest < 0
+    scale, zero_point = (_along(parameter, fmt, values.ndim) for parameter in (fmt.scale, fmt.zero_point))
+    rounded = np.rint(values.astype(np.float64) / scale.astype(np.float64)) + zero_point
+    return np.clip(rounded, smallest, largest).astype(_storage(fmt.dtype))
 
 
-def same_format(formats: Sequence[TensorFormat]) -> bool:
-    """Whether all formats have one dtype, scale and zero point."""
-    first = formats[0]
-    return all(
-        other.dtype == first.dtype
-        and np.array_equal(other.scale, first.scale)
-        and np.array_equal(other.zero_point, first.zero_point)
-        for other in formats[1:]
-    )
+def dequantize_array(integers: np.ndarray, fmt: TensorFormat) -> np.ndarray:
+    """The real numbers behind integers of `fmt`, float32."""
+    scale, zero_point = (_along(parameter, fmt, integers.ndim) for parameter in (fmt.scale, fmt.zero_point))
+    return arithmetic.dequantize(integers, scale, zero_point)
+
+
+def _along(parameter: np.ndarray, fmt: TensorFormat, rank: int) -> np.ndarray:
+    """A scale or zero point in a shape that broadcasts against the tensor."""
+    if fmt.axis is None:
+        return parameter
+    shape = [1] * rank
+    shape[fmt.axis] = -1
+    return parameter.reshape(shape)
 
 
 def _round_scale(scale: np.ndarray | np.float64, power_of_two: bool) -> np.ndarray:

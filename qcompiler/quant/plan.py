@@ -26,7 +26,15 @@ from qcompiler.graph import (
 )
 from qcompiler.integer.facts import LOOKUP_FUNCTIONS, facts_of_float
 from qcompiler.quant import operators
-from qcompiler.quant.formats import activation_format, bias_format, least_weight_scale, weight_format
+from qcompiler.quant.bias_correction import bias_shift
+from qcompiler.quant.formats import (
+    activation_format,
+    bias_format,
+    dequantize_array,
+    least_weight_scale,
+    quantize_array,
+    weight_format,
+)
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
 from qcompiler.quant.types import QuantPlan, Range, Ranges, TensorFormat
 from qcompiler.target import Match, Target
@@ -72,6 +80,7 @@ class _Planner:
     def __init__(self, graph: ir.Graph, ranges: Ranges, target: Target) -> None:
         self.graph = graph
         self.ranges = ranges.by_name
+        self.channel_means = ranges.channel_means
         self.target = target
         self.spec = target.quantization
         self.dtype = self.spec.activations.dtypes[0]
@@ -96,8 +105,9 @@ class _Planner:
         for value in quantized:
             self._join(value)
         activations = {value_name(value): self._format(value) for value in quantized}
-        weights, biases = self._constants(activations)
-        return QuantPlan(activations, weights, biases, {n.name or "": r for n, r in self.float_reasons.items()})
+        weights, biases, shifts = self._constants(activations)
+        float_nodes = {node.name or "": reason for node, reason in self.float_reasons.items()}
+        return QuantPlan(activations, weights, biases, float_nodes, shifts)
 
     # --- which nodes -----------------------------------------------------------------------------------
 
@@ -156,7 +166,8 @@ class _Planner:
         return None if isinstance(match, Match) else f"after the last convolution, and {match.reason}"
 
     def _in_tail(self, node: ir.Node) -> bool:
-        return node in self.downstream_of_mac and node not in self.upstream_of_mac
+        after = node in self.downstream_of_mac and node not in self.upstream_of_mac
+        return after and not is_op(node, *MAC_OPS)
 
     def _spread(self) -> None:
         """Let reasons reach lookup tables, fused clamps, data movement and what follows a float tail."""
@@ -179,17 +190,17 @@ class _Planner:
         return bool(fresh)
 
     def _neighbour_reason(self, node: ir.Node) -> str | None:
+        """Why a node stays in float because of those around it."""
+        if node in self.inner or operators.is_fused_clamp(node):
+            return None
         makers = [value.producer() for value in activation_inputs(node)]
         from_float = [maker is None or maker in self.float_reasons for maker in makers]
         readers = [reader for value in node.outputs for reader in users(value)]
-        into_float = all(reader in self.float_reasons for reader in readers)
-        leaves = any(value.is_graph_output() for value in node.outputs)
         moves = operators.inherits_format(node) or is_op(node, "Concat")
-        if moves and into_float and (all(from_float) or (self._in_tail(node) and not leaves)):
+        if moves and all(from_float) and all(reader in self.float_reasons for reader in readers):
             return "it moves data for operators that stay in float"
-        if self._in_tail(node) and not operators.is_fused_clamp(node) and node not in self.inner:
-            stays = any(from_float) if is_op(node, "Concat") else all(from_float)
-            return "it follows operators that stay in float" if stays else None
+        if self._in_tail(node) and (any(from_float) if is_op(node, "Concat") else all(from_float)):
+            return "it follows operators that stay in float"
         return None
 
     def _drop_islands(self) -> None:
@@ -328,9 +339,12 @@ class _Planner:
 
     def _constants(
         self, activations: Mapping[str, TensorFormat]
-    ) -> tuple[dict[str, TensorFormat], dict[str, TensorFormat]]:
-        """Formats of weights by initializer name, and of biases by node name."""
-        spec, weights, biases = self.spec.weights, {}, {}
+    ) -> tuple[dict[str, TensorFormat], dict[str, TensorFormat], dict[str, np.ndarray]]:
+        """Formats of weights by initializer name and of biases by node name, and shifts of biases by node name."""
+        spec = self.spec.weights
+        weights: dict[str, TensorFormat] = {}
+        biases: dict[str, TensorFormat] = {}
+        shifts: dict[str, np.ndarray] = {}
         floors: dict[str, list[np.ndarray | float]] = {}
         axes: dict[str, set[int | None]] = {}
         weighted = [node for node in self.nodes if node not in self.float_reasons and _has_weights(node)]
@@ -356,7 +370,13 @@ class _Planner:
                 power_of_two=self.spec.requantize == "shift",
                 floor=floor,
             )
-            if input_of(node, 2) is not None:
+            means = self.channel_means.get(node.name or "")
+            if means is not None and not is_op(node, "MatMul"):
+                rounded = dequantize_array(
+                    quantize_array(array, weights[name], narrow=spec.narrow_range), weights[name]
+                )
+                shifts[node.name or ""] = bias_shift(node, array, rounded, means)
+            if input_of(node, 2) is not None or node.name in shifts:
                 scale = activations[value_name(data_input(node))].scale
                 biases[node.name or ""] = bias_format(scale, weights[name])
         for node in self.nodes:
@@ -368,7 +388,7 @@ class _Planner:
                 if operators.is_float(value) and not is_activation(value):
                     assert value is not None
                     weights[value_name(value)] = self._constant_format(node, value, activations)
-        return weights, biases
+        return weights, biases, shifts
 
 
 _OPERANDS = (*operators.BINARY_OPS, "Concat", "MatMul")

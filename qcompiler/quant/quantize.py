@@ -9,6 +9,7 @@ from qcompiler.graph import (
     add_initializer,
     const_of,
     graph_of,
+    input_of,
     is_op,
     make_node,
     make_value,
@@ -56,22 +57,35 @@ def quantize(model: ir.Model, plan: QuantPlan) -> ir.Model:
 
 
 def _quantize_constants(node: ir.Node, plan: QuantPlan) -> None:
+    has_weights = is_op(node, *MAC_OPS)
     bias_format = plan.biases.get(node.name or "")
-    for index, value in enumerate(node.inputs):
-        if value is None or (array := const_of(value)) is None:
-            continue
-        if index == 2 and bias_format is not None and is_op(node, *MAC_OPS):
-            flat = array.reshape(-1)
-            node.replace_input_with(index, _stored(node, value, quantize_array(flat, bias_format), bias_format))
-        elif (fmt := plan.weights.get(value_name(value))) is not None:
-            narrow = fmt.dtype in ("int4", "int8") and not fmt.zero_point.any() and is_op(node, *MAC_OPS)
-            node.replace_input_with(index, _stored(node, value, quantize_array(array, fmt, narrow=narrow), fmt))
+    if bias_format is not None:
+        _quantize_bias(node, bias_format, plan.bias_shifts.get(node.name or ""))
+    for index, value in enumerate(node.inputs[: 2 if has_weights else None]):
+        fmt = plan.weights.get(value.name or "") if value is not None else None
+        array = const_of(value)
+        if value is not None and array is not None and fmt is not None:
+            narrow = has_weights and not fmt.zero_point.any()
+            integers = quantize_array(array, fmt, narrow=narrow)
+            node.replace_input_with(index, _stored(node, value_name(value), integers, fmt))
 
 
-def _stored(reader: ir.Node, value: ir.Value, integers: np.ndarray, fmt: TensorFormat) -> ir.Value:
+def _quantize_bias(node: ir.Node, fmt: TensorFormat, shift: np.ndarray | None) -> None:
+    """Store the bias as int32, corrected by `shift`; a node without bias gets one."""
+    old = input_of(node, 2)
+    given = const_of(old)
+    outputs = fmt.scale.size if fmt.axis is not None else (shift if shift is not None else given).size
+    bias = np.zeros(outputs) if given is None else given.reshape(-1).astype(np.float64)
+    corrected = bias if shift is None else bias + shift
+    name = value_name(old) if old is not None else f"{node.name}_bias"
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, _stored(node, name, quantize_array(corrected, fmt), fmt))
+
+
+def _stored(reader: ir.Node, name: str, integers: np.ndarray, fmt: TensorFormat) -> ir.Value:
     """The output of a DequantizeLinear that stands before `reader` and holds a constant's integers."""
     graph = graph_of(reader)
-    name = value_name(value)
     tensor = _constant(graph, f"{name}_quantized", integers, fmt)
     output = make_value(graph, f"{name}_dequantized", integers.shape, ir.DataType.FLOAT)
     graph.insert_before(reader, _dequantize(tensor, output, fmt, _parameters(graph, name, fmt)))

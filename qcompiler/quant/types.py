@@ -22,13 +22,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Activation ranges by value name, of every float tensor of the simplified model."""
+    """Activation ranges by value name, of every float tensor of the simplified model whose format is its own."""
 
     by_name: Mapping[str, Range]
     method: RangeMethod
     samples: int
     synthetic: bool
     """True if no calibration data was given and random inputs stood in."""
+    channel_means: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By name of each node with constant weights: the mean of its input per channel; empty if synthetic."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class QuantPlan:
     weights: Mapping[str, TensorFormat]
     """By initializer name: stored quantized, behind a DequantizeLinear."""
     biases: Mapping[str, TensorFormat]
-    """By initializer name: int32, scale = input scale * weight scale."""
+    """By node name (a constant may serve several): int32, scale = input scale * weight scale."""
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     """Node name to the reason it stays in float."""
+    bias_shifts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By node name, [output channels]: what to add to the bias to make up for the rounding of the weights."""
