@@ -2,6 +2,8 @@
 
 import numpy as np
 import onnx_ir as ir
+
+from qcompiler.graph import Shape, const_of, data_input, dtype_of, input_of, integer, ints, producer, real, shape_of
 from qcompiler.passes.normalize_matmul import bias_vector
 from qcompiler.passes.rewriting import (
     Rewrite,
@@ -11,8 +13,6 @@ from qcompiler.passes.rewriting import (
     until_settled,
     weight_dequantize,
 )
-
-from qcompiler.graph import Shape, const_of, data_input, dtype_of, input_of, integer, ints, producer, real, shape_of
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm")
 _AFFINE = ("Mul", "Add", "Sub", "Div")

@@ -1,9 +1,9 @@
 """Spell out padding."""
 
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, until_settled
 
 from qcompiler.graph import data_input, integer, ints, shape_of, string
+from qcompiler.passes.rewriting import Rewrite, until_settled
 
 
 class FoldAutoPad(ir.passes.InPlacePass):

@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.fold_affine import LINEAR, fold_into_linear
-from qcompiler.passes.rewriting import Rewrite, next_in_chain, until_settled
 
 from qcompiler.graph import const_of, data_input, dtype_of, integer, producer, real, shape_of
+from qcompiler.passes.fold_affine import LINEAR, fold_into_linear
+from qcompiler.passes.rewriting import Rewrite, next_in_chain, until_settled
 
 
 class FoldBatchNorm(ir.passes.InPlacePass):

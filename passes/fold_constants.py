@@ -2,9 +2,9 @@
 
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
-from qcompiler.passes.rewriting import Rewrite, map_weight, until_settled, weight_dequantize
 
 from qcompiler.graph import const_of, data_input, is_op, remove_dead, shape_of
+from qcompiler.passes.rewriting import Rewrite, map_weight, until_settled, weight_dequantize
 
 INPUT_LIMIT = 64 << 20
 """Elements; above it a constant operand is left to run time."""

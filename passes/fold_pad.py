@@ -2,10 +2,10 @@
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.fold_auto_pad import kernel_of
-from qcompiler.passes.rewriting import Rewrite, no_auto_pad, scalar_of, until_settled
 
 from qcompiler.graph import const_of, data_input, input_of, integer, ints, producer, shape_of, string
+from qcompiler.passes.fold_auto_pad import kernel_of
+from qcompiler.passes.rewriting import Rewrite, no_auto_pad, scalar_of, until_settled
 
 _POOLS = ("AveragePool", "MaxPool")
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "Softmax", "HardSigmoid", "Softplus", "Abs", "Exp", "Sqrt")

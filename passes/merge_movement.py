@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, until_settled
 
 from qcompiler.graph import Shape, const_of, data_input, ints, producer, shape_of
+from qcompiler.passes.rewriting import Rewrite, until_settled
 
 _MOVES = ("Reshape", "Transpose", "Slice")
 _LIMIT = 1 << 22

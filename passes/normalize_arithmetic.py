@@ -2,9 +2,9 @@
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, constant_operand, is_float, is_quantized, scalar_of, until_settled
 
 from qcompiler.graph import data_input, integer, shape_of, string
+from qcompiler.passes.rewriting import Rewrite, constant_operand, is_float, is_quantized, scalar_of, until_settled
 
 
 class NormalizeArithmetic(ir.passes.InPlacePass):
@@ -12,7 +12,7 @@ class NormalizeArithmetic(ir.passes.InPlacePass):
 
     x - c => x + (-c); x / c => x * (1/c), not exact in float32 unless c is a power of two (relative error 2^-23);
     -x => x * -1; Sum of n => n - 1 Adds; x ^ 2 => x * x; c + x => x + c; c * x => x * c.
-    Everywhere: DepthToSpace and SpaceToDepth => Reshape, Transpose, Reshape.
+    Everywhere: DepthToSpace and SpaceToDepth => Reshapes and Transposes of at most four dimensions.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -85,22 +85,29 @@ def _sum(node: ir.Node) -> bool:
 
 
 def _depth_to_space(node: ir.Node) -> bool:
+    """Channels last, so that no tensor has more than four dimensions and the outer Transposes cancel in NHWC."""
     batch, channels, height, width = shape_of(data_input(node))
     block = integer(node, "blocksize")
     depth = channels // block**2
     rewrite = Rewrite(node)
-    if string(node, "mode", "DCR") == "DCR":
-        shape, perm = (batch, block, block, depth, height, width), (0, 3, 4, 1, 5, 2)
-    else:
-        shape, perm = (batch, depth, block, block, height, width), (0, 1, 4, 2, 5, 3)
-    moved = rewrite.node("Transpose", [rewrite.reshape(data_input(node), shape)], {"perm": perm}, layer=node)
-    return rewrite.replace(rewrite.reshape(moved, shape_of(node.outputs[0])))
+    pixels = rewrite.node("Transpose", [data_input(node)], {"perm": (0, 2, 3, 1)})
+    if string(node, "mode", "DCR") == "CRD":
+        # The block's position runs fastest: bring it to the front, as DCR has it.
+        pixels = rewrite.reshape(pixels, (batch * height * width, depth, block * block))
+        pixels = rewrite.node("Transpose", [pixels], {"perm": (0, 2, 1)})
+    rows = rewrite.reshape(pixels, (batch * height, width, block, block * depth))
+    rows = rewrite.node("Transpose", [rows], {"perm": (0, 2, 1, 3)}, layer=node)
+    pixels = rewrite.reshape(rows, (batch, height * block, width * block, depth))
+    return rewrite.replace(rewrite.node("Transpose", [pixels], {"perm": (0, 3, 1, 2)}))
 
 
 def _space_to_depth(node: ir.Node) -> bool:
+    """As `_depth_to_space`, backwards."""
     batch, channels, height, width = shape_of(data_input(node))
     block = integer(node, "blocksize")
     rewrite = Rewrite(node)
-    split = rewrite.reshape(data_input(node), (batch, channels, height // block, block, width // block, block))
-    moved = rewrite.node("Transpose", [split], {"perm": (0, 3, 5, 1, 2, 4)}, layer=node)
-    return rewrite.replace(rewrite.reshape(moved, shape_of(node.outputs[0])))
+    pixels = rewrite.node("Transpose", [data_input(node)], {"perm": (0, 2, 3, 1)})
+    rows = rewrite.reshape(pixels, (batch * height // block, block, width // block, block * channels))
+    rows = rewrite.node("Transpose", [rows], {"perm": (0, 2, 1, 3)}, layer=node)
+    pixels = rewrite.reshape(rows, (batch, height // block, width // block, block * block * channels))
+    return rewrite.replace(rewrite.node("Transpose", [pixels], {"perm": (0, 3, 1, 2)}))

@@ -1,9 +1,9 @@
 """One-dimensional convolutions and pools become two-dimensional ones of height 1."""
 
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, is_weight, map_weight, no_auto_pad, until_settled
 
 from qcompiler.graph import data_input, input_of, shape_of
+from qcompiler.passes.rewriting import Rewrite, is_weight, map_weight, no_auto_pad, until_settled
 
 _PAIRS = {"strides": 1, "dilations": 1, "kernel_shape": 1, "output_padding": 0}
 """Attributes with one number per spatial axis, and the number for the new axis."""

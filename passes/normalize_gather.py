@@ -2,9 +2,9 @@
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, until_settled
 
 from qcompiler.graph import const_of, data_input, integer, shape_of
+from qcompiler.passes.rewriting import Rewrite, until_settled
 
 
 class NormalizeGather(ir.passes.InPlacePass):

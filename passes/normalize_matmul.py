@@ -2,15 +2,6 @@
 
 import numpy as np
 import onnx_ir as ir
-from qcompiler.passes.rewriting import (
-    Rewrite,
-    is_float,
-    is_weight,
-    map_weight,
-    next_in_chain,
-    until_settled,
-    weight_dequantize,
-)
 
 from qcompiler.graph import (
     const_of,
@@ -21,6 +12,15 @@ from qcompiler.graph import (
     integer,
     real,
     shape_of,
+)
+from qcompiler.passes.rewriting import (
+    Rewrite,
+    is_float,
+    is_weight,
+    map_weight,
+    next_in_chain,
+    until_settled,
+    weight_dequantize,
 )
 
 

@@ -1,9 +1,9 @@
 """Global pools and spatial means become AveragePool and MaxPool with explicit windows."""
 
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, is_float, until_settled
 
 from qcompiler.graph import const_of, data_input, input_of, integer, ints, shape_of
+from qcompiler.passes.rewriting import Rewrite, is_float, until_settled
 
 _POOL_OF = {
     "GlobalAveragePool": "AveragePool",

@@ -1,9 +1,9 @@
 """One way to change a shape: Reshape with the static shape spelt out."""
 
 import onnx_ir as ir
-from qcompiler.passes.rewriting import Rewrite, next_in_chain, until_settled
 
 from qcompiler.graph import const_of, data_input, ints, is_op, producer, shape_of
+from qcompiler.passes.rewriting import Rewrite, next_in_chain, until_settled
 
 UNARY = (
     "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Elu", "Selu", "Erf", "Exp",

@@ -1,9 +1,9 @@
 """Remove operators that hand their input through."""
 
 import onnx_ir as ir
-from qcompiler.passes.rewriting import bypass, constant_operand, no_auto_pad, until_settled
 
 from qcompiler.graph import const_of, data_input, input_of, integer, ints, shape_of
+from qcompiler.passes.rewriting import bypass, constant_operand, no_auto_pad, until_settled
 
 _OP_TYPES = (
     "Identity", "Dropout", "Reshape", "Transpose", "Cast", "Pad", "Slice", "Concat", "Expand", "AveragePool",
