@@ -1,0 +1,129 @@
+"""Estimates that decide whether an island is worth the crossing: one operator on the host, and on an engine.
+
+They price an operator whole, before it is tiled; the exact figures come from the command words, later.
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from qcompiler.graph import Shape as TensorShape
+from qcompiler.graph import const_of, element_count, shape_of
+from qcompiler.simulator.cost import host_cost
+from qcompiler.simulator.engines import Feed, OpClass, Shape, work
+from qcompiler.target import FactValue, Npu, OpFacts, Target
+
+_CLASSES: Mapping[str, OpClass] = {
+    "Conv": "conv",
+    "ConvTranspose": "conv",
+    "Gemm": "conv",
+    "MatMul": "conv",
+    "MaxPool": "max_pool",
+    "AveragePool": "average_pool",
+    "ReduceMean": "average_pool",
+    "Add": "add",
+    "Sub": "add",
+    "Mul": "mul",
+    "Requantize": "requantize",
+    "Clip": "requantize",
+    "Lookup": "lookup",
+    "Softmax": "softmax",
+}
+"""The command class of an operator; what is missing moves data."""
+
+_ROW_OPS = ("Gemm", "MatMul")
+_BITS = 8
+_FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+
+
+def host_seconds(node: ir.Node, facts: OpFacts, target: Target) -> float:
+    """The operator on the CPU alone."""
+    elements = max((element_count(shape_of(value)) for value in (*_tensors(node), *node.outputs)), default=0)
+    if facts.op in _FREE:
+        elements = 0
+    cost = host_cost(
+        target.host, precision=facts.precision, macs=multiplications(node, facts), elements=elements, transferred=0
+    )
+    return cost.seconds
+
+
+def npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> float:
+    """The operator on an engine, from scratchpad, with its weights streamed in beside it."""
+    engine = npu.engines[engine_name]
+    kind = _command_class(facts)
+    if kind is None:
+        path = npu.path_between(npu.memory_name("external"), npu.memory_name("scratchpad"))
+        assert path is not None
+        moved = 0 if facts.op in _FREE else tensor_bytes(node.outputs[0])
+        return moved / npu.dma[path].bandwidth.per_cycle(npu.clock) / npu.clock
+    memory = npu.memories[npu.weight_memory]
+    feed = Feed(npu.scratchpad.bandwidth.per_cycle(npu.clock), memory.latency.cycles(npu.clock))
+    busy = work(_shape(node, facts, kind), engine, facts.precision, feed).cycles + engine.issue.cycles(npu.clock)
+    weights = sum(tensor_bytes(value) for value in node.inputs if value is not None and const_of(value) is not None)
+    return max(busy, weights / memory.bandwidth.per_cycle(npu.clock)) / npu.clock
+
+
+def multiplications(node: ir.Node, facts: OpFacts) -> int:
+    """Multiply-accumulates, padding included; 0 for operators without any."""
+    elements = element_count(shape_of(node.outputs[0])) if node.outputs[0].shape is not None else 0
+    if facts.op in _ROW_OPS:
+        return elements * _whole(facts, "ifm_channels", 1)
+    if facts.op not in ("Conv", "ConvTranspose"):
+        return 0
+    per_output = _whole(facts, "kernel_area", 1) * _whole(facts, "ifm_channels", 1) // _whole(facts, "group", 1)
+    if facts.op == "ConvTranspose":
+        per_output = per_output // (_whole(facts, "stride_h", 1) * _whole(facts, "stride_w", 1))
+    return elements * per_output
+
+
+def tensor_bytes(value: ir.Value) -> int:
+    assert value.dtype is not None
+    return int(element_count(shape_of(value)) * value.dtype.itemsize)
+
+
+def _tensors(node: ir.Node) -> list[ir.Value]:
+    """Inputs computed at run time."""
+    return [value for value in node.inputs if value is not None and const_of(value) is None]
+
+
+def _command_class(facts: OpFacts) -> OpClass | None:
+    if facts.op == "Resize":
+        return "resize_nearest" if facts.facts.get("mode") == "nearest" else "resize_linear"
+    if facts.op == "Conv" and facts.facts.get("depthwise"):
+        return "depthwise"
+    return _CLASSES.get(facts.op)
+
+
+def _shape(node: ir.Node, facts: OpFacts, kind: OpClass) -> Shape:
+    """The whole operator as one command; a matrix product is a 1x1 convolution over its rows."""
+    after = shape_of(node.outputs[0])
+    before = shape_of(_tensors(node)[0]) if _tensors(node) else after
+    window = (_whole(facts, "kernel_h", 1), _whole(facts, "kernel_w", 1))
+    if facts.op == "ReduceMean":
+        window = (1, _whole(facts, "reduced", 1))
+    return Shape(
+        op=kind,
+        ofm=_map(after),
+        ifm=_map(before),
+        kernel=window,
+        stride=(_whole(facts, "stride_h", 1), _whole(facts, "stride_w", 1)),
+        dilation=(_whole(facts, "dilation_h", 1), _whole(facts, "dilation_w", 1)),
+        groups=_whole(facts, "group", 1),
+        ifm_bits=_BITS,
+        ofm_bits=_BITS,
+        weight_bits=_BITS,
+        upsampling=_whole(facts, "stride_h", 1) * _whole(facts, "stride_w", 1) if facts.op == "ConvTranspose" else 1,
+    )
+
+
+def _map(shape: TensorShape) -> tuple[int, int, int]:
+    """Height, width, depth; whatever is not a feature map counts as one row of its leading elements."""
+    if len(shape) == 4:
+        return shape[0] * shape[1], shape[2], shape[3]
+    return 1, element_count(shape[:-1]), shape[-1] if shape else 1
+
+
+def _whole(facts: OpFacts, name: str, default: int) -> int:
+    value: FactValue = facts.facts.get(name, default)
+    assert isinstance(value, int), f"{name} is {value!r}"
+    return int(value)
