@@ -383,7 +383,9 @@ class Bound(Spec):
     def admits(self, value: FactValue) -> bool:
         if self.values is not None:
             return value in self.values
-        assert isinstance(value, int)
+        if isinstance(value, str):
+            # A factor that is not whole ("1.5") lies in no range of whole numbers.
+            return False
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 

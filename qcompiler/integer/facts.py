@@ -229,7 +229,17 @@ def _reduce(node: ir.Node) -> Facts:
 
 def _resize(node: ir.Node) -> Facts:
     maps = _maps(shape_of(data_input(node)), shape_of(node.outputs[0]), channels_last=False)
-    return {**maps, "mode": string(node, "mode", "nearest")}
+    return {**maps, **_resize_factors(maps), "mode": string(node, "mode", "nearest")}
+
+
+def _resize_factors(maps: Facts) -> Facts:
+    """Output size over input size, a string ("1.5") where that is not whole."""
+    factors: Facts = {}
+    for axis in ("h", "w"):
+        before, after = maps.get(f"ifm_{axis}"), maps.get(f"ofm_{axis}")
+        if isinstance(before, int) and isinstance(after, int) and before:
+            factors[f"scale_{axis}"] = after // before if after % before == 0 else f"{after / before:.3g}"
+    return factors
 
 
 def _lookup(node: ir.Node) -> Facts:
@@ -304,7 +314,8 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
         case "QLookup":
             facts["function"] = ops.QLookup.of(node).function
         case "QResizeNearest" | "QResizeLinear":
-            facts |= _maps(ifm, ofm, channels_last=True)
+            maps = _maps(ifm, ofm, channels_last=True)
+            facts |= maps | _resize_factors(maps)
             facts["mode"] = "nearest" if node.op_type == "QResizeNearest" else "linear"
         case "QRequantize":
             assert op == "Requantize"
