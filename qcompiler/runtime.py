@@ -81,7 +81,7 @@ class NpuLog:
 
 
 class Simulator:
-    """The NPU simulator linked into a compiled library; its log is the process's, shared by all who load the library."""
+    """The NPU simulator linked into a compiled library; one log a process."""
 
     def __init__(self, library: Path) -> None:
         """Raises QCompilerError if `library` holds no simulator: nothing in the model runs on an NPU."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import tvm
-from tvm import te, tirx
+from tvm import tirx
 
+from qcompiler.backends import te
 from qcompiler.graph import Shape, dtype_of, shape_of
 from qcompiler.target import Host
 

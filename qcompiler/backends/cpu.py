@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from qcompiler.backends import cpu_conv
+from qcompiler.backends import cpu_conv, cpu_elementwise, cpu_matmul, cpu_pool
 from qcompiler.backends.base import HostCode, Lowering
 
 NodeLowering = Callable[[ir.Node, HostCode], Lowering]
@@ -13,6 +13,17 @@ _INTEGER: Mapping[str, NodeLowering] = {
     "QConv": cpu_conv.conv,
     "QConvTranspose": cpu_conv.conv_transpose,
     "QGemm": cpu_conv.gemm,
+    "QMatMul": cpu_matmul.matmul,
+    "QAdd": cpu_elementwise.add,
+    "QMul": cpu_elementwise.multiply,
+    "QRequantize": cpu_elementwise.requantize,
+    "QLookup": cpu_elementwise.lookup,
+    "QSoftmax": cpu_elementwise.softmax,
+    "QMaxPool": cpu_pool.max_pool,
+    "QAveragePool": cpu_pool.average_pool,
+    "QReduceMean": cpu_pool.reduce_mean,
+    "QResizeNearest": cpu_pool.resize_nearest,
+    "QResizeLinear": cpu_pool.resize_linear,
 }
 
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-from tvm import te, tirx
-from tvm.tirx import Expr
 
-from qcompiler.backends import te_arithmetic
+from qcompiler.backends import te, te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
+from qcompiler.backends.cpu_elementwise import constant_input, variant
 from qcompiler.backends.schedules import conv as schedule
 from qcompiler.backends.schedules.dot import QUAD, dot_product
-from qcompiler.graph import Shape, const_of, data_input, dtype_of, shape_of
+from qcompiler.backends.te import Expr
+from qcompiler.graph import Shape, data_input, dtype_of, shape_of
 from qcompiler.integer.ops import QConv, QConvTranspose, QGemm
 from qcompiler.quant.arithmetic import RequantizeVariant, wrap_int32
 
@@ -70,7 +70,7 @@ def conv(node: ir.Node, host: HostCode) -> Kernel:
         x_dtype=str(dtype_of(data_input(node))),
         x_zero_point=op.x_zero_point,
         dilate=(1, 1),
-        weights=_constant(node, 1),
+        weights=constant_input(node, 1),
         w_zero_point=op.w_zero_point,
         strides=op.strides,
         dilations=op.dilations,
@@ -91,7 +91,7 @@ def conv_transpose(node: ir.Node, host: HostCode) -> Kernel:
         x_dtype=str(dtype_of(data_input(node))),
         x_zero_point=op.x_zero_point,
         dilate=op.strides,
-        weights=_constant(node, 1)[:, ::-1, ::-1],
+        weights=constant_input(node, 1)[:, ::-1, ::-1],
         w_zero_point=op.w_zero_point,
         strides=(1, 1),
         dilations=dilations,
@@ -106,7 +106,7 @@ def conv_transpose(node: ir.Node, host: HostCode) -> Kernel:
 def gemm(node: ir.Node, host: HostCode) -> Kernel:
     op = QGemm.of(node)
     rows, depth = shape_of(data_input(node))
-    weights = _constant(node, 1)
+    weights = constant_input(node, 1)
     problem = _Problem(
         x_shape=(1, 1, rows, depth),
         x_dtype=str(dtype_of(data_input(node))),
@@ -124,18 +124,12 @@ def gemm(node: ir.Node, host: HostCode) -> Kernel:
     return _lower(problem, data_input(node), host)
 
 
-def _constant(node: ir.Node, index: int) -> np.ndarray:
-    array = const_of(data_input(node, index))
-    assert array is not None, f"{node.name}: input {index} is not constant"
-    return array
-
-
 def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> _Epilogue:
     return _Epilogue(
-        bias=_constant(node, 2),
-        multiplier=_constant(node, 3),
-        shift=_constant(node, 4),
-        variant=op.requantize,
+        bias=constant_input(node, 2),
+        multiplier=constant_input(node, 3),
+        shift=constant_input(node, 4),
+        variant=variant(op.requantize),
         zero_point=op.y_zero_point,
         limits=(op.clamp_min, op.clamp_max),
         dtype=str(dtype_of(node.outputs[0])),
@@ -245,13 +239,13 @@ def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Ke
     ]
     weights, bias, multiplier, shift = parameters_of(arrays)
 
-    ky, kx = te.reduce_axis((0, kh), "ky"), te.reduce_axis((0, taps), "kx")
-    q, r = te.reduce_axis((0, quads), "q"), te.reduce_axis((0, quad), "r")
+    ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(taps, "kx")
+    q, r = te.reduce_axis(quads, "q"), te.reduce_axis(quad, "r")
 
     def product(b: Expr, i: Expr, j: Expr, g: Expr, o: Expr, v: Expr) -> Expr:
         column = (j * sx + kx * dx) * pitch + g * padded_depth + q * quad + r
         pixel = staged[b, i * sy + ky * dy, column].astype("int32")
-        return te.sum(pixel * weights[g, o, ky, kx, q, v, r].astype("int32"), axis=[ky, kx, q, r])
+        return te.reduce_sum(pixel * weights[g, o, ky, kx, q, v, r].astype("int32"), axis=[ky, kx, q, r])
 
     accumulator = te.compute((n, oh, wide, group, blocks, lanes), product, "accumulator")
     window_sum = _window_sum(staged, problem, folded, (wide, pitch, padded_depth)) if folded.w_zero_point else None
@@ -272,7 +266,7 @@ def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Ke
             epilogue.dtype,
         )
 
-    output = te.compute(accumulator.shape, finish, "output")
+    output = te.compute(te.shape_of(accumulator), finish, "output")
     per_group = out_channels // group
     if wide != ow or blocks * lanes != per_group:
 
@@ -284,7 +278,7 @@ def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Ke
     else:
         result = output
     arguments = [x, weights, bias, multiplier, *([] if epilogue.variant == "float32" else [shift]), result]
-    function = te.create_prim_func(arguments)
+    function = te.prim_func(arguments)
     scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=host.threads)
     return Kernel(scheduled, (x_value,), tuple(arrays[:3] if epilogue.variant == "float32" else arrays))
 
@@ -296,7 +290,7 @@ def _stage(
     n, h, w, c = problem.x_shape
     (top, left), (up_y, up_x) = problem.pad, problem.dilate
     pitch, padded_depth, depth = layout
-    zero = tirx.const(folded.x_zero_point, folded.x_dtype)
+    zero = te.const(folded.x_zero_point, folded.x_dtype)
 
     def element(b: Expr, i: Expr, column: Expr) -> Expr:
         y = i - top
@@ -309,7 +303,7 @@ def _stage(
             source = pixel // up_x * c + channel // padded_depth * depth + channel % padded_depth
         rows = [y >= 0, y < (h - 1) * up_y + 1, y % up_y == 0]
         load = _shifted(x[b, y // up_y, source], folded.x_offset, folded.x_dtype)
-        return tirx.if_then_else(tirx.all(*rows, *inside), load, zero)
+        return te.if_then_else(te.all_of(*rows, *inside), load, zero)
 
     return te.compute((n, *size), element, "staged")
 
@@ -319,10 +313,10 @@ def _window_sum(staged: te.Tensor, problem: _Problem, folded: _Folded, layout: t
     wide, pitch, padded_depth = layout
     _, kh, kw, depth = folded.weights.shape
     (sy, sx), (dy, dx) = problem.strides, problem.dilations
-    ky, kx, k = te.reduce_axis((0, kh), "ky"), te.reduce_axis((0, kw), "kx"), te.reduce_axis((0, depth), "k")
+    ky, kx, k = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx"), te.reduce_axis(depth, "k")
     return te.compute(
         (problem.x_shape[0], problem.out_size[0], wide, problem.group),
-        lambda b, i, j, g: te.sum(
+        lambda b, i, j, g: te.reduce_sum(
             staged[b, i * sy + ky * dy, (j * sx + kx * dx) * pitch + g * padded_depth + k].astype("int32"),
             axis=[ky, kx, k],
         ),
@@ -377,14 +371,14 @@ def _depthwise_convolution(problem: _Problem, x_value: ir.Value, host: HostCode)
     ]
     placeholders = parameters_of(arrays)
     weights, bias, multiplier, shift = (*placeholders, placeholders[-1])[:4]
-    ky, kx = te.reduce_axis((0, kh), "ky"), te.reduce_axis((0, kw), "kx")
+    ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
 
     def pixel(b: Expr, i: Expr, j: Expr, k: Expr, tap_y: Expr | int, tap_x: Expr | int) -> Expr:
         return staged[b, i * sy + tap_y * dy, (j * sx + tap_x * dx) * c + k].astype("int32")
 
     def product(b: Expr, i: Expr, j: Expr, k: Expr) -> Expr:
         total = pixel(b, i, j, k, ky, kx) * (weights[ky, kx, k].astype("int32") - folded.w_zero_point)
-        return te.sum(total, axis=[ky, kx])
+        return te.reduce_sum(total, axis=[ky, kx])
 
     accumulator = te.compute((n, oh, ow, c), product, "accumulator")
     output = te.compute(
@@ -400,6 +394,6 @@ def _depthwise_convolution(problem: _Problem, x_value: ir.Value, host: HostCode)
         ),
         "output",
     )
-    function = te.create_prim_func([x, *placeholders, output])
+    function = te.prim_func([x, *placeholders, output])
     lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
     return Kernel(schedule.schedule_depthwise(function, lanes, threads=host.threads), (x_value,), tuple(arrays))

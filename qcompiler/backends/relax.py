@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import tvm
-from tvm import relax
+from tvm import relax as _relax_module
 from tvm.relax import transform
 
 from qcompiler import host_cpu
@@ -22,6 +23,10 @@ from qcompiler.errors import QCompilerError
 from qcompiler.graph import Shape, const_of, dtype_of, shape_of, value_name
 from qcompiler.partition import Partition, Region
 from qcompiler.target import Host, Target
+
+# TVM's annotations are too narrow for what its functions take.
+relax: Any = _relax_module
+RelaxExpr = Any
 
 NpuLowering = Callable[[Region], NpuFunction]
 
@@ -119,7 +124,7 @@ class _Assembler:
             relax.Var(f"p{i}", _type(array.shape, str(array.dtype))) for i, array in enumerate(self._parameters)
         ]
         # Tensors as their makers left them; whoever needs another shape takes a view.
-        values: dict[ir.Value, relax.Expr] = dict(zip(graph.inputs, inputs, strict=True))
+        values: dict[ir.Value, RelaxExpr] = dict(zip(graph.inputs, inputs, strict=True))
         values |= {value: parameters[index] for value, index in output_constants.items()}
 
         builder = relax.BlockBuilder()
@@ -157,7 +162,7 @@ class _Assembler:
         return self._arrays[key]
 
 
-def _type(shape: Sequence[int], dtype: str) -> relax.TensorType:
+def _type(shape: Sequence[int], dtype: str) -> Any:
     return relax.TensorType([int(dim) for dim in shape], dtype)
 
 
@@ -165,7 +170,7 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value_name(value), shape_of(value), str(dtype_of(value)))
 
 
-def _viewed(builder: relax.BlockBuilder, tensor: relax.Expr, shape: Sequence[int]) -> relax.Expr:
+def _viewed(builder: Any, tensor: RelaxExpr, shape: Sequence[int]) -> RelaxExpr:
     """`tensor` under another shape; the VM makes a view of it."""
     wanted = [int(dim) for dim in shape]
     if [int(dim) for dim in tensor.ty.shape] == wanted:
@@ -173,10 +178,9 @@ def _viewed(builder: relax.BlockBuilder, tensor: relax.Expr, shape: Sequence[int
     return builder.emit(relax.op.reshape(tensor, wanted))
 
 
-def _emit_call(
-    builder: relax.BlockBuilder, step: _Call, values: dict[ir.Value, relax.Expr], own: Sequence[relax.Expr]
-) -> None:
-    buffers = list(step.kernel.function.params)
+def _emit_call(builder: Any, step: _Call, values: dict[ir.Value, RelaxExpr], own: Sequence[RelaxExpr]) -> None:
+    signature: Any = step.kernel.function
+    buffers = list(signature.params)
     count = len(step.kernel.inputs)
     assert len(buffers) == count + len(own) + len(step.outputs) + bool(step.workspace), step.name
     arguments = [

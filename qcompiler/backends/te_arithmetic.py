@@ -6,9 +6,8 @@ rounding. And TVM rewrites a float division by a constant into a multiplication:
 loaded from parameters, never constants.
 """
 
-from tvm import te, tirx
-from tvm.tirx import Expr
-
+from qcompiler.backends import te
+from qcompiler.backends.te import Expr
 from qcompiler.quant.arithmetic import TFLITE_ADD_LEFT_SHIFT, AddFactors, RequantizeVariant
 
 DTYPE_RANGES: dict[str, tuple[int, int]] = {
@@ -21,10 +20,6 @@ DTYPE_RANGES: dict[str, tuple[int, int]] = {
 _FLOAT_LIMIT = 1 << 30
 
 
-def clamp(x: Expr, low: float, high: float) -> Expr:
-    return tirx.max(tirx.min(x, high), low)
-
-
 def rescale(acc: Expr, multiplier: Expr, shift: Expr, variant: RequantizeVariant) -> Expr:
     """`arithmetic.rescale` of an int32 (or, where it fits in 32 bits, int64) accumulator.
 
@@ -33,34 +28,34 @@ def rescale(acc: Expr, multiplier: Expr, shift: Expr, variant: RequantizeVariant
     """
     if variant == "float32":
         scaled = acc.astype("float32") * multiplier
-        return tirx.nearbyint(clamp(scaled, -float(_FLOAT_LIMIT), float(_FLOAT_LIMIT))).astype("int32")
-    left, right = tirx.max(shift, 0), tirx.max(-shift, 0)
+        return te.rint(te.clamp(scaled, -float(_FLOAT_LIMIT), float(_FLOAT_LIMIT))).astype("int32")
+    left, right = te.maximum(shift, 0), te.maximum(-shift, 0)
     if variant == "tflite":
         # int32 on purpose: `wrap_int32` of the shifted accumulator.
-        shifted = tirx.shift_left(acc.astype("int32"), left).astype("int64")
+        shifted = te.shift_left(acc.astype("int32"), left).astype("int64")
         # Truncating (product ± nudge) by 2^31 is rounding half up, whatever the sign.
-        high = tirx.shift_right(shifted * multiplier.astype("int64") + _one(30), tirx.const(31, "int64"))
+        high = te.shift_right(shifted * multiplier.astype("int64") + _one(30), te.const(31, "int64"))
         return rounding_divide_by_pot(high, right.astype("int64"))
     if variant == "tosa":
         total = (31 - shift).astype("int64")
-        rounding = tirx.shift_left(tirx.const(1, "int64"), total - 1)
-        return tirx.shift_right(acc.astype("int64") * multiplier.astype("int64") + rounding, total)
+        rounding = te.shift_left(te.const(1, "int64"), total - 1)
+        return te.shift_right(acc.astype("int64") * multiplier.astype("int64") + rounding, total)
     left, right = left.astype("int64"), right.astype("int64")
-    rounding = tirx.shift_right(tirx.shift_left(tirx.const(1, "int64"), right), tirx.const(1, "int64"))
-    return tirx.shift_right(tirx.shift_left(acc.astype("int64"), left) + rounding, right)
+    rounding = te.shift_right(te.shift_left(te.const(1, "int64"), right), te.const(1, "int64"))
+    return te.shift_right(te.shift_left(acc.astype("int64"), left) + rounding, right)
 
 
 def _one(position: int) -> Expr:
-    return tirx.const(1 << position, "int64")
+    return te.const(1 << position, "int64")
 
 
 def rounding_divide_by_pot(x: Expr, exponent: Expr) -> Expr:
     """x / 2^exponent to nearest, ties away from zero; int64."""
-    half = tirx.shift_right(tirx.shift_left(tirx.const(1, "int64"), exponent), tirx.const(1, "int64"))
+    half = te.shift_right(te.shift_left(te.const(1, "int64"), exponent), te.const(1, "int64"))
     # Adding a half and flooring rounds ties up; a negative x must round them down: one less, unless exponent is 0.
-    negative = tirx.shift_right(x, tirx.const(63, "int64"))
-    correction = tirx.bitwise_and(negative, tirx.min(exponent, tirx.const(1, "int64")))
-    return tirx.shift_right(x + half - correction, exponent)
+    negative = te.shift_right(x, te.const(63, "int64"))
+    correction = te.bitwise_and(negative, te.minimum(exponent, te.const(1, "int64")))
+    return te.shift_right(x + half - correction, exponent)
 
 
 def requantize(
@@ -77,9 +72,9 @@ def requantize(
     if variant == "float32":
         # The bounds are whole numbers a float32 holds, so clamping before rounding changes nothing and saves a step.
         scaled = acc.astype("float32") * multiplier
-        rounded = tirx.nearbyint(clamp(scaled, float(low), float(high))).astype("int32")
+        rounded = te.rint(te.clamp(scaled, float(low), float(high))).astype("int32")
     else:
-        rounded = clamp(rescale(acc, multiplier, shift, variant), low, high).astype("int32")
+        rounded = te.clamp(rescale(acc, multiplier, shift, variant), low, high).astype("int32")
     return (rounded + zero_point).astype(dtype)
 
 
@@ -87,30 +82,30 @@ def add(a: Expr, b: Expr, factors: AddFactors, variant: RequantizeVariant, *, su
     """`arithmetic.add` of zero-point-free int32 operands; int32 or int64."""
     ma, sa, mb, sb, my, sy = factors
     if variant == "tflite":
-        left = tirx.const(TFLITE_ADD_LEFT_SHIFT, "int32")
-        scaled_a = rescale(tirx.shift_left(a, left), *_pair(ma, sa), "tflite")
-        scaled_b = rescale(tirx.shift_left(b, left), *_pair(mb, sb), "tflite")
+        left = te.const(TFLITE_ADD_LEFT_SHIFT, "int32")
+        scaled_a = rescale(te.shift_left(a, left), *_pair(ma, sa), "tflite")
+        scaled_b = rescale(te.shift_left(b, left), *_pair(mb, sb), "tflite")
         return rescale(scaled_a - scaled_b if subtract else scaled_a + scaled_b, *_pair(my, sy), "tflite")
     # `add_factors` keeps two products of 8-bit operands and the rounding term inside 32 bits.
     product_a, product_b = a * ma, b * mb
     total = product_a - product_b if subtract else product_a + product_b
-    return tirx.shift_right(total + (1 << (sy - 1)), tirx.const(sy, "int32"))
+    return te.shift_right(total + (1 << (sy - 1)), te.const(sy, "int32"))
 
 
 def _pair(multiplier: int, shift: int) -> tuple[Expr, Expr]:
-    return tirx.const(multiplier, "int32"), tirx.const(shift, "int32")
+    return te.const(multiplier, "int32"), te.const(shift, "int32")
 
 
 def saturate(x: Expr, zero_point: int, limits: tuple[int, int], dtype: str) -> Expr:
-    """clamp(x + zero_point) as `dtype`."""
-    return (clamp(x, limits[0] - zero_point, limits[1] - zero_point).astype("int32") + zero_point).astype(dtype)
+    """te.clamp(x + zero_point) as `dtype`."""
+    return (te.clamp(x, limits[0] - zero_point, limits[1] - zero_point).astype("int32") + zero_point).astype(dtype)
 
 
 def quantize(x: Expr, scale: Expr, zero_point: Expr, dtype: str) -> Expr:
     """ONNX QuantizeLinear of a float32; `scale` must be loaded from memory, `zero_point` is int32."""
-    ratio = clamp(x / scale, -float(_FLOAT_LIMIT), float(_FLOAT_LIMIT))
-    rounded = tirx.nearbyint(ratio).astype("int32")
-    return clamp(rounded + zero_point, *DTYPE_RANGES[dtype]).astype(dtype)
+    ratio = te.clamp(x / scale, -float(_FLOAT_LIMIT), float(_FLOAT_LIMIT))
+    rounded = te.rint(ratio).astype("int32")
+    return te.clamp(rounded + zero_point, *DTYPE_RANGES[dtype]).astype(dtype)
 
 
 def dequantize(q: Expr, scale: Expr, zero_point: Expr) -> Expr:
@@ -122,18 +117,18 @@ def softmax(
     x: te.Tensor, table: te.Tensor, inverse_scale: int, zero_point: int, limits: tuple[int, int], dtype: str
 ) -> te.Tensor:
     """`arithmetic.softmax` over the last axis of x [rows, length]; table int32 [256]."""
-    rows, length = x.shape
-    i = te.reduce_axis((0, length), "i")
-    j = te.reduce_axis((0, length), "j")
-    highest = te.compute((rows,), lambda r: te.max(x[r, i].astype("int32"), axis=i), "highest")
+    rows, length = te.shape_of(x)
+    i = te.reduce_axis(length, "i")
+    j = te.reduce_axis(length, "j")
+    highest = te.compute((rows,), lambda r: te.reduce_max(x[r, i].astype("int32"), axis=[i]), "highest")
     exponential = te.compute((rows, length), lambda r, c: table[highest[r] - x[r, c].astype("int32")], "exponential")
-    total = te.compute((rows,), lambda r: te.sum(exponential[r, j].astype("int64"), axis=j), "total")
+    total = te.compute((rows,), lambda r: te.reduce_sum(exponential[r, j].astype("int64"), axis=[j]), "total")
 
     def quotient(r: Expr, c: Expr) -> Expr:
-        eight = tirx.const(8, "int64")
-        denominator = tirx.shift_left(total[r], eight)
-        numerator = exponential[r, c].astype("int64") * tirx.const(2 * inverse_scale, "int64") + denominator
+        eight = te.const(8, "int64")
+        denominator = te.shift_left(total[r], eight)
+        numerator = exponential[r, c].astype("int64") * te.const(2 * inverse_scale, "int64") + denominator
         # Both are positive, so truncation is the floor.
-        return saturate(tirx.truncdiv(numerator, denominator * 2), zero_point, limits, dtype)
+        return saturate(te.truncated_divide(numerator, denominator * 2), zero_point, limits, dtype)
 
     return te.compute((rows, length), quotient, "softmax")

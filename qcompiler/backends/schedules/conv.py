@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from tvm import tirx
-from tvm.s_tir import Schedule
 
 from qcompiler.backends.schedules.dot import DotProduct
+from qcompiler.backends.schedules.loops import open_schedule
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def schedule_dot_convolution(
     function: tirx.PrimFunc, dot: DotProduct | None, tile: ConvTile, *, threads: int
 ) -> tirx.PrimFunc:
     """Rows outermost, then strips of pixels and channel blocks; accumulators stay in registers over the reduction."""
-    s = Schedule(function)
+    s = open_schedule(function)
     accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
     n, y, x, g, o, v = s.get_loops(output)
     rows = s.fuse(n, y)
@@ -74,9 +74,9 @@ def depthwise_lanes(channels: int, lanes: int) -> int:
 
 def schedule_depthwise(function: tirx.PrimFunc, lanes: int, *, threads: int) -> tirx.PrimFunc:
     """Channels in lanes, the window unrolled if it is small."""
-    s = Schedule(function)
+    s = open_schedule(function)
     accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
-    n, y, x, c = s.get_loops(output)
+    n, y, _, c = s.get_loops(output)
     rows = s.fuse(n, y)
     outer, v = s.split(c, [None, lanes])
     s.compute_at(accumulator, outer, preserve_unit_loops=True)

@@ -1,9 +1,12 @@
 """Dot-product instructions: int32 lanes that each add four products of 8-bit numbers."""
 
+# pyright: reportInvalidTypeForm=false
+# TVMScript annotates buffers with calls.
+
 from dataclasses import dataclass
 
 from tvm.s_tir import TensorIntrin
-from tvm.script import tirx as T
+from tvm.script import tirx as T  # noqa: N812 (TVMScript is read as text, by these names)
 
 from qcompiler.backends.base import HostCode
 

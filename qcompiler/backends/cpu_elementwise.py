@@ -1,0 +1,125 @@
+"""Integer operators that work element by element, and the quantizing borders."""
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.backends import te, te_arithmetic
+from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
+from qcompiler.backends.elementwise import elementwise
+from qcompiler.backends.te import Expr
+from qcompiler.graph import const_of, data_input, dtype_of, element_count, input_of, integer, shape_of
+from qcompiler.integer.ops import QAdd, QLookup, QMul, QRequantize, QSoftmax
+from qcompiler.quant.arithmetic import RequantizeVariant
+
+
+def constant_input(node: ir.Node, index: int) -> np.ndarray:
+    array = const_of(data_input(node, index))
+    assert array is not None, f"{node.op_type} {node.name}: input {index} is not constant"
+    return array
+
+
+def add(node: ir.Node, host: HostCode) -> Kernel:
+    op = QAdd.of(node)
+    dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
+    factors = (op.multiplier_a, op.shift_a, op.multiplier_b, op.shift_b, op.multiplier_y, op.shift_y)
+
+    def expression(a: Expr, b: Expr) -> Expr:
+        left, right = a.astype("int32") - op.a_zero_point, b.astype("int32") - op.b_zero_point
+        total = te_arithmetic.add(left, right, factors, variant(op.requantize), subtract=bool(op.subtract))
+        return te_arithmetic.saturate(total, op.y_zero_point, limits, dtype)
+
+    return elementwise([data_input(node), data_input(node, 1)], node.outputs[0], expression, host)
+
+
+def multiply(node: ir.Node, host: HostCode) -> Kernel:
+    op = QMul.of(node)
+    dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
+
+    def expression(a: Expr, b: Expr, multiplier: Expr, shift: Expr) -> Expr:
+        product = (a.astype("int32") - op.a_zero_point) * (b.astype("int32") - op.b_zero_point)
+        return te_arithmetic.requantize(
+            product, multiplier, shift, variant(op.requantize), op.y_zero_point, limits, dtype
+        )
+
+    operands = [data_input(node), data_input(node, 1), constant_input(node, 2), constant_input(node, 3)]
+    return elementwise(operands, node.outputs[0], expression, host)
+
+
+def requantize(node: ir.Node, host: HostCode) -> Kernel:
+    op = QRequantize.of(node)
+    dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
+
+    def expression(x: Expr, multiplier: Expr, shift: Expr) -> Expr:
+        difference = x.astype("int32") - op.x_zero_point
+        return te_arithmetic.requantize(
+            difference, multiplier, shift, variant(op.requantize), op.y_zero_point, limits, dtype
+        )
+
+    operands = [data_input(node), constant_input(node, 1), constant_input(node, 2)]
+    return elementwise(operands, node.outputs[0], expression, host)
+
+
+def lookup(node: ir.Node, host: HostCode) -> Kernel:
+    QLookup.of(node)
+    lowest = -128 if dtype_of(data_input(node)) == np.int8 else 0
+    return elementwise(
+        [data_input(node)],
+        node.outputs[0],
+        lambda x, table: table[x.astype("int32") - lowest],
+        host,
+        tables=[constant_input(node, 1)],
+    )
+
+
+def softmax(node: ir.Node, host: HostCode) -> Kernel:
+    op = QSoftmax.of(node)
+    shape, table = shape_of(data_input(node)), constant_input(node, 1)
+    x = placeholder(data_input(node), (element_count(shape[:-1]), shape[-1]))
+    (entries,) = parameters_of([table])
+    limits, dtype = (op.clamp_min, op.clamp_max), str(dtype_of(node.outputs[0]))
+    y = te_arithmetic.softmax(x, entries, op.inverse_scale, op.y_zero_point, limits, dtype)
+    return Kernel(te.prim_func([x, entries, y]), (data_input(node),), (table,))
+
+
+def quantize_linear(node: ir.Node, host: HostCode) -> Kernel:
+    scale, zero_point = _affine(node)
+    dtype = str(dtype_of(node.outputs[0]))
+    return elementwise(
+        [data_input(node), scale, zero_point],
+        node.outputs[0],
+        lambda x, s, z: te_arithmetic.quantize(x.astype("float32"), s, z, dtype),
+        host,
+    )
+
+
+def dequantize_linear(node: ir.Node, host: HostCode) -> Kernel:
+    scale, zero_point = _affine(node)
+    dtype = str(dtype_of(node.outputs[0]))
+    return elementwise(
+        [data_input(node), scale, zero_point],
+        node.outputs[0],
+        lambda q, s, z: te_arithmetic.dequantize(q, s, z).astype(dtype),
+        host,
+    )
+
+
+def _affine(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32) and zero point (int32) of a Q or DQ node, shaped to broadcast along its axis."""
+    assert integer(node, "block_size", 0) == 0, f"{node.name}: blocked quantization"
+    rank, axis = len(shape_of(data_input(node))), integer(node, "axis", 1)
+    scale = constant_input(node, 1).astype(np.float32)
+    zero_point = const_of(input_of(node, 2))
+    zero_point = np.zeros(scale.shape, np.int32) if zero_point is None else zero_point.astype(np.int32)
+    if scale.size == 1:
+        return scale.reshape(1), zero_point.reshape(1)
+    along = [1] * rank
+    along[axis] = scale.size
+    return scale.reshape(along), zero_point.reshape(along)
+
+
+def variant(name: str) -> RequantizeVariant:
+    """The requantize attribute of an integer operator, typed."""
+    match name:
+        case "float32" | "tflite" | "tosa" | "shift":
+            return name
+    raise AssertionError(f"{name} is no requantize variant")

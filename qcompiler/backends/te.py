@@ -1,0 +1,147 @@
+"""TVM's tensor expressions with types a checker can follow.
+
+TVM attaches operators to its expression classes at run time and annotates most functions loosely, so
+this module, and only this one, speaks to it untyped. Names are TVM's, or numpy's where TVM's would hide a builtin.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from tvm import te as _te_module
+from tvm import tirx as _tirx_module
+
+_te: Any = _te_module
+_tirx: Any = _tirx_module
+
+
+class Expr(Protocol):
+    """A scalar expression."""
+
+    def astype(self, dtype: str) -> "Expr": ...
+    def __add__(self, other: "Expr | float") -> "Expr": ...
+    def __radd__(self, other: "Expr | float") -> "Expr": ...
+    def __sub__(self, other: "Expr | float") -> "Expr": ...
+    def __rsub__(self, other: "Expr | float") -> "Expr": ...
+    def __mul__(self, other: "Expr | float") -> "Expr": ...
+    def __rmul__(self, other: "Expr | float") -> "Expr": ...
+    def __truediv__(self, other: "Expr | float") -> "Expr": ...
+    def __rtruediv__(self, other: "Expr | float") -> "Expr": ...
+    def __floordiv__(self, other: "Expr | int") -> "Expr": ...
+    def __mod__(self, other: "Expr | int") -> "Expr": ...
+    def __neg__(self) -> "Expr": ...
+    def __lt__(self, other: "Expr | float") -> "Expr": ...
+    def __le__(self, other: "Expr | float") -> "Expr": ...
+    def __gt__(self, other: "Expr | float") -> "Expr": ...
+    def __ge__(self, other: "Expr | float") -> "Expr": ...
+    def equal(self, other: "Expr | float") -> "Expr": ...
+
+
+class Tensor(Protocol):
+    """A tensor: a placeholder or the result of `compute`."""
+
+    @property
+    def dtype(self) -> str: ...
+    def __getitem__(self, index: "Expr | int | tuple[Expr | int, ...]") -> Expr: ...
+
+
+# --- tensors -----------------------------------------------------------------------------------------------
+
+
+def placeholder(shape: Sequence[int], dtype: str, name: str) -> Tensor:
+    return _te.placeholder(tuple(shape), dtype, name)
+
+
+def compute(shape: Sequence[int], element: Callable[..., Expr], name: str) -> Tensor:
+    return _te.compute(tuple(shape), element, name)
+
+
+def computes(shape: Sequence[int], elements: Callable[..., tuple[Expr, ...]], name: str) -> tuple[Tensor, ...]:
+    """Several tensors of one shape, computed together."""
+    return tuple(_te.compute(tuple(shape), elements, name))
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    untyped: Any = tensor
+    return tuple(int(dim) for dim in untyped.shape)
+
+
+def prim_func(arguments: Sequence[Tensor]) -> _tirx_module.PrimFunc:
+    """The function of inputs, then parameters, then outputs."""
+    return _te.create_prim_func(list(arguments))
+
+
+def reduce_axis(extent: int, name: str) -> Expr:
+    return _te.reduce_axis((0, extent), name)
+
+
+def reduce_sum(element: Expr, axis: Sequence[Expr]) -> Expr:
+    return _te.sum(element, axis=list(axis))
+
+
+def reduce_max(element: Expr, axis: Sequence[Expr]) -> Expr:
+    return _te.max(element, axis=list(axis))
+
+
+# --- scalars -----------------------------------------------------------------------------------------------
+
+
+def const(value: float, dtype: str) -> Expr:
+    return _tirx.const(value, dtype)
+
+
+def like(value: float, expression: Expr) -> Expr:
+    """A constant of an expression's type."""
+    return _tirx.const(value, dtype_of(expression))
+
+
+def dtype_of(expression: Expr) -> str:
+    untyped: Any = expression
+    return str(untyped.ty.dtype)
+
+
+def minimum(a: Expr | float, b: Expr | float) -> Expr:
+    return _tirx.min(a, b)
+
+
+def maximum(a: Expr | float, b: Expr | float) -> Expr:
+    return _tirx.max(a, b)
+
+
+def clamp(x: Expr, low: float, high: float) -> Expr:
+    return maximum(minimum(x, high), low)
+
+
+def rint(x: Expr) -> Expr:
+    """To the nearest whole number, ties to even."""
+    return _tirx.nearbyint(x)
+
+
+def if_then_else(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    """Evaluates one side only: the other may be an access out of bounds."""
+    return _tirx.if_then_else(condition, then, otherwise)
+
+
+def where(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    """Evaluates both sides."""
+    return _tirx.Select(condition, then, otherwise)
+
+
+def all_of(*conditions: Expr) -> Expr:
+    return _tirx.all(*conditions)
+
+
+def shift_left(x: Expr, bits: Expr) -> Expr:
+    return _tirx.shift_left(x, bits)
+
+
+def shift_right(x: Expr, bits: Expr) -> Expr:
+    """Arithmetic for signed types."""
+    return _tirx.shift_right(x, bits)
+
+
+def bitwise_and(a: Expr, b: Expr) -> Expr:
+    return _tirx.bitwise_and(a, b)
+
+
+def truncated_divide(a: Expr, b: Expr) -> Expr:
+    return _tirx.truncdiv(a, b)
