@@ -8,7 +8,74 @@ from types import TracebackType
 import onnx_ir as ir
 
 from qcompiler.errors import QCompilerError
+from qcompiler.passes.cancel_transposes import CancelTransposes
+from qcompiler.passes.expand_dilation import ExpandDilation
+from qcompiler.passes.expand_hard_sigmoid import ExpandHardSigmoid
+from qcompiler.passes.fold_affine import FoldAffine
+from qcompiler.passes.fold_auto_pad import FoldAutoPad
+from qcompiler.passes.fold_batch_norm import FoldBatchNorm
+from qcompiler.passes.fold_constants import FoldConstants
+from qcompiler.passes.fold_pad import FoldPad
+from qcompiler.passes.fuse_activation import FuseActivation
+from qcompiler.passes.lower_conv_transpose import LowerConvTranspose
+from qcompiler.passes.merge_movement import MergeMovement
+from qcompiler.passes.normalize_arithmetic import NormalizeArithmetic
+from qcompiler.passes.normalize_conv1d import NormalizeConv1d
+from qcompiler.passes.normalize_gather import NormalizeGather
+from qcompiler.passes.normalize_matmul import NormalizeMatMul
+from qcompiler.passes.normalize_pool import NormalizePool
+from qcompiler.passes.normalize_reshape import NormalizeReshape
+from qcompiler.passes.remove_identity import RemoveIdentity
+from qcompiler.passes.split_grouped_conv import SplitGroupedConv
+from qcompiler.passes.split_large_pool import SplitLargePool
+from qcompiler.target import Target
 from qcompiler.verify import VerificationError, verify, verify_shapes
+
+Passes = tuple[ir.passes.InPlacePass, ...]
+
+SIMPLIFY: Passes = (
+    # The importer has rewritten QLinear and com.microsoft operators: it needs that to infer shapes.
+    FoldConstants(),
+    # Gather becomes Slice first, so that whole chains of data movement merge.
+    NormalizeGather(),
+    MergeMovement(),
+    # One spelling for each operation; then the Reshapes these leave merge, and what does nothing goes.
+    FoldAutoPad(),
+    NormalizeConv1d(),
+    NormalizePool(),
+    NormalizeMatMul(),
+    NormalizeArithmetic(),
+    NormalizeReshape(),
+    RemoveIdentity(),
+    # Fewer operators. Activations go before FoldAffine, which would take the + 3 of a hard sigmoid for a bias.
+    FoldBatchNorm(),
+    FuseActivation(),
+    FoldAffine(),
+    FoldPad(),
+    # Less data movement.
+    CancelTransposes(),
+)
+"""Target-independent, on float and QDQ models alike."""
+
+
+def legalize(target: Target) -> Passes:
+    """Decompose what the target refuses into what it takes; still float or QDQ."""
+    return (
+        LowerConvTranspose(target),
+        ExpandDilation(target),
+        SplitGroupedConv(target),
+        SplitLargePool(target),
+        ExpandHardSigmoid(target),
+    )
+
+
+def harmonize(target: Target) -> Passes:
+    """Give a QDQ model the scales, signedness and Q/DQ positions the target's operators want."""
+    return ()
+
+
+LAYOUT: Passes = (CancelTransposes(),)
+"""On the integer graph: cancel the transposes between NHWC operators and what was NCHW."""
 
 
 @dataclass
