@@ -13,12 +13,13 @@ each integer. Numbers are `Index`: an int where it is known, else a TIR expressi
 from collections.abc import Iterator
 from typing import Protocol
 
+import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as builder
 
 from qcompiler.simulator.isa import Opcode
 
-Index = int | tirx.PrimExpr
+Index = int | tvm.ir.ExprWithOp
 
 
 class Emitter(Protocol):
@@ -30,7 +31,7 @@ class Emitter(Protocol):
         """Repeat the body for 0 … count - 1."""
         ...
 
-    def when(self, condition: bool | tirx.PrimExpr) -> Iterator[None]:
+    def when(self, condition: bool | tvm.ir.ExprWithOp) -> Iterator[None]:
         """Run the body if the condition holds."""
         ...
 
@@ -51,7 +52,7 @@ class WordEmitter:
     def loop(self, count: int) -> Iterator[Index]:
         yield from range(count)
 
-    def when(self, condition: bool | tirx.PrimExpr) -> Iterator[None]:
+    def when(self, condition: bool | tvm.ir.ExprWithOp) -> Iterator[None]:
         assert isinstance(condition, bool)
         if condition:
             yield
@@ -71,7 +72,7 @@ class TirEmitter:
             with builder.serial(0, count) as index:
                 yield index
 
-    def when(self, condition: bool | tirx.PrimExpr) -> Iterator[None]:
+    def when(self, condition: bool | tvm.ir.ExprWithOp) -> Iterator[None]:
         if isinstance(condition, bool):
             if condition:
                 yield
@@ -105,5 +106,5 @@ def modulo(a: Index, b: int) -> Index:
     return a % b if isinstance(a, int) else tirx.floormod(a, b)
 
 
-def equal(a: Index, b: int) -> bool | tirx.PrimExpr:
+def equal(a: Index, b: int) -> bool | tvm.ir.ExprWithOp:
     return a == b if isinstance(a, int) else tirx.EQ(a, tirx.const(b, "int32"))

@@ -22,9 +22,9 @@ class MemoryPlan:
     offsets: tuple[int, ...]
     """Bytes, one per buffer, multiples of the alignment."""
     peak: int
-    """End of the highest buffer, in bytes."""
+    """End of the highest buffer, in bytes, rounded up to the alignment."""
     lower_bound: int
-    """Most bytes alive at one step: no plan can need less."""
+    """Most bytes alive at one step, each buffer rounded up: no plan can need less."""
 
     def offset_of(self, name: str) -> int:
         return next(offset for buffer, offset in zip(self.buffers, self.offsets, strict=True) if buffer.name == name)
@@ -48,8 +48,9 @@ def plan_memory(buffers: Sequence[Buffer], alignment: int) -> MemoryPlan:
     lower_bound = max((live_bytes(buffers, step, alignment) for step in steps), default=0)
     best: tuple[int, tuple[int, ...]] | None = None
     for order in _ORDERS:
-        offsets = _place(buffers, sorted(range(len(buffers)), key=lambda i: order(buffers[i])), alignment)  # noqa: B023
-        peak = max((offset + buffer.size for offset, buffer in zip(offsets, buffers, strict=True)), default=0)
+        offsets = _place(buffers, sorted(range(len(buffers)), key=lambda i: order(buffers[i])), alignment)
+        ends = (offset + aligned(buffer.size, alignment) for offset, buffer in zip(offsets, buffers, strict=True))
+        peak = max(ends, default=0)
         if best is None or peak < best[0]:
             best = (peak, offsets)
         if peak <= lower_bound:

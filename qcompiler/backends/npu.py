@@ -1,0 +1,182 @@
+"""The NPU backend: a region of integer nodes becomes one driver.
+
+`compile_region` decides everything: which values stay in the scratchpad and where, how each operator is tiled,
+what lies in the constants. `words` and `driver` then only emit, the same loops through two emitters, so that the
+commands the cost model prices are the commands the driver issues.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as builder
+
+from qcompiler.backends.npu_emit import Emitter, TirEmitter, WordEmitter
+from qcompiler.backends.npu_layers import recipe_of
+from qcompiler.backends.npu_layout import plan_layout
+from qcompiler.backends.npu_loops import emit_fill, emit_streams, emit_transfer, emit_work
+from qcompiler.backends.npu_memory import MemoryPlan
+from qcompiler.backends.npu_schedule import Bases, Step, bases_of, schedule
+from qcompiler.backends.npu_tiling import Work, smallest_need
+from qcompiler.graph import Shape, dtype_of, element_count, shape_of, value_name
+from qcompiler.partition import Region
+from qcompiler.simulator import isa
+from qcompiler.target import Target
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a region."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True)
+class NpuProgram:
+    """A compiled region: everything but the text of the driver."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    steps: tuple[Step, ...]
+    """One per node of the region, in order; `step.work.tiling` is the tiling."""
+    scratchpad_bytes: int
+    scratchpad: MemoryPlan
+    """Addresses in the scratchpad, its peak and the lower bound of any plan, in bytes."""
+    evicted: tuple[str, ...]
+    """Intermediate values that stream through external memory."""
+    blob: np.ndarray
+    """uint8 [n]: OHWI weights, scale records, tables; each at a multiple of 16 bytes."""
+    workspace_bytes: int
+    """External memory for evicted values."""
+    bases: Bases
+    """Base numbers of inputs, blob, outputs and workspace; base 0 is the scratchpad."""
+
+
+def can_run(node: ir.Node, target: Target) -> str | None:
+    """Why the NPU's driver cannot run a node of the integer graph, or None if it can.
+
+    Asks nothing of the target's rules, only whether the operator is known and its smallest tile fits the scratchpad.
+    """
+    assert target.npu is not None, f"{target.name} has no accelerator"
+    recipe = recipe_of(node, target)
+    if isinstance(recipe, str):
+        return recipe
+    if not isinstance(recipe, Work):
+        return None
+    scratchpad = target.npu.scratchpad
+    need = smallest_need(recipe, max(scratchpad.alignment, 1))
+    if need > scratchpad.size:
+        return f"its smallest tile needs {need} bytes and the scratchpad has {scratchpad.size}"
+    return None
+
+
+def compile_region(region: Region, target: Target) -> NpuProgram:
+    """Plan a region whose every node `can_run`."""
+    assert target.npu is not None, f"{target.name} has no accelerator"
+    recipes = []
+    for node in region.nodes:
+        recipe = recipe_of(node, target)
+        assert not isinstance(recipe, str), f"{node.op_type} {node.name} is in an NPU region, but {recipe}"
+        recipes.append(recipe)
+    layout = plan_layout(region, recipes)
+    planned = schedule(region, recipes, layout, target.npu)
+    return NpuProgram(
+        region.name,
+        tuple(_tensor(value) for value in region.inputs),
+        tuple(_tensor(value) for value in region.outputs),
+        planned.steps,
+        target.npu.scratchpad.size,
+        planned.scratchpad,
+        planned.evicted,
+        planned.blob,
+        planned.workspace.peak,
+        bases_of(region),
+    )
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    return Tensor(value_name(value), shape_of(value), str(dtype_of(value)))
+
+
+def words(program: NpuProgram) -> np.ndarray:
+    """int32 [n]: the command words the simulator logs when the driver runs."""
+    emit = WordEmitter()
+    _emit_program(emit, program)
+    return np.array(emit.words, np.int32)
+
+
+def driver(program: NpuProgram, name: str, region: int = 0) -> tirx.PrimFunc:
+    """The region's S-TIR function, for `relax.call_tir`.
+
+    Arguments: the region's inputs, the constants uint8 [len(blob)], the region's outputs, the workspace
+    uint8 [max(1, workspace_bytes)]; all dense. `name` becomes the global symbol; `region` numbers the
+    region in the simulator's log.
+    """
+    bases = program.bases
+    with IRBuilder() as ir_builder:
+        with builder.prim_func(s_tir=True):
+            builder.func_name(name)
+            builder.func_attr({"global_symbol": name, "tirx.noalias": True})
+            bound: list[tuple[int, tirx.Buffer, str, int]] = []
+
+            def argument(base: int, label: str, shape: Shape, dtype: str, access: str) -> None:
+                buffer = builder.arg(label, builder.Buffer(shape, dtype))
+                bound.append((base, buffer, access, element_count(shape)))
+
+            for index, (base, tensor) in enumerate(zip(bases.inputs, program.inputs, strict=True)):
+                argument(base, f"input_{index}", tensor.shape, tensor.dtype, "r")
+            argument(bases.blob, "constants", (len(program.blob),), "uint8", "r")
+            for index, (base, tensor) in enumerate(zip(bases.outputs, program.outputs, strict=True)):
+                argument(base, f"output_{index}", tensor.shape, tensor.dtype, "rw")
+            argument(bases.workspace, "workspace", (max(1, program.workspace_bytes),), "uint8", "rw")
+
+            _host("qrt_open", region, program.scratchpad_bytes)
+            for base, buffer, access, size in bound:
+                _host("qrt_bind", base, buffer.access_ptr(access), tirx.const(size, "int64"))
+            _emit_program(TirEmitter(), program)
+            _host("qrt_close")
+        return ir_builder.get()
+
+
+def _host(function: str, *arguments: int | tvm.ir.ExprWithOp) -> None:
+    builder.evaluate(tirx.call_extern("int32", function, *arguments))
+
+
+def _emit_program(emit: Emitter, program: NpuProgram) -> None:
+    for index, step in enumerate(program.steps):
+        emit.call(isa.LAYER, index)
+        for span in step.allocs:
+            emit.call(isa.ALLOC, *span)
+        _emit_step(emit, program, index)
+        for span in step.frees:
+            emit.call(isa.FREE, *span)
+
+
+def _emit_step(emit: Emitter, program: NpuProgram, index: int) -> None:
+    step = program.steps[index]
+
+    def fetch_for_next() -> None:
+        if step.prefetch is not None:
+            following = program.steps[step.prefetch].work
+            assert following is not None
+            # The traffic counts as the layer's whose constants it brings.
+            emit.call(isa.LAYER, step.prefetch)
+            emit_streams(emit, following)
+            emit.call(isa.LAYER, index)
+
+    if step.work is not None:
+        emit_work(emit, step.work, prefetched=step.prefetched, meanwhile=fetch_for_next)
+    if step.fill is not None:
+        emit_fill(emit, step.fill)
+        emit.call(isa.BARRIER)
+    for transfers in (step.copies, step.exports):
+        for transfer in transfers:
+            emit_transfer(emit, transfer)
+        if transfers:
+            emit.call(isa.BARRIER)

@@ -1,0 +1,393 @@
+"""Decide what stays in the scratchpad, tile every operator into the rest, and give everything an address.
+
+Intermediate feature maps live in the scratchpad from their first writer to their last reader. Where that leaves an
+operator without room for its smallest tile, the largest map alive there is evicted to external memory, through which
+its users then stream it. A region's outputs that nobody inside reads are streamed out too. The constants of an
+operator's first tile are fetched during the operator before it where there is room.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.backends.npu_layers import Copy, Moves, Recipe
+from qcompiler.backends.npu_layout import Layout, View, dense_strides, is_dense, restride
+from qcompiler.backends.npu_loops import Fill, Placed, TiledWork, Transfer
+from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
+from qcompiler.backends.npu_tiling import Dims4, Tiling, Work, choose_tiling
+from qcompiler.graph import const_of, element_count, shape_of, value_name
+from qcompiler.partition import Region
+from qcompiler.simulator import isa
+from qcompiler.target import Npu
+
+BLOB_ALIGNMENT = 16
+"""Each constant starts at a multiple of this, so that DMA bursts are whole."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: what to emit for it. A node whose output is only a view has nothing."""
+
+    node: str
+    op: str
+    work: TiledWork | None
+    fill: Fill | None
+    copies: tuple[Transfer, ...]
+    exports: tuple[Transfer, ...]
+    """Region outputs to copy out once this node is done."""
+    allocs: tuple[tuple[int, int], ...]
+    """Scratchpad reservations that begin here: offset, bytes."""
+    frees: tuple[tuple[int, int], ...]
+    prefetch: int | None
+    """The step whose first constants are fetched beside this one's last tile."""
+    prefetched: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    steps: tuple[Step, ...]
+    scratchpad: MemoryPlan
+    workspace: MemoryPlan
+    evicted: tuple[str, ...]
+    """Intermediate values that did not stay in the scratchpad."""
+    blob: np.ndarray
+    """uint8: all constants."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Numbers of the external buffers: inputs, constants, outputs, workspace."""
+
+    inputs: tuple[int, ...]
+    blob: int
+    outputs: tuple[int, ...]
+    workspace: int
+
+
+def bases_of(region: Region) -> Bases:
+    blob = 1 + len(region.inputs)
+    workspace = blob + 1 + len(region.outputs)
+    return Bases(tuple(range(1, blob)), blob, tuple(range(blob + 1, workspace)), workspace)
+
+
+@dataclass
+class _Blob:
+    """Constants under construction; equal bytes are stored once."""
+
+    parts: list[bytes] = field(default_factory=list)
+    offsets: dict[bytes, int] = field(default_factory=dict)
+    size: int = 0
+
+    def add(self, data: bytes) -> int:
+        if data not in self.offsets:
+            self.offsets[data] = self.size
+            self.parts.append(data + bytes(-len(data) % BLOB_ALIGNMENT))
+            self.size += len(self.parts[-1])
+        return self.offsets[data]
+
+    def array(self) -> np.ndarray:
+        return np.frombuffer(b"".join(self.parts) or bytes(BLOB_ALIGNMENT), np.uint8)
+
+
+@dataclass(frozen=True)
+class _Life:
+    first: int
+    last: int
+    reads: int
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A residency with tilings that fit by size; addresses are not yet known to exist."""
+
+    tilings: tuple[Tiling | None, ...]
+    buffers: tuple[Buffer, ...]
+    prefetched: frozenset[int]
+
+
+def schedule(region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> Schedule:
+    """Raises AssertionError if some smallest tile does not fit: ask `npu.can_run` first."""
+    return _Scheduler(region, recipes, layout, npu).run()
+
+
+class _Scheduler:
+    def __init__(self, region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> None:
+        self.region, self.recipes, self.layout = region, recipes, layout
+        self.bases = bases_of(region)
+        self.alignment = max(npu.scratchpad.alignment, 1)
+        self.capacity = npu.scratchpad.size // self.alignment * self.alignment
+        self.inside = {value: index for index, node in enumerate(region.nodes) for value in node.outputs}
+        self.lives = self._lives()
+        self.tiling_cache: dict[tuple[int, tuple[bool, ...], int], Tiling | None] = {}
+        self.blob = _Blob()
+
+    # --- lifetimes ---
+
+    def _root(self, value: ir.Value | None) -> ir.Value:
+        assert value is not None
+        return self.layout.views[value].root
+
+    def _lives(self) -> dict[ir.Value, _Life]:
+        """When the roots made inside the region are in use."""
+        steps: dict[ir.Value, list[int]] = {}
+        reads: dict[ir.Value, int] = {}
+        for index, (node, recipe) in enumerate(zip(self.region.nodes, self.recipes, strict=True)):
+            if isinstance(recipe, Work):
+                sources, outputs = [operand.source for operand in recipe.maps], [0]
+            else:
+                copies = self.layout.copies[index]
+                sources = [copy.source for copy in copies]
+                outputs = [copy.output for copy in copies] + ([0] if recipe.fill is not None else [])
+            for output in outputs:
+                steps.setdefault(self._root(node.outputs[output]), []).append(index)
+            for source in sources:
+                root = self._root(node.inputs[source])
+                reads[root] = reads.get(root, 0) + 1
+                steps.setdefault(root, []).append(index)
+        for value in self.region.outputs:
+            steps[self._root(value)].append(self.inside[value])
+        roots = {self._root(value) for value in self.inside}
+        # A root nobody writes is a value whose only copy was superfluous: another root holds it.
+        return {root: _Life(min(steps[root]), max(steps[root]), reads.get(root, 0)) for root in roots if root in steps}
+
+    # --- residency and tiling ---
+
+    def run(self) -> Schedule:
+        outputs = {self._root(value) for value in self.region.outputs}
+        evicted = {root for root, life in self.lives.items() if life.reads == 0 and root in outputs}
+        limits = [self.capacity] * len(self.recipes)
+        alone: set[int] = set()
+        while True:
+            draft = self._draft(evicted, limits, alone)
+            if isinstance(draft, int):
+                evicted.add(self._victim(draft, evicted))
+                continue
+            plan = plan_memory(draft.buffers, self.alignment)
+            if plan.peak <= self.capacity:
+                return self._finish(draft, plan, evicted)
+            self._relax(draft, plan, evicted, limits, alone)
+
+    def _draft(self, evicted: set[ir.Value], limits: Sequence[int], alone: set[int]) -> _Draft | int:
+        """Tilings for a residency, or the step that has no room. `alone`: steps that may not be prefetched."""
+        residents = [
+            Buffer(value_name(root), self._size(root), life.first, life.last)
+            for root, life in self.lives.items()
+            if root not in evicted
+        ]
+        tilings: list[Tiling | None] = []
+        tiles: list[Buffer] = []
+        for index, recipe in enumerate(self.recipes):
+            if isinstance(recipe, Moves):
+                tilings.append(None)
+                if live_bytes(residents, index, self.alignment) > self.capacity:
+                    return index
+                continue
+            free = self.capacity - live_bytes(residents, index, self.alignment)
+            tiling = self._tiling(index, recipe, evicted, min(free, limits[index]))
+            if tiling is None:
+                return index
+            tilings.append(tiling)
+            tiles += [
+                Buffer(_tile_name(index, number), size, index, index)
+                for number, size in enumerate(tiling.buffers)
+                if size
+            ]
+        return self._prefetch(tilings, residents + tiles, alone)
+
+    def _tiling(self, index: int, work: Work, evicted: set[ir.Value], budget: int) -> Tiling | None:
+        node = self.region.nodes[index]
+        resident = tuple(self._is_resident(self._root(node.inputs[operand.source]), evicted) for operand in work.maps)
+        resident = (*resident, self._is_resident(self._root(node.outputs[0]), evicted))
+        key = (index, resident, budget)
+        if key not in self.tiling_cache:
+            self.tiling_cache[key] = choose_tiling(work, resident, budget, self.alignment) if budget >= 0 else None
+        return self.tiling_cache[key]
+
+    def _is_resident(self, root: ir.Value, evicted: set[ir.Value]) -> bool:
+        return root in self.lives and root not in evicted
+
+    def _prefetch(self, tilings: Sequence[Tiling | None], buffers: list[Buffer], alone: set[int]) -> _Draft:
+        """Let constants' buffers begin at the operator before, wherever the bytes suffice."""
+        by_name = {buffer.name: position for position, buffer in enumerate(buffers)}
+        prefetched: set[int] = set()
+        previous: int | None = None
+        for index, (tiling, recipe) in enumerate(zip(tilings, self.recipes, strict=True)):
+            if tiling is None or not isinstance(recipe, Work):
+                continue
+            names = [_tile_name(index, len(recipe.maps) + number) for number in range(len(recipe.streams))]
+            extra = sum(buffers[by_name[name]].size for name in names)
+            if previous is not None and names and index not in alone:
+                live = [live_bytes(buffers, step, self.alignment) for step in range(previous, index)]
+                if max(live) + extra <= self.capacity:
+                    prefetched.add(index)
+                    for name in names:
+                        old = buffers[by_name[name]]
+                        buffers[by_name[name]] = Buffer(old.name, old.size, previous, old.last)
+            previous = index
+        return _Draft(tuple(tilings), tuple(buffers), frozenset(prefetched))
+
+    def _relax(
+        self, draft: _Draft, plan: MemoryPlan, evicted: set[ir.Value], limits: list[int], alone: set[int]
+    ) -> None:
+        """Placement failed though the bytes suffice: give up a prefetch, else tile finer, else evict."""
+        over = [
+            buffer
+            for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
+            if offset + buffer.size > self.capacity
+        ]
+        first, last = min(buffer.first for buffer in over), max(buffer.last for buffer in over)
+        guilty = {index for index in draft.prefetched if first <= index <= last + 1} - alone
+        if guilty:
+            alone |= guilty
+            return
+        steps = [step for step in range(first, last + 1) if draft.tilings[step] is not None]
+        live = {step: live_bytes(plan.buffers, step, self.alignment) for step in range(first, last + 1)}
+        for step in sorted(steps, key=lambda step: -live[step]):
+            tiling = draft.tilings[step]
+            assert tiling is not None
+            smaller = sum(tiling.buffers) * 3 // 4
+            work = self.recipes[step]
+            assert isinstance(work, Work)
+            if self._tiling(step, work, evicted, smaller) is not None:
+                limits[step] = smaller
+                return
+        evicted.add(self._victim(max(live, key=lambda step: live[step]), evicted))
+
+    def _victim(self, step: int, evicted: set[ir.Value]) -> ir.Value:
+        """The largest resident map alive at a step."""
+        alive = [root for root, life in self.lives.items() if root not in evicted and life.first <= step <= life.last]
+        node = self.region.nodes[step]
+        assert alive, f"{node.op_type} {node.name} does not fit an empty scratchpad; can_run would have said so"
+        return max(alive, key=lambda root: (self._size(root), value_name(root)))
+
+    @staticmethod
+    def _size(root: ir.Value) -> int:
+        return element_count(shape_of(root))
+
+    # --- addresses ---
+
+    def _finish(self, draft: _Draft, plan: MemoryPlan, evicted: set[ir.Value]) -> Schedule:
+        homes: dict[ir.Value, tuple[int, int]] = {}
+        for value, base in zip(self.region.inputs, self.bases.inputs, strict=True):
+            homes[value] = (base, 0)
+        for value, base in zip(self.region.outputs, self.bases.outputs, strict=True):
+            view = self.layout.views[value]
+            if view.root in evicted and view.root not in homes and self._is_whole(value, view):
+                homes[view.root] = (base, 0)
+        spilled = [root for root in self.lives if root in evicted and root not in homes]
+        workspace = plan_memory(
+            [
+                Buffer(value_name(root), self._size(root), self.lives[root].first, self.lives[root].last)
+                for root in spilled
+            ],
+            BLOB_ALIGNMENT,
+        )
+        for root in self.lives:
+            if root not in evicted:
+                homes[root] = (isa.SCRATCHPAD, plan.offset_of(value_name(root)))
+        for root in spilled:
+            homes[root] = (self.bases.workspace, workspace.offset_of(value_name(root)))
+        offsets = {buffer.name: offset for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)}
+        steps = tuple(self._step(index, draft, plan, homes, offsets) for index in range(len(self.recipes)))
+        names = tuple(sorted(value_name(root) for root in spilled))
+        return Schedule(steps, plan, workspace, names, self.blob.array())
+
+    def _is_whole(self, value: ir.Value, view: View) -> bool:
+        same_size = element_count(shape_of(value)) == self._size(view.root)
+        return view.offset == 0 and same_size and is_dense(shape_of(value), view.strides)
+
+    def _step(
+        self,
+        index: int,
+        draft: _Draft,
+        plan: MemoryPlan,
+        homes: dict[ir.Value, tuple[int, int]],
+        offsets: dict[str, int],
+    ) -> Step:
+        node, recipe = self.region.nodes[index], self.recipes[index]
+        fill, copies, work = None, (), None
+        if isinstance(recipe, Work):
+            tiling = draft.tilings[index]
+            assert tiling is not None
+            work = TiledWork(
+                recipe,
+                tiling,
+                tuple(self._placed(node.inputs[operand.source], operand.shape, homes) for operand in recipe.maps),
+                self._placed(node.outputs[0], recipe.ofm, homes),
+                tuple(offsets.get(_tile_name(index, number), -1) for number in range(len(tiling.buffers))),
+                self.bases.blob,
+                tuple(self.blob.add(stream.data) for stream in recipe.streams),
+            )
+        else:
+            copies = tuple(self._transfer(node, copy, homes) for copy in self.layout.copies[index])
+            if recipe.fill is not None:
+                base, offset = self._address(node.outputs[0], homes)
+                fill = Fill(base, offset, element_count(shape_of(node.outputs[0])), recipe.fill)
+        spans = [
+            (buffer, (offset, aligned(buffer.size, self.alignment)))
+            for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
+        ]
+        following = next((later for later in range(index + 1, len(self.recipes)) if draft.tilings[later]), None)
+        return Step(
+            node.name or value_name(node.outputs[0]),
+            node.op_type,
+            work,
+            fill,
+            copies,
+            self._exports(index, homes),
+            tuple(span for buffer, span in spans if buffer.first == index),
+            tuple(span for buffer, span in spans if buffer.last == index),
+            following if work is not None and following in draft.prefetched else None,
+            index in draft.prefetched,
+        )
+
+    def _address(self, value: ir.Value | None, homes: dict[ir.Value, tuple[int, int]]) -> tuple[int, int]:
+        assert value is not None
+        view = self.layout.views[value]
+        if view.root not in homes:
+            constant = const_of(view.root)
+            assert constant is not None, f"{view.root.name} is neither made in the region nor given to it"
+            homes[view.root] = (self.bases.blob, self.blob.add(np.ascontiguousarray(constant).tobytes()))
+        base, offset = homes[view.root]
+        return base, offset + view.offset
+
+    def _placed(self, value: ir.Value | None, shape: Dims4, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
+        assert value is not None
+        strides = restride(shape_of(value), self.layout.views[value].strides, shape)
+        assert strides is not None, f"{value.name} was laid out so that its users cannot follow"
+        n, y, x, c = strides
+        return Placed(*self._address(value, homes), (n, y, x, c))
+
+    def _transfer(self, node: ir.Node, copy: Copy, homes: dict[ir.Value, tuple[int, int]]) -> Transfer:
+        source, output = node.inputs[copy.source], node.outputs[copy.output]
+        assert source is not None
+        src = restride(shape_of(source), self.layout.views[source].strides, copy.src_shape)
+        dst = restride(shape_of(output), self.layout.views[output].strides, copy.dst_shape)
+        assert src is not None and dst is not None, f"{node.name} was laid out so that it cannot be copied"
+        src_base, src_offset = self._address(source, homes)
+        dst_base, dst_offset = self._address(output, homes)
+        return Transfer(
+            dst_base,
+            dst_offset + sum(start * stride for start, stride in zip(copy.dst_start, dst, strict=True)),
+            dst,
+            src_base,
+            src_offset + sum(start * stride for start, stride in zip(copy.src_start, src, strict=True)),
+            tuple(src[axis] * copy.src_step[axis] for axis in copy.src_axes),
+            copy.box,
+        )
+
+    def _exports(self, index: int, homes: dict[ir.Value, tuple[int, int]]) -> tuple[Transfer, ...]:
+        exports: list[Transfer] = []
+        for value, base in zip(self.region.outputs, self.bases.outputs, strict=True):
+            src_base, src_offset = self._address(value, homes)
+            if self.inside[value] == index and src_base != base:
+                shape, strides = shape_of(value), self.layout.views[value].strides
+                exports.append(Transfer(base, 0, dense_strides(shape), src_base, src_offset, strides, shape))
+        return tuple(exports)
+
+
+def _tile_name(step: int, number: int) -> str:
+    """Tile buffers are named apart from values by a character that no ONNX name starts with here."""
+    return f"\0{step}.{number}"

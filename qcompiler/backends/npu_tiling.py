@@ -1,0 +1,430 @@
+"""How an operator is cut into tiles that fit the scratchpad.
+
+An operator is a `Work`: its OFM as [N, H, W, C], the feature maps it reads and the constants it streams. Each axis
+of a feature map follows the OFM's axis in some way, a `Span`: sliding windows for convolutions, the same position
+for elementwise operators, everything for the input channels of a convolution. From the spans follow both the size
+of a tile (to choose it) and the window that a tile reads (to emit it), so the two cannot disagree.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Protocol
+
+from qcompiler.backends.npu_emit import Emitter, Index, divide, maximum, minimum
+from qcompiler.backends.npu_memory import aligned
+
+Dims4 = tuple[int, int, int, int]
+Strides4 = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a tile reads along one axis."""
+
+    first: Index
+    count: Index
+    before: Index = 0
+    """Positions of padding before `first`, as a kernel command's pad wants it."""
+
+
+class Span(Protocol):
+    """How one axis of an operand follows the OFM's axis."""
+
+    @property
+    def follows(self) -> bool:
+        """False where every tile reads the same."""
+        ...
+
+    def extent(self, tile: int) -> int:
+        """Most positions that `tile` consecutive outputs read."""
+        ...
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        """What outputs start … start + length - 1 read; length <= tile."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """Output i reads position i."""
+
+    follows = True
+
+    def extent(self, tile: int) -> int:
+        return tile
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        return Window(start, length)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Every output reads the whole axis."""
+
+    size: int
+    follows = False
+
+    def extent(self, tile: int) -> int:
+        return self.size
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        return Window(0, self.size)
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An axis of one position, broadcast: the command sees it as long as the output, with stride 0."""
+
+    follows = False
+
+    def extent(self, tile: int) -> int:
+        return 1
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        return Window(0, length)
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """Output i reads kernel positions from i * stride - pad on, `dilation` apart."""
+
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+    pad: int
+    follows = True
+
+    def extent(self, tile: int) -> int:
+        return min(self.size, (tile - 1) * self.stride + (self.kernel - 1) * self.dilation + 1)
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        low = start * self.stride - self.pad
+        high = low + (length - 1) * self.stride + (self.kernel - 1) * self.dilation + 1
+        first = maximum(low, 0)
+        return Window(first, maximum(minimum(high, self.size) - first, 0), maximum(0 - low, 0))
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """Output i gathers positions p with i + pad == p * stride + tap * dilation."""
+
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+    pad: int
+    follows = True
+
+    def extent(self, tile: int) -> int:
+        return min(self.size, (tile - 1 + (self.kernel - 1) * self.dilation) // self.stride + 1)
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        reach = (self.kernel - 1) * self.dilation
+        first = maximum(divide(start + (self.pad - reach + self.stride - 1), self.stride), 0)
+        last = divide(start + length + (self.pad - 1), self.stride)
+        count = maximum(minimum(last + 1, self.size) - first, 0)
+        return Window(first, count, start + self.pad - first * self.stride)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Channels of a grouped convolution: a tile of outputs is whole groups, or lies inside one."""
+
+    out_depth: int
+    in_depth: int
+    follows = True
+
+    def extent(self, tile: int) -> int:
+        return max(tile // self.out_depth, 1) * self.in_depth
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        first = divide(start, self.out_depth) * self.in_depth
+        if tile % self.out_depth == 0:
+            return Window(first, divide(length, self.out_depth) * self.in_depth)
+        return Window(first, self.in_depth)
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """Output i reads positions reads[i][0] … reads[i][1]; tiles are unrolled, so that starts are known."""
+
+    reads: tuple[tuple[int, int], ...]
+    follows = True
+
+    def extent(self, tile: int) -> int:
+        return max(
+            self._range(start, min(tile, len(self.reads) - start))[1] for start in range(0, len(self.reads), tile)
+        )
+
+    def window(self, start: Index, length: Index, tile: int) -> Window:
+        assert isinstance(start, int) and isinstance(length, int)
+        return Window(*self._range(start, length))
+
+    def _range(self, start: int, length: int) -> tuple[int, int]:
+        part = self.reads[start : start + length]
+        low = min(low for low, _ in part)
+        return low, max(high for _, high in part) + 1 - low
+
+
+@dataclass(frozen=True)
+class MapOperand:
+    """A feature map an operator reads, seen as [N, H, W, C]."""
+
+    source: int
+    """Which input of the node."""
+    shape: Dims4
+    y: Span
+    x: Span
+    c: Span
+    dtype: int
+    """Index of `isa.DTYPES`."""
+    zero_point: int
+
+    @property
+    def spans(self) -> tuple[Span, Span, Span]:
+        return (self.y, self.x, self.c)
+
+    def follows(self, axis: str) -> bool:
+        if axis == "n":
+            return self.shape[0] > 1
+        return self.spans["yxc".index(axis)].follows
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Constants an operator reads: weights, scale records, tables."""
+
+    data: bytes
+    unit: int
+    """Bytes per output channel; 0 where every tile needs all of it."""
+
+    def extent(self, tile_c: int) -> int:
+        return tile_c * self.unit or len(self.data)
+
+    def follows(self, axis: str) -> bool:
+        return axis == "c" and self.unit > 0
+
+
+@dataclass(frozen=True)
+class Address:
+    base: int
+    offset: Index
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile under way, as the operator's `issue` sees it."""
+
+    start: tuple[Index, Index, Index]
+    """First OFM row, column, channel."""
+    depth: int
+    """OFM channels of a full tile."""
+    windows: tuple[tuple[Window, Window, Window], ...]
+    """Rows, columns, channels that each feature map contributes."""
+    streams: tuple[Address, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """An operator that runs on an engine, ready to be tiled."""
+
+    ofm: Dims4
+    dtype: int
+    zero_point: int
+    clamp: tuple[int, int]
+    maps: tuple[MapOperand, ...]
+    streams: tuple[Stream, ...]
+    issue: Callable[[Emitter, Tile], None]
+    """Emits the registers and the operation; the IFM and OFM registers are set already."""
+    tiled: str = "yxc"
+    """Axes that may be cut."""
+    group: int = 1
+    """A channel tile is a multiple or a divisor of this."""
+    unroll: bool = False
+    """Tile positions must be known when the driver is written."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The choice for one operator."""
+
+    y: int
+    x: int
+    c: int
+    order: str
+    """Loop axes, outermost first."""
+    slots: int
+    """2: the next tile is fetched and the last one stored while this one is computed."""
+    counts: tuple[int, int, int, int]
+    """Tiles along n, y, x, c."""
+    buffers: tuple[int, ...]
+    """Scratchpad bytes of all slots: one entry per feature map, one per stream, one for the OFM; 0 = resident."""
+    moved: int
+    """Bytes of DMA traffic."""
+
+    @property
+    def tiles(self) -> int:
+        n, y, x, c = self.counts
+        return n * y * x * c
+
+    def count(self, axis: str) -> int:
+        return self.counts["nyxc".index(axis)]
+
+
+CHANNEL_STEP = 16
+"""Channel tiles are multiples of this unless that is too big: whole ublocks, aligned DMA."""
+
+TILE_OVERHEAD = 512
+"""What one more tile is taken to cost, in bytes of traffic: command issue, DMA set-up, a barrier."""
+
+
+def extents(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int, int]:
+    y, x, c = (span.extent(size) for span, size in zip(operand.spans, tile, strict=True))
+    return y, x, c
+
+
+def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment: int) -> Tiling | None:
+    """The cheapest tiling whose buffers fit `budget` bytes, or None.
+
+    `resident` says for each feature map, and last for the OFM, that it is in the scratchpad already. Cost is the
+    bytes moved, plus those the engine waits for (the first tile's load and the last one's store if there are two
+    slots, all of them otherwise), plus `TILE_OVERHEAD` for every tile.
+    """
+    best: tuple[int, Tiling] | None = None
+    for y, x, c in _candidates(work, planes=all(resident)):
+        for slots in (2, 1):
+            buffers = _buffers(work, resident, (y, x, c), slots, alignment)
+            if sum(buffers) > budget:
+                continue
+            for order in ("cnyx", "nyxc"):
+                tiling, cost = _evaluate(work, resident, (y, x, c), order, slots, buffers)
+                if best is None or cost < best[0]:
+                    best = (cost, tiling)
+            break
+    return best[1] if best is not None else None
+
+
+def smallest_need(work: Work, alignment: int) -> int:
+    """Scratchpad bytes of the smallest tile, nothing being resident."""
+    nothing = (False,) * (len(work.maps) + 1)
+    return min(sum(_buffers(work, nothing, tile, 1, alignment)) for tile in _candidates(work, planes=False))
+
+
+def _candidates(work: Work, *, planes: bool) -> Iterator[tuple[int, int, int]]:
+    """Tile heights, widths and depths to try; `planes` leaves height and width whole."""
+    _, height, width, depth = work.ofm
+    heights = _cuts(height, 1) if "y" in work.tiled and not planes else [height]
+    widths = _cuts(width, 1) if "x" in work.tiled and not planes else [width]
+    depths = [depth]
+    if "c" in work.tiled:
+        depths = [size for size in _cuts(depth, CHANNEL_STEP) if size % work.group == 0 or work.group % size == 0]
+        if work.group > 1:
+            depths += [size * work.group for size in _cuts(depth // work.group, 1)]
+    for y, c in product(heights, sorted(set(depths), reverse=True)):
+        # Columns are cut only where a single row is too much.
+        for x in widths if y == 1 else [width]:
+            yield y, x, c
+
+
+@cache
+def _cuts(size: int, step: int) -> list[int]:
+    """Tile sizes to try, largest first: even splits in multiples of `step`, then powers of two below `step`."""
+    cuts = {size, 1}
+    parts = 1
+    while parts < size:
+        cuts.add(min(size, aligned(-(-size // parts), step)))
+        parts += max(1, parts // 2)
+    below = step // 2
+    while below > 1:
+        cuts.add(min(size, below))
+        below //= 2
+    return sorted(cuts, reverse=True)
+
+
+def _tile_counts(work: Work, tile: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    n, height, width, depth = work.ofm
+    return n, -(-height // tile[0]), -(-width // tile[1]), -(-depth // tile[2])
+
+
+def _buffers(
+    work: Work, resident: tuple[bool, ...], tile: tuple[int, int, int], slots: int, alignment: int
+) -> tuple[int, ...]:
+    counts = dict(zip("nyxc", _tile_counts(work, tile), strict=True))
+
+    def needed(size: int, follows: Callable[[str], bool]) -> int:
+        varies = any(follows(axis) and counts[axis] > 1 for axis in "nyxc")
+        return aligned(size, alignment) * (slots if varies else 1)
+
+    sizes: list[int] = []
+    for operand, is_resident in zip(work.maps, resident, strict=False):
+        y, x, c = extents(operand, tile)
+        sizes.append(0 if is_resident else needed(y * x * c, operand.follows))
+    sizes += [needed(stream.extent(tile[2]), stream.follows) for stream in work.streams]
+    sizes.append(0 if resident[-1] else needed(tile[0] * tile[1] * tile[2], lambda axis: True))
+    return tuple(sizes)
+
+
+def _evaluate(
+    work: Work,
+    resident: tuple[bool, ...],
+    tile: tuple[int, int, int],
+    order: str,
+    slots: int,
+    buffers: tuple[int, ...],
+) -> tuple[Tiling, int]:
+    counts = _tile_counts(work, tile)
+    by_axis = dict(zip("nyxc", counts, strict=True))
+    moved = first = 0
+    for operand, is_resident in zip(work.maps, resident, strict=False):
+        if is_resident:
+            continue
+        once = operand.shape[0]
+        for span, size, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
+            once *= _total(span, size, length) if span.follows else span.extent(length)
+        moved += once * _reloads(order, by_axis, operand.follows)
+        y, x, c = extents(operand, tile)
+        first += y * x * c
+    for stream in work.streams:
+        moved += len(stream.data) * _reloads(order, by_axis, stream.follows)
+        first += stream.extent(tile[2])
+    if not resident[-1]:
+        n, height, width, depth = work.ofm
+        moved += n * height * width * depth
+        first += tile[0] * tile[1] * tile[2]
+    tiling = Tiling(*tile, order, slots, counts, buffers, moved)
+    waited = moved if slots == 1 else min(first, moved)
+    return tiling, moved + waited + TILE_OVERHEAD * tiling.tiles
+
+
+@cache
+def _total(span: Span, size: int, tile: int) -> int:
+    """Positions read along an axis by all its tiles together."""
+    total = 0
+    for start in range(0, size, tile):
+        count = span.window(start, min(tile, size - start), tile).count
+        assert isinstance(count, int)
+        total += count
+    return total
+
+
+def period(order: str, counts: dict[str, int], follows: Callable[[str], bool]) -> int:
+    """Consecutive tiles that read the same part of an operand."""
+    same = 1
+    for axis in reversed(order):
+        if counts[axis] > 1:
+            if follows(axis):
+                break
+            same *= counts[axis]
+    return same
+
+
+def _reloads(order: str, counts: dict[str, int], follows: Callable[[str], bool]) -> int:
+    """How often each part of an operand is fetched."""
+    total = distinct = 1
+    for axis in order:
+        total *= counts[axis]
+        distinct *= counts[axis] if follows(axis) else 1
+    return total // period(order, counts, follows) // distinct
