@@ -48,7 +48,7 @@ def activation_format(
     scale = max(-low, high) / (largest - middle) if symmetric else (high - low) / (largest - smallest)
     scale = _round_scale(np.float64(scale), power_of_two)
     zero_point = middle if symmetric else int(np.clip(np.rint(smallest - low / scale), smallest, largest))
-    return TensorFormat(dtype, np.float32(scale).reshape(()), np.array(zero_point, _storage(dtype)))
+    return TensorFormat(dtype, np.asarray(scale, np.float32), np.array(zero_point, _storage(dtype)))
 
 
 def weight_format(

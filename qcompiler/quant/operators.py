@@ -190,9 +190,10 @@ def _gemm(node: ir.Node) -> str | None:
     if const_of(data_input(node, 1)) is None:
         return "its weights are not constant"
     bias = input_of(node, 2)
-    if bias is not None and const_of(bias) is None:
+    constant = const_of(bias)
+    if bias is not None and constant is None:
         return "its bias is not constant"
-    if bias is not None and const_of(bias).size != shape_of(node.outputs[0])[-1]:
+    if constant is not None and constant.size != shape_of(node.outputs[0])[-1]:
         return "its bias is not one value per output"
     if real(node, "alpha", 1.0) != 1.0 or (bias is not None and real(node, "beta", 1.0) != 1.0):
         return "alpha and beta are not 1"

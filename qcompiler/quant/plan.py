@@ -36,7 +36,7 @@ from qcompiler.quant.formats import (
     weight_format,
 )
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
-from qcompiler.quant.types import QuantPlan, Range, Ranges, TensorFormat
+from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat
 from qcompiler.target import Match, Target
 
 TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
@@ -83,7 +83,7 @@ class _Planner:
         self.channel_means = ranges.channel_means
         self.target = target
         self.spec = target.quantization
-        self.dtype = self.spec.activations.dtypes[0]
+        self.dtype: DTypeName = self.spec.activations.dtypes[0]
         self.nodes = list(graph)
         self.interior = operators.interior_values(self.nodes)
         self.regions = operators.lookup_regions(self.nodes)

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import (
+    Attribute,
     add_initializer,
     const_of,
     graph_of,
@@ -14,12 +15,12 @@ from qcompiler.graph import (
     make_node,
     make_value,
     remove_dead,
-    shape_of,
     users,
     value_name,
 )
 from qcompiler.quant.formats import quantize_array
 from qcompiler.quant.operators import MAC_OPS
+from qcompiler.quant.qdq import Parameters, insert_pair
 from qcompiler.quant.types import QuantPlan, TensorFormat
 
 _DTYPES = {
@@ -74,8 +75,7 @@ def _quantize_bias(node: ir.Node, fmt: TensorFormat, shift: np.ndarray | None) -
     """Store the bias as int32, corrected by `shift`; a node without bias gets one."""
     old = input_of(node, 2)
     given = const_of(old)
-    outputs = fmt.scale.size if fmt.axis is not None else (shift if shift is not None else given).size
-    bias = np.zeros(outputs) if given is None else given.reshape(-1).astype(np.float64)
+    bias = np.zeros(1) if given is None else given.reshape(-1).astype(np.float64)
     corrected = bias if shift is None else bias + shift
     name = value_name(old) if old is not None else f"{node.name}_bias"
     if len(node.inputs) < 3:
@@ -107,41 +107,15 @@ def _parameters(graph: ir.Graph, name: str, fmt: TensorFormat) -> Sequence[ir.Va
 
 
 def _dequantize(source: ir.Value, output: ir.Value, fmt: TensorFormat, parameters: Sequence[ir.Value]) -> ir.Node:
-    attributes = {"axis": fmt.axis} if fmt.axis is not None else None
+    attributes: dict[str, Attribute] | None = {"axis": fmt.axis} if fmt.axis is not None else None
     return make_node("DequantizeLinear", [source, *parameters], [output], attributes)
 
 
 def _insert_pair(graph: ir.Graph, value: ir.Value, plan: QuantPlan) -> None:
     """value → QuantizeLinear → DequantizeLinear → readers."""
-    name, shape = value_name(value), shape_of(value)
-    fmt = plan.activations[name]
+    fmt = plan.activations[value_name(value)]
     maker = value.producer()
     exists_in_float = maker is None or maker.name in plan.float_nodes
     readers = [node for node in users(value) if not (exists_in_float and node.name in plan.float_nodes)]
-    parameters = _parameters(graph, name, fmt)
-    integers = make_value(graph, f"{name}_q", shape, _DTYPES[fmt.dtype])
-    output = make_value(graph, f"{name}_dq", shape, ir.DataType.FLOAT)
-    pair = [
-        make_node("QuantizeLinear", [value, *parameters], [integers]),
-        _dequantize(integers, output, fmt, parameters),
-    ]
-    for reader in readers:
-        for index, read in enumerate(reader.inputs):
-            if read is value:
-                reader.replace_input_with(index, output)
-    if maker is not None:
-        graph.insert_after(maker, pair)
-    else:
-        graph.insert_before(graph[0], pair)
-    if value.is_graph_output() and not exists_in_float:
-        _take_over_output(graph, value, output)
-
-
-def _take_over_output(graph: ir.Graph, value: ir.Value, output: ir.Value) -> None:
-    """Make `output` the graph output under the old name."""
-    name = value_name(value)
-    value.name = f"{name}_float"
-    output.name = name
-    for index, old in enumerate(graph.outputs):
-        if old is value:
-            graph.outputs[index] = output
+    scale, zero_point = _parameters(graph, value_name(value), fmt)
+    insert_pair(graph, value, Parameters(_DTYPES[fmt.dtype], scale, zero_point), readers, output=not exists_in_float)
