@@ -61,6 +61,8 @@ def _per_channel(constant: np.ndarray, shape: Shape, axis: int) -> np.ndarray | 
     padded = constant.reshape((1,) * (len(shape) - constant.ndim) + constant.shape)
     if any(dim != 1 for position, dim in enumerate(padded.shape) if position != axis):
         return None
+    if padded.shape[axis] not in (1, shape[axis]):
+        return None  # it widens x
     return np.broadcast_to(padded.astype(np.float64).ravel(), (shape[axis],))
 
 

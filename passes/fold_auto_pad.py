@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from qcompiler.graph import data_input, integer, ints, shape_of, string
+from qcompiler.graph import data_input, ints, shape_of, string
 from qcompiler.passes.rewriting import Rewrite, until_settled
 
 
@@ -52,8 +52,5 @@ def _spell_out(node: ir.Node) -> bool:
     attributes |= {"pads": (*begins, *ends), "kernel_shape": kernel}
     if any(extra):
         attributes["output_padding"] = tuple(extra)
-    if mode == "VALID" and integer(node, "ceil_mode", 0):
-        # Nothing hangs over without padding.
-        attributes["ceil_mode"] = 0
     rewrite = Rewrite(node)
     return rewrite.replace(*rewrite.nodes(node.op_type, node.inputs, attributes, outputs=len(node.outputs), layer=node))

@@ -1,6 +1,6 @@
 """What the tests of passes share: writing small graphs, and comparing graphs before and after a pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -8,6 +8,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from qcompiler.target import OpRule, Target
+from qcompiler.target_loader import load_target
 from qcompiler.verify import verify, verify_shapes
 
 OPSET = 21
@@ -141,6 +143,29 @@ def apply_pass(model: ir.Model, change: ir.passes.PassBase) -> Outcome:
     verify(model, "the pass")
     verify_shapes(model, "the pass")
     return Outcome(before, model, result.modified)
+
+
+@pytest.fixture(scope="session")
+def target_with() -> Callable[..., Target]:
+    """A target whose accelerator runs what these rules say and nothing else: `target_with({"ops": ["Conv"], …}, …)`."""
+    base = load_target("systolic-npu")
+    assert base.npu is not None
+    npu = base.npu
+    engine = next(iter(npu.engines))
+
+    def make(*rules: Mapping[str, object], channel_alignment: int = 1) -> Target:
+        defaults = {"engine": engine, "precisions": ("int8", "int8*int8")}
+        parsed = tuple(OpRule.model_validate(defaults | dict(rule)) for rule in rules)
+        changed = npu.model_copy(update={"rules": parsed, "channel_alignment": channel_alignment})
+        return base.model_copy(update={"npu": changed})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cpu_target() -> Target:
+    """A target without accelerator."""
+    return load_target("x86-plain")
 
 
 @pytest.fixture
