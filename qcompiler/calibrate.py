@@ -21,7 +21,8 @@ Progress = Callable[[int, int], None]
 class Samples(Protocol):
     """What calibration needs of a data set: one sample at a time, batch 1, arrays by input name."""
 
-    synthetic: bool
+    @property
+    def synthetic(self) -> bool: ...
 
     def __len__(self) -> int: ...
 

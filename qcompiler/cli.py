@@ -35,24 +35,30 @@ WIDTH_WITHOUT_TERMINAL = 160
 USAGE_ERROR, INTERRUPTED = 2, 130
 DEFAULT_TARGET = "arm-npu"
 
-EXAMPLES = """
-Examples:
-
-  qcompile model.onnx --target arm-npu --calibration samples.npz
-  qcompile model.onnx --target my-chip.yaml --calibration photos/ --resize 224 --mean 123.7,116.3,103.5 --std 58.4
-  qcompile run model.qc --input in.npz --output out.npz
-  qcompile explain model.onnx --target systolic-npu
-  qcompile targets check my-chip.yaml
-"""
+EXAMPLES = "Examples:\n\n" + "\n\n".join(
+    (
+        "qcompile model.onnx --target arm-npu --calibration samples.npz",
+        "qcompile model.onnx -t my-chip.yaml -c photos/ --resize 224 --mean 123.7,116.3,103.5 --std 58.4",
+        "qcompile run model.qc --input in.npz --output out.npz",
+        "qcompile explain model.onnx --target systolic-npu",
+        "qcompile targets check my-chip.yaml",
+    )
+)
 
 HELP = (
     "Compile a trained ONNX model to INT8 code for a CPU with or without an accelerator, run it bit-exactly on the "
     "bundled simulator, and report what it costs.\n\n`qcompile MODEL …` is short for `qcompile compile MODEL …`."
 )
 
-app = typer.Typer(name="qcompile", help=HELP, epilog=EXAMPLES.replace("\n", "\n\n"), no_args_is_help=True,
-                  pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich",
-                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+app = typer.Typer(
+    name="qcompile",
+    help=HELP,
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
@@ -104,18 +110,24 @@ Color = Annotated[Literal["rgb", "bgr", "gray"], typer.Option(help="Images: chan
 # --- commands -----------------------------------------------------------------------------------------------
 
 
-@app.callback()
-def top(
-    version: Annotated[bool, typer.Option("--version", help="Print versions and leave.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from importlib import metadata
 
         typer.echo(f"qcompile {metadata.version('qcompiler')} (TVM {metadata.version('apache-tvm')})")
         raise typer.Exit
 
 
-@app.command("compile", epilog=EXAMPLES.replace("\n", "\n\n"))
+@app.callback()
+def top(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print versions and leave.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command("compile", epilog=EXAMPLES)
 def compile_command(
     model: Model,
     target: TargetName = DEFAULT_TARGET,
@@ -250,12 +262,23 @@ def targets_list(context: typer.Context, as_json: AsJson = False) -> None:
 
 
 @targets_app.command("show")
-def targets_show(name: Annotated[str, typer.Argument(metavar="NAME|SPEC.yaml", show_default=False)]) -> None:
-    """Print a target as JSON: inheritance resolved, units parsed (bytes, Hz, pJ, W)."""
-    with _mistakes(as_json=False):
+def targets_show(
+    name: Annotated[str, typer.Argument(metavar="NAME|SPEC.yaml", show_default=False)], as_json: AsJson = False
+) -> None:
+    """Print everything a target says, inheritance resolved; as JSON in bytes, Hz, pJ and W."""
+    with _mistakes(as_json):
+        from qcompiler.target_describe import describe
         from qcompiler.target_loader import load_target
 
-        _print_json(load_target(name).model_dump(mode="json"))
+        target = load_target(name)
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+        return
+    for section in describe(target):
+        table = Table(*section.columns, title=section.title, title_justify="left", title_style="bold")
+        for row in section.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        _stdout().print(table)
 
 
 @targets_app.command("check")
@@ -317,10 +340,12 @@ def _read_arrays(file: Path, bundle: "Bundle") -> dict[str, np.ndarray]:
     try:
         data = np.load(file, allow_pickle=False)
         if isinstance(data, np.ndarray):
-            if len(bundle.inputs) > 1:
-                names = ", ".join(tensor.name for tensor in bundle.inputs)
-                raise QCompilerError(f"{file} holds one array but {bundle.path} has the inputs {names}; give an .npz.")
-            return {bundle.inputs[0].name: data}
+            names = [tensor.name for tensor in bundle.inputs]
+            if len(names) != 1:
+                raise QCompilerError(
+                    f"{file} holds one array but {bundle.path} takes {', '.join(names)}; give an .npz."
+                )
+            return dict.fromkeys(names, data)
         with data:
             return {name: data[name] for name in data.files}
     except FileNotFoundError:

@@ -22,10 +22,11 @@ from qcompiler.quant.types import RangeMethod, Ranges
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qcompiler.backends.relax import Lowered
+    from qcompiler.backends.npu import NpuProgram
+    from qcompiler.backends.relax import Lowered, NpuLowering
     from qcompiler.costs import Costs
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
-    from qcompiler.partition import Partition
+    from qcompiler.partition import Partition, Region
     from qcompiler.report import Report, SelfCheck
     from qcompiler.selfcheck import Arrays
     from qcompiler.target import Target
@@ -92,7 +93,7 @@ def compile(
     Raises:
         QCompilerError: anything wrong with what was given; nothing is written then.
     """
-    from qcompiler.backends import npu, relax
+    from qcompiler.backends import relax
     from qcompiler.costs import cost
     from qcompiler.selfcheck import self_check
 
@@ -101,15 +102,17 @@ def compile(
     with bundle.staging(folder) as stage:
         placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
         chip = placed.target
+        progress.stage("schedule")
+        programs = schedule(placed)
         progress.stage("lower")
-        lowered = relax.lower(placed.integer, placed.partition, chip, partial(npu.compile_region, target=chip))
+        lowered = relax.lower(placed.integer, placed.partition, chip, _drivers(placed.partition, programs))
         progress.stage("build")
         relax.build(lowered, chip.host, stage / bundle.LIBRARY)
         progress.stage("self-check")
         check = self_check(placed.source, _runner(stage / bundle.LIBRARY, lowered), placed.samples)
         progress.stage("report")
         weights = sum(array.nbytes for array in lowered.parameters)
-        report = _report(placed, cost(placed.partition, chip, weights), check)
+        report = _report(placed, cost(placed.partition, programs, chip, weights), check)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     return bundle.load(folder, keep)
 
@@ -130,9 +133,11 @@ def explain(
     from qcompiler.costs import cost
 
     placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
-    progress.stage("cost")
-    weights = sum(value.const_value.nbytes for value in placed.integer.graph.initializers.values() if value.const_value)
-    return _report(placed, cost(placed.partition, placed.target, weights), None)
+    progress.stage("schedule")
+    programs = schedule(placed)
+    constants = (value.const_value for value in placed.integer.graph.initializers.values())
+    weights = sum(constant.nbytes for constant in constants if constant is not None)
+    return _report(placed, cost(placed.partition, programs, placed.target, weights), None)
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ def place(
     progress: Progress,
 ) -> Placed:
     """Every stage up to partitioning. Arguments as in `compile`."""
+    from qcompiler.backends.npu import can_run
     from qcompiler.calibrate import calibrate
     from qcompiler.dataset import input_specs, lint
     from qcompiler.importer import import_onnx
@@ -179,7 +185,6 @@ def place(
         chip = load_target(target)
         progress.stage("import")
         graph = import_onnx(source, input_shapes)
-        _refuse_unsupported(graph)
         data = _open_data(calibration, input_specs(graph), samples, images)
         progress.stage("read samples")
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
@@ -198,8 +203,16 @@ def place(
         graph = realize(graph, chip)
         graph = run(graph, LAYOUT, stage="layout")
         progress.stage("partition")
-        parts = partition(graph, chip)
+        parts = partition(graph, chip, can_run=partial(can_run, target=chip) if chip.npu is not None else None)
     return Placed(source, chip, data, ranges, quantized, graph, parts, tuple(warnings.messages))
+
+
+def schedule(placed: Placed) -> "dict[str, NpuProgram]":
+    """Plan memory and tiles of the accelerator's regions; by region name."""
+    from qcompiler.backends.npu import compile_region
+
+    regions = [region for region in placed.partition.regions if region.backend == "npu"]
+    return {region.name: compile_region(region, placed.target) for region in regions}
 
 
 # --- details ------------------------------------------------------------------------------------------------
@@ -237,6 +250,21 @@ def _open_data(
         return synthetic(inputs, SYNTHETIC_SAMPLES)
     source = calibration if isinstance(calibration, Mapping) else Path(calibration)
     return load_dataset(source, inputs, images, samples)
+
+
+def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]") -> "NpuLowering":
+    """Makes the code that drives the accelerator through a region. Regions are numbered in the simulator's log."""
+    from qcompiler.backends.base import NpuFunction
+    from qcompiler.backends.npu import driver
+
+    numbers = {region.name: number for number, region in enumerate(partition.regions)}
+
+    def lower(region: "Region") -> NpuFunction:
+        program = programs[region.name]
+        function = driver(program, region.name, numbers[region.name])
+        return NpuFunction(function, program.blob, max(1, program.workspace_bytes))
+
+    return lower
 
 
 def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
