@@ -13,7 +13,6 @@ from qcompiler.graph import (
     data_input,
     input_of,
     integer,
-    is_op,
     make_node,
     producer,
     shape_of,
@@ -274,6 +273,11 @@ def window_pads(
     return (*less, *more) if mode.as_string() == "SAME_UPPER" else (*more, *less)
 
 
+def needed_strides(strides: Sequence[int], out: Sequence[int]) -> Shape:
+    """Strides, 1 along axes with a single output: no step is ever taken there, and engines limit strides."""
+    return tuple(1 if count == 1 else stride for stride, count in zip(strides, out, strict=True))
+
+
 def rows_and_columns(numbers: Sequence[int], default: int) -> tuple[int, int]:
     """One number per spatial axis as (vertical, horizontal); a 1-D map has a single row."""
     return (numbers[0], numbers[1]) if len(numbers) == 2 else (default, numbers[0])
@@ -282,7 +286,3 @@ def rows_and_columns(numbers: Sequence[int], default: int) -> tuple[int, int]:
 def four_pads(pads: Sequence[int]) -> tuple[int, int, int, int]:
     """top, left, bottom, right."""
     return (pads[0], pads[1], pads[2], pads[3]) if len(pads) == 4 else (0, pads[0], 0, pads[1])
-
-
-def is_quantize(node: ir.Node) -> bool:
-    return is_op(node, "QuantizeLinear")

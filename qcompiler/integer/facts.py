@@ -155,6 +155,14 @@ def _window(kernel: Shape, strides: Shape, dilations: Shape, pads: Shape) -> Fac
     }
 
 
+def _strides(node: ir.Node, ofm: Shape) -> Shape:
+    """Strides, 1 along axes with a single output, where no step is taken."""
+    strides = ints(node, "strides", (1,) * (len(ofm) - 2))
+    if node.op_type == "ConvTranspose":
+        return strides
+    return tuple(1 if count == 1 else stride for stride, count in zip(strides, ofm[2:], strict=True))
+
+
 def _is_depthwise(group: int, ifm_channels: int, ofm_channels: int) -> bool:
     return group == ifm_channels == ofm_channels and group > 1
 
@@ -180,7 +188,7 @@ def _conv(node: ir.Node) -> Facts:
     padded = pads if string(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID") else (1,)
     return {
         **_maps(ifm, ofm, channels_last=False),
-        **_window(weights[2:], ints(node, "strides", ones), ints(node, "dilations", ones), padded),
+        **_window(weights[2:], _strides(node, ofm), ints(node, "dilations", ones), padded),
         "group": group,
         "depthwise": _is_depthwise(group, ifm[1], ofm[1]),
         "constant_weights": _is_constant(node.inputs[1]),
@@ -194,7 +202,7 @@ def _pool(node: ir.Node) -> Facts:
     if node.op_type.startswith("Global"):
         kernel, strides, pads = ifm[2:], ones, (0,) * (2 * len(ones))
     else:
-        kernel, strides = ints(node, "kernel_shape"), ints(node, "strides", ones)
+        kernel, strides = ints(node, "kernel_shape"), _strides(node, ofm)
         pads = ints(node, "pads", (0,) * (2 * len(ones)))
         pads = pads if string(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID") else (1,)
     facts = _maps(ifm, ofm, channels_last=False) | _window(kernel, strides, ints(node, "dilations", ones), pads)

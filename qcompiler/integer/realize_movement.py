@@ -13,6 +13,7 @@ from qcompiler.integer.builder import (
     Quantized,
     format_of,
     four_pads,
+    needed_strides,
     rows_and_columns,
     window_pads,
 )
@@ -177,7 +178,7 @@ def max_pool(builder: Builder, node: ir.Node, x: Quantized, clamp: tuple[int, in
     pads = window_pads(node, x.shape[2:], shape[2:], kernel, strides, dilations)
     op = ops.QMaxPool(
         rows_and_columns(kernel, 1),
-        rows_and_columns(strides, 1),
+        rows_and_columns(needed_strides(strides, shape[2:]), 1),
         four_pads(pads),
         rows_and_columns(dilations, 1),
         *clamp,

@@ -11,6 +11,7 @@ from qcompiler.integer.builder import (
     Output,
     Quantized,
     four_pads,
+    needed_strides,
     rows_and_columns,
     window_pads,
 )
@@ -37,7 +38,7 @@ def average_pool(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> 
         return None
     op = ops.QAveragePool(
         rows_and_columns(kernel, 1),
-        rows_and_columns(strides, 1),
+        rows_and_columns(needed_strides(strides, out.shape[2:]), 1),
         four_pads(pads),
         int(counted),
         x.format.zero_point,

@@ -24,6 +24,7 @@ from qcompiler.integer.builder import (
     Quantized,
     constant_of,
     four_pads,
+    needed_strides,
     real_constant,
     rows_and_columns,
     window_pads,
@@ -57,7 +58,7 @@ def conv(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value
         return None
     pads = window_pads(node, x.shape[2:], out.shape[2:], kernel, strides, dilations)
     op = ops.QConv(
-        *_window(kernel, strides, pads, dilations),
+        *_window(kernel, needed_strides(strides, out.shape[2:]), pads, dilations),
         integer(node, "group", 1),
         x.format.zero_point,
         weights.zero_point,
