@@ -6,15 +6,14 @@ commands the cost model prices are the commands the driver issues.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import tvm
-from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as builder
+from tvm.tirx import PrimFunc
 
-from qcompiler.backends.npu_emit import Emitter, TirEmitter, WordEmitter
+from qcompiler.backends.npu_emit import Emitter, TirEmitter, WordEmitter, builder, tirx
 from qcompiler.backends.npu_layers import recipe_of
 from qcompiler.backends.npu_layout import plan_layout
 from qcompiler.backends.npu_loops import emit_fill, emit_streams, emit_transfer, emit_work
@@ -111,7 +110,7 @@ def words(program: NpuProgram) -> np.ndarray:
     return np.array(emit.words, np.int32)
 
 
-def driver(program: NpuProgram, name: str, region: int = 0) -> tirx.PrimFunc:
+def driver(program: NpuProgram, name: str, region: int = 0) -> PrimFunc:
     """The region's S-TIR function, for `relax.call_tir`.
 
     Arguments: the region's inputs, the constants uint8 [len(blob)], the region's outputs, the workspace
@@ -123,7 +122,7 @@ def driver(program: NpuProgram, name: str, region: int = 0) -> tirx.PrimFunc:
         with builder.prim_func(s_tir=True):
             builder.func_name(name)
             builder.func_attr({"global_symbol": name, "tirx.noalias": True})
-            bound: list[tuple[int, tirx.Buffer, str, int]] = []
+            bound: list[tuple[int, Any, str, int]] = []
 
             def argument(base: int, label: str, shape: Shape, dtype: str, access: str) -> None:
                 buffer = builder.arg(label, builder.Buffer(shape, dtype))
@@ -141,10 +140,12 @@ def driver(program: NpuProgram, name: str, region: int = 0) -> tirx.PrimFunc:
                 _host("qrt_bind", base, buffer.access_ptr(access), tirx.const(size, "int64"))
             _emit_program(TirEmitter(), program)
             _host("qrt_close")
-        return ir_builder.get()
+        function = ir_builder.get()
+    assert isinstance(function, PrimFunc)
+    return function
 
 
-def _host(function: str, *arguments: int | tvm.ir.ExprWithOp) -> None:
+def _host(function: str, *arguments: Any) -> None:
     builder.evaluate(tirx.call_extern("int32", function, *arguments))
 
 

@@ -11,15 +11,33 @@ each integer. Numbers are `Index`: an int where it is known, else a TIR expressi
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
-import tvm
-from tvm import tirx
-from tvm.script.ir_builder import tirx as builder
+from tvm import tirx as _tirx
+from tvm.script.ir_builder import tirx as _builder
 
 from qcompiler.simulator.isa import Opcode
 
-Index = int | tvm.ir.ExprWithOp
+# TVM's annotations do not describe its expressions; `Symbol` says what is used of them.
+tirx: Any = _tirx
+builder: Any = _builder
+
+
+class Symbol(Protocol):
+    """A TIR expression of type int32."""
+
+    def __add__(self, other: "Index", /) -> "Symbol": ...
+    def __radd__(self, other: "Index", /) -> "Symbol": ...
+    def __sub__(self, other: "Index", /) -> "Symbol": ...
+    def __rsub__(self, other: "Index", /) -> "Symbol": ...
+    def __mul__(self, other: "Index", /) -> "Symbol": ...
+    def __rmul__(self, other: "Index", /) -> "Symbol": ...
+
+
+Index = int | Symbol
+
+
+Condition = bool | Symbol
 
 
 class Emitter(Protocol):
@@ -31,7 +49,7 @@ class Emitter(Protocol):
         """Repeat the body for 0 … count - 1."""
         ...
 
-    def when(self, condition: bool | tvm.ir.ExprWithOp) -> Iterator[None]:
+    def when(self, condition: Condition) -> Iterator[None]:
         """Run the body if the condition holds."""
         ...
 
@@ -52,7 +70,7 @@ class WordEmitter:
     def loop(self, count: int) -> Iterator[Index]:
         yield from range(count)
 
-    def when(self, condition: bool | tvm.ir.ExprWithOp) -> Iterator[None]:
+    def when(self, condition: Condition) -> Iterator[None]:
         assert isinstance(condition, bool)
         if condition:
             yield
@@ -72,7 +90,7 @@ class TirEmitter:
             with builder.serial(0, count) as index:
                 yield index
 
-    def when(self, condition: bool | tvm.ir.ExprWithOp) -> Iterator[None]:
+    def when(self, condition: Condition) -> Iterator[None]:
         if isinstance(condition, bool):
             if condition:
                 yield
@@ -106,5 +124,5 @@ def modulo(a: Index, b: int) -> Index:
     return a % b if isinstance(a, int) else tirx.floormod(a, b)
 
 
-def equal(a: Index, b: int) -> bool | tvm.ir.ExprWithOp:
+def equal(a: Index, b: int) -> Condition:
     return a == b if isinstance(a, int) else tirx.EQ(a, tirx.const(b, "int32"))

@@ -16,7 +16,7 @@ from qcompiler.backends.npu_layers import Copy, Moves, Recipe
 from qcompiler.backends.npu_layout import Layout, View, dense_strides, is_dense, restride
 from qcompiler.backends.npu_loops import Fill, Placed, TiledWork, Transfer
 from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
-from qcompiler.backends.npu_tiling import Dims4, Tiling, Work, choose_tiling
+from qcompiler.backends.npu_tiling import Dims4, Prices, Tiling, Work, choose_tiling
 from qcompiler.graph import const_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
@@ -116,6 +116,7 @@ class _Scheduler:
     def __init__(self, region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> None:
         self.region, self.recipes, self.layout = region, recipes, layout
         self.bases = bases_of(region)
+        self.prices = Prices.of(npu)
         self.alignment = max(npu.scratchpad.alignment, 1)
         self.capacity = npu.scratchpad.size // self.alignment * self.alignment
         self.inside = {value: index for index, node in enumerate(region.nodes) for value in node.outputs}
@@ -202,7 +203,9 @@ class _Scheduler:
         resident = (*resident, self._is_resident(self._root(node.outputs[0]), evicted))
         key = (index, resident, budget)
         if key not in self.tiling_cache:
-            self.tiling_cache[key] = choose_tiling(work, resident, budget, self.alignment) if budget >= 0 else None
+            self.tiling_cache[key] = (
+                choose_tiling(work, resident, budget, self.alignment, self.prices) if budget >= 0 else None
+            )
         return self.tiling_cache[key]
 
     def _is_resident(self, root: ir.Value, evicted: set[ir.Value]) -> bool:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from qcompiler.backends.npu_emit import Emitter, Index, divide, maximum, minimum
 from qcompiler.backends.npu_memory import aligned
+from qcompiler.graph import element_count
+from qcompiler.target import Npu
 
 Dims4 = tuple[int, int, int, int]
 Strides4 = tuple[int, int, int, int]
@@ -275,10 +277,52 @@ class Tiling:
 
 
 CHANNEL_STEP = 16
-"""Channel tiles are multiples of this unless that is too big: whole ublocks, aligned DMA."""
+"""Channel tiles are multiples of this unless nothing else fits: arrays work on whole blocks of channels."""
 
-TILE_OVERHEAD = 512
-"""What one more tile is taken to cost, in bytes of traffic: command issue, DMA set-up, a barrier."""
+TILE_CYCLES = 64
+"""What one more tile is taken to cost beside its traffic: registers, issue, a barrier."""
+
+
+@dataclass(frozen=True)
+class Bus:
+    """DMA between an external memory and the scratchpad, in cycles of the accelerator."""
+
+    latency: float
+    """Of one command."""
+    cycles_per_byte: float
+    burst: int
+    """Contiguous runs shorter than this cost as much."""
+
+    def cycles(self, commands: int, size: int, run: int) -> float:
+        """For `size` bytes in contiguous runs of `run`."""
+        on_bus = size * max(self.burst, run) // max(run, 1)
+        return commands * self.latency + on_bus * self.cycles_per_byte
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What moving bytes costs on one accelerator."""
+
+    maps: Bus
+    constants: Bus
+    engine_cycles_per_byte: float
+    """Of operands an engine reads or writes in the scratchpad."""
+
+    @classmethod
+    def of(cls, npu: Npu) -> "Prices":
+        inside = npu.memory_name("scratchpad")
+        scratchpad = npu.scratchpad.bandwidth.per_cycle(npu.clock)
+
+        def bus(name: str) -> Bus:
+            memory = npu.memories[name]
+            path = npu.path_between(name, inside)
+            assert path is not None, f"the target has no path {name} -> {inside}"
+            dma = npu.dma[path]
+            rate = min(memory.bandwidth.per_cycle(npu.clock), dma.bandwidth.per_cycle(npu.clock), scratchpad)
+            latency = max(memory.latency.cycles(npu.clock), npu.scratchpad.latency.cycles(npu.clock))
+            return Bus(latency + dma.setup.cycles(npu.clock), 1 / rate, memory.burst)
+
+        return cls(bus(npu.memory_name("external")), bus(npu.weight_memory), 1 / scratchpad)
 
 
 def extents(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -286,35 +330,39 @@ def extents(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int, 
     return y, x, c
 
 
-def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment: int) -> Tiling | None:
+def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment: int, prices: Prices) -> Tiling | None:
     """The cheapest tiling whose buffers fit `budget` bytes, or None.
 
     `resident` says for each feature map, and last for the OFM, that it is in the scratchpad already. Cost is the
-    bytes moved, plus those the engine waits for (the first tile's load and the last one's store if there are two
-    slots, all of them otherwise), plus `TILE_OVERHEAD` for every tile.
+    cycles of DMA and of the engine's accesses to the scratchpad, plus those the engine has to wait for: the first
+    tile's fetch and the last one's store if there are two slots, all DMA otherwise. MACs are the same for
+    every tiling and left out.
     """
-    best: tuple[int, Tiling] | None = None
-    for y, x, c in _candidates(work, planes=all(resident)):
-        for slots in (2, 1):
-            buffers = _buffers(work, resident, (y, x, c), slots, alignment)
-            if sum(buffers) > budget:
-                continue
-            for order in ("cnyx", "nyxc"):
-                tiling, cost = _evaluate(work, resident, (y, x, c), order, slots, buffers)
-                if best is None or cost < best[0]:
-                    best = (cost, tiling)
-            break
-    return best[1] if best is not None else None
+    for fine in (False, True):
+        best: tuple[float, Tiling] | None = None
+        for tile in _candidates(work, planes=all(resident), fine=fine):
+            for slots in (2, 1):
+                buffers = _buffers(work, resident, tile, slots, alignment)
+                if sum(buffers) > budget:
+                    continue
+                for order in ("cnyx", "nyxc"):
+                    tiling, cost = _evaluate(work, resident, tile, order, slots, buffers, prices)
+                    if best is None or cost < best[0]:
+                        best = (cost, tiling)
+                break
+        if best is not None:
+            return best[1]
+    return None
 
 
 def smallest_need(work: Work, alignment: int) -> int:
     """Scratchpad bytes of the smallest tile, nothing being resident."""
     nothing = (False,) * (len(work.maps) + 1)
-    return min(sum(_buffers(work, nothing, tile, 1, alignment)) for tile in _candidates(work, planes=False))
+    return min(sum(_buffers(work, nothing, tile, 1, alignment)) for tile in _candidates(work, planes=False, fine=True))
 
 
-def _candidates(work: Work, *, planes: bool) -> Iterator[tuple[int, int, int]]:
-    """Tile heights, widths and depths to try; `planes` leaves height and width whole."""
+def _candidates(work: Work, *, planes: bool, fine: bool) -> Iterator[tuple[int, int, int]]:
+    """Tile heights, widths and depths to try. `planes` leaves height and width whole; `fine` admits any depth."""
     _, height, width, depth = work.ofm
     heights = _cuts(height, 1) if "y" in work.tiled and not planes else [height]
     widths = _cuts(width, 1) if "x" in work.tiled and not planes else [width]
@@ -323,6 +371,8 @@ def _candidates(work: Work, *, planes: bool) -> Iterator[tuple[int, int, int]]:
         depths = [size for size in _cuts(depth, CHANNEL_STEP) if size % work.group == 0 or work.group % size == 0]
         if work.group > 1:
             depths += [size * work.group for size in _cuts(depth // work.group, 1)]
+    if not fine:
+        depths = [size for size in depths if size >= min(CHANNEL_STEP, depth)]
     for y, c in product(heights, sorted(set(depths), reverse=True)):
         # Columns are cut only where a single row is too much.
         for x in widths if y == 1 else [width]:
@@ -374,29 +424,49 @@ def _evaluate(
     order: str,
     slots: int,
     buffers: tuple[int, ...],
-) -> tuple[Tiling, int]:
+    prices: Prices,
+) -> tuple[Tiling, float]:
     counts = _tile_counts(work, tile)
     by_axis = dict(zip("nyxc", counts, strict=True))
-    moved = first = 0
+    tiles = counts[0] * counts[1] * counts[2] * counts[3]
+    moved = in_tile = 0
+    cycles = waited = 0.0
     for operand, is_resident in zip(work.maps, resident, strict=False):
+        y, x, c = extents(operand, tile)
+        in_tile += y * x * c
         if is_resident:
             continue
-        once = operand.shape[0]
-        for span, size, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
-            once *= _total(span, size, length) if span.follows else span.extent(length)
-        moved += once * _reloads(order, by_axis, operand.follows)
-        y, x, c = extents(operand, tile)
-        first += y * x * c
+        size = operand.shape[0] * _reloads(order, by_axis, operand.follows)
+        for span, outputs, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
+            size *= _total(span, outputs, length) if span.follows else span.extent(length)
+        run = _run((y, x, c), operand.shape)
+        cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
+        waited += prices.maps.cycles(1, y * x * c, run)
+        moved += size
     for stream in work.streams:
-        moved += len(stream.data) * _reloads(order, by_axis, stream.follows)
-        first += stream.extent(tile[2])
+        size = len(stream.data) * _reloads(order, by_axis, stream.follows)
+        first = stream.extent(tile[2])
+        in_tile += first
+        cycles += prices.constants.cycles(tiles // period(order, by_axis, stream.follows), size, first)
+        waited += prices.constants.cycles(1, first, first)
+        moved += size
+    in_tile += tile[0] * tile[1] * tile[2]
     if not resident[-1]:
-        n, height, width, depth = work.ofm
-        moved += n * height * width * depth
-        first += tile[0] * tile[1] * tile[2]
+        size, last, run = element_count(work.ofm), tile[0] * tile[1] * tile[2], _run(tile, work.ofm)
+        cycles += prices.maps.cycles(tiles, size, run)
+        waited += prices.maps.cycles(1, last, run)
+        moved += size
+    engine = tiles * (in_tile * prices.engine_cycles_per_byte + TILE_CYCLES)
     tiling = Tiling(*tile, order, slots, counts, buffers, moved)
-    waited = moved if slots == 1 else min(first, moved)
-    return tiling, moved + waited + TILE_OVERHEAD * tiling.tiles
+    return tiling, engine + cycles + (waited if slots == 2 else cycles)
+
+
+def _run(tile: tuple[int, int, int], shape: Dims4) -> int:
+    """Contiguous bytes of a tile inside a dense feature map."""
+    y, x, c = tile
+    if c < shape[3]:
+        return c
+    return x * c if x < shape[2] else y * x * c
 
 
 @cache
