@@ -8,6 +8,7 @@ from types import TracebackType
 import onnx_ir as ir
 
 from qcompiler.errors import QCompilerError
+from qcompiler.passes.cancel_layout_transposes import CancelLayoutTransposes
 from qcompiler.passes.cancel_transposes import CancelTransposes
 from qcompiler.passes.expand_dilation import ExpandDilation
 from qcompiler.passes.expand_hard_sigmoid import ExpandHardSigmoid
@@ -17,6 +18,7 @@ from qcompiler.passes.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.fold_constants import FoldConstants
 from qcompiler.passes.fold_pad import FoldPad
 from qcompiler.passes.fuse_activation import FuseActivation
+from qcompiler.passes.legalize_signedness import LegalizeSignedness
 from qcompiler.passes.lower_conv_transpose import LowerConvTranspose
 from qcompiler.passes.merge_movement import MergeMovement
 from qcompiler.passes.normalize_arithmetic import NormalizeArithmetic
@@ -25,7 +27,9 @@ from qcompiler.passes.normalize_gather import NormalizeGather
 from qcompiler.passes.normalize_matmul import NormalizeMatMul
 from qcompiler.passes.normalize_pool import NormalizePool
 from qcompiler.passes.normalize_reshape import NormalizeReshape
+from qcompiler.passes.propagate_qdq import PropagateQdq
 from qcompiler.passes.remove_identity import RemoveIdentity
+from qcompiler.passes.share_scales import ShareScales
 from qcompiler.passes.split_grouped_conv import SplitGroupedConv
 from qcompiler.passes.split_large_pool import SplitLargePool
 from qcompiler.target import Target
@@ -71,10 +75,15 @@ def legalize(target: Target) -> Passes:
 
 def harmonize(target: Target) -> Passes:
     """Give a QDQ model the scales, signedness and Q/DQ positions the target's operators want."""
-    return ()
+    return (
+        # Signedness before scales: tensors that then differ in zero point only by their type share one already.
+        PropagateQdq(),
+        LegalizeSignedness(target),
+        ShareScales(target),
+    )
 
 
-LAYOUT: Passes = (CancelTransposes(),)
+LAYOUT: Passes = (CancelLayoutTransposes(),)
 """On the integer graph: cancel the transposes between NHWC operators and what was NCHW."""
 
 

@@ -12,7 +12,8 @@ import pytest
 from qcompiler import graph as g
 from qcompiler.errors import QCompilerError
 from qcompiler.importer import import_onnx
-from qcompiler.pipeline import SIMPLIFY, Dumper, run_passes
+from qcompiler.pipeline import SIMPLIFY, Dumper, harmonize, legalize, run_passes
+from qcompiler.target_loader import load_target
 from qcompiler.verify import VerificationError
 
 FLOAT = ir.DataType.FLOAT
@@ -149,3 +150,23 @@ def test_simplify_folds_the_shortcut_of_resnet20(zoo: Path) -> None:
         "Reshape": 1,
         "Gemm": 1,
     }
+
+
+@pytest.mark.parametrize("name", ["arm-npu", "systolic-npu", "x86-cpu"])
+def test_legalize_and_harmonize_keep_what_quantized_models_compute(zoo: Path, name: str) -> None:
+    rng = np.random.default_rng(3)
+    target = load_target(name)
+    for path in sorted((zoo / "models").glob("*_qdq.onnx")):
+        model = import_onnx(path)
+        run_passes(model, SIMPLIFY, stage="simplify")
+        before = ir.to_proto(model)
+        run_passes(model, legalize(target), stage="legalize")
+        run_passes(model, harmonize(target), stage="harmonize")
+        (value,) = model.graph.inputs
+        info = np.iinfo(g.dtype_of(value))
+        x = rng.integers(info.min, info.max, g.shape_of(value), endpoint=True, dtype=info.dtype)
+        feeds = {g.value_name(value): x}
+        for expected, got in zip(execute(before, feeds), execute(ir.to_proto(model), feeds), strict=True):
+            np.testing.assert_array_equal(got, expected, err_msg=path.name)
+        again = (*legalize(target), *harmonize(target))
+        assert [type(change).__name__ for change in again if change(model).modified] == [], path.name
