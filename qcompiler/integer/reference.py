@@ -68,15 +68,16 @@ class Executor:
             if constant is not None:
                 values[value] = constant
         for node in self._graph:
-            results = self._runner(node)([None if value is None else values[value] for value in node.inputs])
+            results = self.run_node(node, [None if value is None else values[value] for value in node.inputs])
             values.update(zip(node.outputs, results, strict=True))
         by_name = {value_name(value): array for value, array in values.items()}
         return {name: by_name[name] for name in wanted}
 
-    def _runner(self, node: ir.Node) -> Callable[[Sequence[Array | None]], Sequence[Array]]:
+    def run_node(self, node: ir.Node, inputs: Sequence[Array | None]) -> Sequence[Array]:
+        """One node of the graph, on arrays for its inputs; None for an absent one."""
         if node not in self._runners:
             self._runners[node] = self._prepare(node)
-        return self._runners[node]
+        return self._runners[node](inputs)
 
     def _prepare(self, node: ir.Node) -> Callable[[Sequence[Array | None]], Sequence[Array]]:
         if node.domain == QCOMPILER_DOMAIN:
