@@ -4,9 +4,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import data_input, integer, ints, shape_of
-from qcompiler.passes.legality import admits, facts_for, refused
+from qcompiler.passes.legality import facts_for, refused
 from qcompiler.passes.rewriting import Rewrite, is_weight, map_weight, no_auto_pad, until_settled
-from qcompiler.passes.split_grouped_conv import zero_is_zero
+from qcompiler.passes.split_grouped_conv import admits_ungrouped, zero_is_zero
 from qcompiler.target import Target
 
 
@@ -15,7 +15,7 @@ class ExpandDilation(ir.passes.InPlacePass):
 
     Otherwise, for stride 1: space to batch (every d-th row and column becomes an image of its own), a Conv without
     dilation, and back, if the target takes that batch. Else the Conv stays. Quantized weights with zero points other
-    than 0 are left alone.
+    than 0 are left alone. Runs before `SplitGroupedConv`, which will see to the groups.
     """
 
     def __init__(self, target: Target) -> None:
@@ -35,11 +35,11 @@ class ExpandDilation(ir.passes.InPlacePass):
         height, width = ((size - 1) * step + 1 for size, step in zip(shape_of(weight)[2:], dilations, strict=True))
         plain = {"dilation_h": 1, "dilation_w": 1}
         written_out = plain | {"kernel_h": height, "kernel_w": width, "kernel_area": height * width}
-        if zero_is_zero(weight) and admits(self.target, facts, written_out):
+        if zero_is_zero(weight) and admits_ungrouped(self.target, facts, written_out):
             return _write_out(node, dilations)
         batch = {"batch": shape_of(data_input(node))[0] * dilations[0] * dilations[1], "padded": False}
         no_stride = ints(node, "strides", (1, 1)) == (1, 1)
-        return no_stride and admits(self.target, facts, plain | batch) and _space_to_batch(node, dilations)
+        return no_stride and admits_ungrouped(self.target, facts, plain | batch) and _space_to_batch(node, dilations)
 
 
 def _write_out(node: ir.Node, dilations: tuple[int, ...]) -> bool:

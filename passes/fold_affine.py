@@ -3,7 +3,19 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import Shape, const_of, data_input, dtype_of, input_of, integer, ints, producer, real, shape_of
+from qcompiler.graph import (
+    Shape,
+    const_of,
+    data_input,
+    dtype_of,
+    input_of,
+    integer,
+    ints,
+    only_user,
+    producer,
+    real,
+    shape_of,
+)
 from qcompiler.passes.normalize_matmul import bias_vector
 from qcompiler.passes.rewriting import (
     Rewrite,
@@ -27,7 +39,11 @@ class FoldAffine(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        return until_settled(model, LINEAR, lambda node: _fold_after(node) or _absorb_bias(node) or _fold_before(node))
+        return until_settled(
+            model,
+            (*LINEAR, *_AFFINE),
+            lambda node: _absorb_bias(node) or _fold_before(node) if node.op_type in LINEAR else _fold_after(node),
+        )
 
 
 def scale_and_shift(node: ir.Node, channel_axis: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -96,12 +112,29 @@ def _scale_outputs(node: ir.Node, weight: np.ndarray, scale: np.ndarray) -> np.n
 
 
 def fold_into_linear(linear: ir.Node, after: ir.Node, scale: np.ndarray, shift: np.ndarray) -> bool:
-    """Let `linear` compute what `after`, y = x * scale + shift on its output, did; False if it cannot."""
+    """Let `linear` compute what `after`, y = x * scale + shift per channel, did; False if it cannot."""
     constants = _constants(linear)
     if constants is None:
         return False
     weight, bias = constants
     return _replace(after, linear, data_input(linear), _scale_outputs(linear, weight, scale), bias * scale + shift)
+
+
+def linear_behind(value: ir.Value) -> tuple[ir.Node, int] | None:
+    """The linear node that alone makes `value`, and the axis its channels have there, or None.
+
+    A Reshape that leaves the channels an axis of their own may stand between: [N, C, 1, W] to [N, C, W] behind what was
+    a 1-D convolution, [rows, N] to [batch, time, N] behind a Gemm.
+    """
+    reshape = producer(value, "Reshape")
+    source = data_input(reshape) if reshape is not None else value
+    linear = producer(source, *LINEAR)
+    if linear is None or only_user(source) is None or only_user(value) is None:
+        return None
+    before, behind = shape_of(source), shape_of(value)
+    if linear.op_type == "Gemm":
+        return (linear, len(behind) - 1) if before[-1] == behind[-1] else None
+    return (linear, 1) if before[:2] == behind[:2] else None
 
 
 def _replace(old: ir.Node, linear: ir.Node, x: ir.Value, weight: np.ndarray, bias: np.ndarray) -> bool:
@@ -111,15 +144,17 @@ def _replace(old: ir.Node, linear: ir.Node, x: ir.Value, weight: np.ndarray, bia
     bias_value = rewrite.constant(bias.astype(dtype), f"{linear.name}_bias")
     attributes = {name: attribute.value for name, attribute in linear.attributes.items()}
     folded = rewrite.node(linear.op_type, [x, weight_value, bias_value], attributes, layer=linear)
-    return rewrite.replace(folded)
+    return rewrite.replace(rewrite.reshape(folded, shape_of(old.outputs[0])))
 
 
-def _fold_after(linear: ir.Node) -> bool:
-    after = next_in_chain(linear.outputs[0], *_AFFINE)
-    if after is None:
+def _fold_after(node: ir.Node) -> bool:
+    operands = constant_operand(node)
+    behind = linear_behind(operands[0]) if operands is not None else None
+    if behind is None:
         return False
-    affine = scale_and_shift(after, 1)
-    return affine is not None and fold_into_linear(linear, after, *affine)
+    linear, axis = behind
+    affine = scale_and_shift(node, axis)
+    return affine is not None and fold_into_linear(linear, node, *affine)
 
 
 def _absorb_bias(linear: ir.Node) -> bool:

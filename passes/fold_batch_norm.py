@@ -3,9 +3,9 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import const_of, data_input, dtype_of, integer, producer, real, shape_of
-from qcompiler.passes.fold_affine import LINEAR, fold_into_linear
-from qcompiler.passes.rewriting import Rewrite, next_in_chain, until_settled
+from qcompiler.graph import const_of, data_input, dtype_of, integer, real, shape_of
+from qcompiler.passes.fold_affine import fold_into_linear, linear_behind
+from qcompiler.passes.rewriting import Rewrite, until_settled
 
 
 class FoldBatchNorm(ir.passes.InPlacePass):
@@ -29,12 +29,8 @@ def _fold(norm: ir.Node) -> bool:
     scale = weight / np.sqrt(variance + real(norm, "epsilon", 1e-5))
     shift = bias - mean * scale
     x = data_input(norm)
-    linear = producer(x, *LINEAR)
-    if (
-        linear is not None
-        and next_in_chain(x, "BatchNormalization") is norm
-        and fold_into_linear(linear, norm, scale, shift)
-    ):
+    behind = linear_behind(x)
+    if behind is not None and behind[1] == 1 and fold_into_linear(behind[0], norm, scale, shift):
         return True
     rewrite = Rewrite(norm)
     broadcast = (-1, *(1,) * (len(shape_of(x)) - 2))

@@ -4,8 +4,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import Shape, data_input, integer, ints, shape_of
-from qcompiler.passes.legality import admits, facts_for, refused
+from qcompiler.passes.legality import facts_for, refused
 from qcompiler.passes.rewriting import Rewrite, is_weight, map_weight, no_auto_pad, until_settled, weight_dequantize
+from qcompiler.passes.split_grouped_conv import admits_ungrouped
 from qcompiler.target import Target
 
 
@@ -37,7 +38,7 @@ class LowerConvTranspose(ir.passes.InPlacePass):
         ends = [reach[axis] - pads[2 + axis] + extra[axis] - (strides[axis] - 1) for axis in (0, 1)]
         wide = [size * step for size, step in zip(sizes, strides, strict=True)]
         changes = {"stride_h": 1, "stride_w": 1, "ifm_h": wide[0], "ifm_w": wide[1], "padded": any((*begins, *ends))}
-        if min((*begins, *ends)) < 0 or not admits(self.target, facts_for(self.target, node), changes, op="Conv"):
+        if min((*begins, *ends)) < 0 or not admits_ungrouped(self.target, facts_for(self.target, node), changes):
             return False
         group = integer(node, "group", 1)
         if group > 1 and _per_channel(weight):

@@ -8,7 +8,9 @@ import onnx_ir as ir
 from qcompiler.graph import Shape, const_of, data_input, ints, producer, shape_of
 from qcompiler.passes.rewriting import Rewrite, until_settled
 
-_MOVES = ("Reshape", "Transpose", "Slice")
+_RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+_MOVES = (*_RESHAPES, "Transpose", "Slice")
+_MIXED = ({"Transpose", "Slice"}, {"Transpose", "Reshape"}, {"Transpose", "Slice", "Reshape"})
 _LIMIT = 1 << 22
 """Elements of the largest tensor whose indices are traced."""
 
@@ -34,9 +36,9 @@ def _merge(node: ir.Node) -> bool:
 
 def _merge_chain(chain: list[ir.Node]) -> bool:
     """`chain` runs from the last node to the first."""
-    kinds = [node.op_type for node in chain]
+    kinds = ["Reshape" if node.op_type in _RESHAPES else node.op_type for node in chain]
     # Transposes among themselves, and Reshapes, have passes of their own.
-    if kinds.count("Slice") < 2 and set(kinds) not in ({"Transpose", "Slice"}, {"Transpose", "Reshape"}, set(_MOVES)):
+    if kinds.count("Slice") < 2 and set(kinds) not in _MIXED:
         return False
     source, last = data_input(chain[-1]), chain[0]
     shape, wanted = shape_of(source), shape_of(last.outputs[0])
@@ -63,7 +65,7 @@ def _merge_chain(chain: list[ir.Node]) -> bool:
 
 
 def _move(node: ir.Node, numbers: np.ndarray) -> np.ndarray | None:
-    if node.op_type == "Reshape":
+    if node.op_type in _RESHAPES:
         return numbers.reshape(shape_of(node.outputs[0]))
     if node.op_type == "Transpose":
         return numbers.transpose(ints(node, "perm", tuple(reversed(range(numbers.ndim)))))

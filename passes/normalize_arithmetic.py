@@ -64,7 +64,9 @@ def _binary(node: ir.Node) -> bool:
     if node.op_type == "Sub":
         op_type, other = "Add", -constant
     elif node.op_type == "Div" and bool((constant != 0).all()):
-        op_type, other = "Mul", (1 / constant.astype(np.float64)).astype(constant.dtype)
+        op_type = "Mul"
+        with np.errstate(over="ignore"):  # the reciprocal of a denormal is infinite, and refused below
+            other = (1 / constant.astype(np.float64)).astype(constant.dtype)
     else:
         return False
     if not np.isfinite(other).all():

@@ -15,7 +15,7 @@ _POOL_OF = {
 
 class NormalizePool(ir.passes.InPlacePass):
     """GlobalAveragePool, GlobalMaxPool, and ReduceMean and ReduceMax over axes behind the first two => a pool of the
-    full size there, and a Reshape where the axes go away. ceil_mode becomes padding at the end, where that is the same.
+    full size there, and a Reshape where the axes go away; [N, C, W] counts as [N, C, 1, W]. ceil_mode becomes padding at the end, where that is the same.
 
     Means over the batch or the channels, and of tensors that are no feature maps (rank 3 or 4), stay ReduceMean.
     """
@@ -34,6 +34,8 @@ def _pool(node: ir.Node) -> bool:
         return False
     window = tuple(shape[axis] if axis in axes else 1 for axis in range(2, rank))
     rewrite = Rewrite(node)
+    if rank == 3:
+        x, window = rewrite.reshape(x, (*shape[:2], 1, shape[2])), (1, *window)
     pooled = rewrite.node(_POOL_OF[node.op_type], [x], {"kernel_shape": window, "strides": window}, layer=node)
     return rewrite.replace(rewrite.reshape(pooled, shape_of(node.outputs[0])))
 

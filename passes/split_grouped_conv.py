@@ -1,6 +1,6 @@
 """Grouped convolutions for targets that have only plain ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -8,7 +8,7 @@ import onnx_ir as ir
 from qcompiler.graph import const_of, data_input, input_of, integer, shape_of
 from qcompiler.passes.legality import admits, facts_for, refused
 from qcompiler.passes.rewriting import Rewrite, is_weight, map_weight, until_settled, weight_dequantize
-from qcompiler.target import Target
+from qcompiler.target import FactValue, OpFacts, Target
 
 MOST_PIECES = 16
 """More convolutions than this cost more in commands than zeros cost in multiplications."""
@@ -37,9 +37,9 @@ class SplitGroupedConv(ir.passes.InPlacePass):
             return False
         facts = facts_for(self.target, node)
         channels, outputs = shape_of(data_input(node))[1], shape_of(weight)[0]
-        pieces = {"group": 1, "depthwise": False, "ifm_channels": channels // group, "ofm_channels": outputs // group}
+        pieces, dense = ungrouped(facts)
         take_pieces = group <= MOST_PIECES and admits(self.target, facts, pieces)
-        take_dense = admits(self.target, facts, {"group": 1, "depthwise": False})
+        take_dense = admits(self.target, facts, dense)
         if take_dense and not (take_pieces and self._pieces_are_cheaper(channels, outputs, group)):
             return _densify(node, group)
         return take_pieces and _cut(node, group)
@@ -49,6 +49,20 @@ class SplitGroupedConv(ir.passes.InPlacePass):
         unit = self.target.npu.channel_alignment
         piece = -(-channels // group // unit) * -(-outputs // group // unit) * unit**2
         return group * piece < channels * outputs
+
+
+def ungrouped(facts: OpFacts) -> tuple[dict[str, FactValue], dict[str, FactValue]]:
+    """What changes in the facts of a grouped convolution: in each of the pieces, and in the dense form."""
+    group, channels, outputs = (facts.facts[name] for name in ("group", "ifm_channels", "ofm_channels"))
+    assert isinstance(group, int) and isinstance(channels, int) and isinstance(outputs, int)
+    dense: dict[str, FactValue] = {"group": 1, "depthwise": False}
+    return dense | {"ifm_channels": channels // group, "ofm_channels": outputs // group}, dense
+
+
+def admits_ungrouped(target: Target, facts: OpFacts, changes: Mapping[str, FactValue], op: str = "Conv") -> bool:
+    """Whether the target takes a convolution with `changes`, as it is or once `SplitGroupedConv` has been at it."""
+    forms = ({}, *ungrouped(facts))
+    return any(admits(target, facts, {**changes, **form}, op) for form in forms)
 
 
 def _cut(node: ir.Node, group: int) -> bool:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from qcompiler.graph import const_of
 from qcompiler.target import OpRule, Target
 from qcompiler.target_loader import load_target
 from qcompiler.verify import verify, verify_shapes
@@ -99,6 +100,13 @@ class Outcome:
         """The only node of this type."""
         (node,) = [node for node in self.model.graph if node.op_type == op_type]
         return node
+
+    @staticmethod
+    def array(value: ir.Value) -> np.ndarray:
+        """The constant behind a value, which must have one."""
+        constant = const_of(value)
+        assert constant is not None, f"{value.name} is no constant"
+        return constant
 
     def largest_error(self, seed: int = 1) -> float:
         """Largest difference between the outputs before and after, relative to the largest output, over two inputs.

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qcompiler.graph import const_of, shape_of
+from qcompiler.graph import shape_of
 from qcompiler.passes.expand_dilation import ExpandDilation
 
 NO_DILATION = {"dilation_h": 1, "dilation_w": 1}
@@ -27,9 +27,9 @@ def quantized(net):
 def test_structure(dilated, quantized, target_with, apply):
     after = apply(dilated, ExpandDilation(target_with(ANY_KERNEL)))
     assert after.op_types == ["Conv", "Conv"]
-    assert [const_of(node.inputs[1]).shape for node in after.model.graph] == [(6, 2, 5, 7), (5, 4, 4, 3)]
+    assert [after.array(node.inputs[1]).shape for node in after.model.graph] == [(6, 2, 5, 7), (5, 4, 4, 3)]
     after = apply(quantized, ExpandDilation(target_with(ANY_KERNEL)))
-    assert const_of(after.the("Conv").inputs[1].producer().inputs[0]).shape == (4, 3, 5, 5)
+    assert after.array(after.the("Conv").inputs[1].producer().inputs[0]).shape == (4, 3, 5, 5)
 
 
 def test_space_to_batch_where_the_kernel_is_limited(dilated, target_with, apply):

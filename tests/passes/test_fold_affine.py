@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from qcompiler.graph import const_of
 from qcompiler.passes.fold_affine import FoldAffine
 
 
@@ -45,7 +44,7 @@ def test_structure(after_linear, before_linear, quantized, apply):
     folded = apply(quantized, FoldAffine())
     assert "Add" not in folded.op_types
     bias = folded.the("Conv").inputs[2].producer()
-    assert const_of(bias.inputs[0]).dtype == np.int32 and const_of(bias.inputs[0]).shape == (4,)
+    assert folded.array(bias.inputs[0]).dtype == np.int32 and folded.array(bias.inputs[0]).shape == (4,)
 
 
 def test_layer_keeps_the_convolutions_name(net, apply):

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from qcompiler.graph import const_of
 from qcompiler.passes.fuse_activation import FuseActivation
 
 
@@ -63,7 +62,7 @@ def hard(net):
 def test_structure(clamps, gelus, hard, apply):
     after = apply(clamps, FuseActivation())
     assert after.op_types == ["Relu", "Clip", "Clip", "Clip", "LeakyRelu", "Relu"]
-    bounds = [tuple(float(const_of(value)) for value in node.inputs[1:]) for node in after.model.graph]
+    bounds = [tuple(float(after.array(value)) for value in node.inputs[1:]) for node in after.model.graph]
     assert bounds[1:4] == [(0, 6), (0, 2), (2, 2)]
     after = apply(gelus, FuseActivation())
     assert after.op_types == ["Gelu"] * 5

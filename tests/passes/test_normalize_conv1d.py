@@ -1,6 +1,6 @@
 import pytest
 
-from qcompiler.graph import const_of, shape_of
+from qcompiler.graph import shape_of
 from qcompiler.passes.normalize_conv1d import NormalizeConv1d
 
 
@@ -26,9 +26,9 @@ def test_structure(flat, quantized, apply):
     for node in after.model.graph:
         assert node.op_type == "Reshape" or len(shape_of(node.outputs[0])) == 4
     assert after.the("Conv").attributes["pads"].as_ints() == (0, 2, 0, 1)
-    assert const_of(after.the("Conv").inputs[1]).shape == (6, 2, 1, 3)
+    assert after.array(after.the("Conv").inputs[1]).shape == (6, 2, 1, 3)
     after = apply(quantized, NormalizeConv1d())
-    assert const_of(after.the("ConvTranspose").inputs[1].producer().inputs[0]).shape == (6, 3, 1, 2)
+    assert after.array(after.the("ConvTranspose").inputs[1].producer().inputs[0]).shape == (6, 3, 1, 2)
 
 
 def test_numerics(flat, quantized, apply):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from qcompiler.graph import const_of
 from qcompiler.passes.normalize_reshape import NormalizeReshape
 
 
@@ -40,7 +39,7 @@ def quantized(net):
 def test_structure(shapes, apply):
     after = apply(shapes, NormalizeReshape())
     assert sorted(after.op_types) == ["Relu", "Relu", "Reshape", "Reshape"]
-    targets = [tuple(const_of(node.inputs[1])) for node in after.model.graph if node.op_type == "Reshape"]
+    targets = [tuple(after.array(node.inputs[1])) for node in after.model.graph if node.op_type == "Reshape"]
     assert sorted(targets) == [(2, 7), (6, 4, 1)]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from qcompiler.graph import const_of, integer
+from qcompiler.graph import integer
 from qcompiler.passes.split_grouped_conv import SplitGroupedConv
 
 PLAIN = {"ops": ["Conv"], "where": {"group": 1}}
@@ -24,7 +24,7 @@ def quantized(net):
 def test_structure(grouped, target_with, apply):
     after = apply(grouped, SplitGroupedConv(target_with(PLAIN)))
     assert after.op_types == ["Split", "Conv", "Conv", "Concat"]
-    assert [const_of(node.inputs[1]).shape for node in after.model.graph if node.op_type == "Conv"] == [
+    assert [after.array(node.inputs[1]).shape for node in after.model.graph if node.op_type == "Conv"] == [
         (6, 4, 3, 3)
     ] * 2
 
@@ -33,15 +33,15 @@ def test_narrow_groups_become_one_dense_conv(grouped, target_with, apply):
     """Rounded up to 16 channels, two pieces would cost more than the zeros."""
     after = apply(grouped, SplitGroupedConv(target_with(PLAIN, channel_alignment=16)))
     conv = after.the("Conv")
-    assert after.op_types == ["Conv"] and const_of(conv.inputs[1]).shape == (12, 8, 3, 3)
+    assert after.op_types == ["Conv"] and after.array(conv.inputs[1]).shape == (12, 8, 3, 3)
     assert integer(conv, "group") == 1 and after.largest_error() < 1e-6
 
 
 def test_quantized_weights_are_cut_with_their_scales(quantized, target_with, apply):
     after = apply(quantized, SplitGroupedConv(target_with(PLAIN)))
     weights = [node.inputs[1].producer() for node in after.model.graph if node.op_type == "Conv"]
-    assert [const_of(weight.inputs[0]).shape for weight in weights] == [(3, 4, 3, 3)] * 2
-    assert [const_of(weight.inputs[1]).shape for weight in weights] == [(3,)] * 2
+    assert [after.array(weight.inputs[0]).shape for weight in weights] == [(3, 4, 3, 3)] * 2
+    assert [after.array(weight.inputs[1]).shape for weight in weights] == [(3,)] * 2
 
 
 @pytest.mark.parametrize("alignment", [1, 16])
