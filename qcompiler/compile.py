@@ -112,7 +112,7 @@ def compile(
         check = self_check(placed.source, _runner(stage / bundle.LIBRARY, lowered), placed.samples)
         progress.stage("report")
         weights = sum(array.nbytes for array in lowered.parameters)
-        report = _report(placed, cost(placed.partition, programs, chip, weights), check)
+        report = _report(placed, cost(placed.partition, programs, chip, weights, placed.layers), check)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     return bundle.load(folder, keep)
 
@@ -137,7 +137,7 @@ def explain(
     programs = schedule(placed)
     constants = (value.const_value for value in placed.integer.graph.initializers.values())
     weights = sum(constant.nbytes for constant in constants if constant is not None)
-    return _report(placed, cost(placed.partition, programs, placed.target, weights), None)
+    return _report(placed, cost(placed.partition, programs, placed.target, weights, placed.layers), None)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,8 @@ class Placed:
     quantized: "ir.Model"
     integer: "ir.Model"
     partition: "Partition"
+    layers: Mapping[str, str]
+    """Names of layers in the user's model, by node name of the integer graph."""
     warnings: tuple[str, ...]
 
 
@@ -172,6 +174,7 @@ def place(
     from qcompiler.dataset import input_specs, lint
     from qcompiler.importer import import_onnx
     from qcompiler.integer.realize import realize
+    from qcompiler.layer_names import layer_names
     from qcompiler.partition import partition
     from qcompiler.pipeline import LAYOUT, SIMPLIFY, Dumper, harmonize, legalize, run_passes
     from qcompiler.quant.plan import plan
@@ -181,10 +184,16 @@ def place(
     source = Path(model)
     dumper = Dumper(Path(dump)) if dump is not None else None
     run = partial(run_passes, dumper=dumper)
+
+    def dumped(model: "ir.Model", stage: str) -> "ir.Model":
+        if dumper is not None:
+            dumper.dump(model, stage)
+        return model
+
     with _Warnings(source) as warnings:
         chip = load_target(target)
         progress.stage("import")
-        graph = import_onnx(source, input_shapes)
+        graph = dumped(import_onnx(source, input_shapes), "import")
         data = _open_data(calibration, input_specs(graph), samples, images)
         progress.stage("read samples")
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
@@ -196,15 +205,17 @@ def place(
             progress.stage("calibrate")
             ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
             progress.stage("quantize")
-            graph = quantize(graph, plan(graph, ranges, chip))
+            graph = dumped(quantize(graph, plan(graph, ranges, chip)), "quantize")
         graph = run(graph, harmonize(chip), stage="harmonize")
         quantized = graph.clone()
         progress.stage("realize")
-        graph = realize(graph, chip)
+        graph = dumped(realize(graph, chip), "realize")
         graph = run(graph, LAYOUT, stage="layout")
         progress.stage("partition")
         parts = partition(graph, chip, can_run=partial(can_run, target=chip) if chip.npu is not None else None)
-    return Placed(source, chip, data, ranges, quantized, graph, parts, tuple(warnings.messages))
+    return Placed(
+        source, chip, data, ranges, quantized, graph, parts, layer_names(quantized, graph), tuple(warnings.messages)
+    )
 
 
 def schedule(placed: Placed) -> "dict[str, NpuProgram]":
@@ -281,13 +292,18 @@ def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
 
 
 def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Report":
-    from qcompiler.report import Calibration, Report
+    from qcompiler.report import Calibration, PlacementReport, Report
 
     ranges = placed.ranges
     return Report(
         model=placed.source.name,
         target=placed.target.name,
-        placements=placed.partition.placements,
+        placements=tuple(
+            PlacementReport(
+                placed.layers[item.node], item.node, item.op, item.backend, item.engine, item.precision, item.reason
+            )
+            for item in placed.partition.placements
+        ),
         layers=costs.layers,
         totals=costs.totals,
         calibration=None if ranges is None else Calibration(ranges.method, ranges.samples, ranges.synthetic),

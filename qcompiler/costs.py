@@ -31,7 +31,9 @@ class Costs:
     totals: Totals
 
 
-def cost(partition: Partition, programs: Mapping[str, NpuProgram], target: Target, weights: int) -> Costs:
+def cost(
+    partition: Partition, programs: Mapping[str, NpuProgram], target: Target, weights: int, names: Mapping[str, str]
+) -> Costs:
     """Price every region, without running anything.
 
     Args:
@@ -39,18 +41,19 @@ def cost(partition: Partition, programs: Mapping[str, NpuProgram], target: Targe
         programs: of the accelerator's regions, by region name.
         target: where it runs.
         weights: bytes of constants.
+        names: of layers in the user's model, by node name.
     """
     layers: list[LayerReport] = []
     peak = npu_cycles = 0
     engines = {placement.node: placement.engine for placement in partition.placements}
     for region in partition.regions:
         if region.backend == "cpu":
-            layers += [_host_layer(node, target) for node in region.nodes]
+            layers += [_host_layer(node, target, names[_name(node)]) for node in region.nodes]
         else:
             assert target.npu is not None
             program = programs[region.name]
             priced = price(words(program), target, {program.bases.blob: target.npu.weight_memory})
-            layers += [*_npu_layers(region, priced, engines), _hand_over(region, target.npu)]
+            layers += [*_npu_layers(region, priced, engines, names), _hand_over(region, target.npu)]
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
     return Costs(tuple(layers), _totals(layers, target, npu_cycles, peak, weights))
 
@@ -58,7 +61,7 @@ def cost(partition: Partition, programs: Mapping[str, NpuProgram], target: Targe
 # --- rows -----------------------------------------------------------------------------------------------------
 
 
-def _host_layer(node: ir.Node, target: Target) -> LayerReport:
+def _host_layer(node: ir.Node, target: Target, layer: str) -> LayerReport:
     facts = facts_of_integer(node)
     macs = multiplications(node, facts)
     reads = [value for value in node.inputs if value is not None]
@@ -72,7 +75,8 @@ def _host_layer(node: ir.Node, target: Target) -> LayerReport:
     rates = target.host.rates()
     peak = rates.get(facts.precision, rates["float32"]) * target.host.threads
     return LayerReport(
-        layer=_name(node),
+        layer=layer,
+        node=_name(node),
         op=facts.op,
         backend="cpu",
         engine="cpu",
@@ -86,13 +90,16 @@ def _host_layer(node: ir.Node, target: Target) -> LayerReport:
     )
 
 
-def _npu_layers(region: Region, priced: RegionCost, engines: Mapping[str, str]) -> list[LayerReport]:
+def _npu_layers(
+    region: Region, priced: RegionCost, engines: Mapping[str, str], names: Mapping[str, str]
+) -> list[LayerReport]:
     rows: list[LayerReport] = []
     for layer in priced.layers:
         node = region.nodes[layer.index] if layer.index >= 0 else None
         rows.append(
             LayerReport(
-                layer=_name(node) if node is not None else region.name,
+                layer=names[_name(node)] if node is not None else region.name,
+                node=_name(node) if node is not None else region.name,
                 op=facts_of_integer(node).op if node is not None else "prologue",
                 backend="npu",
                 engine=engines[_name(node)] if node is not None else "",
@@ -113,6 +120,7 @@ def _hand_over(region: Region, npu: Npu) -> LayerReport:
     priced = crossing_cost(npu, moved)
     return LayerReport(
         layer=region.name,
+        node=region.name,
         op=HAND_OVER,
         backend="npu",
         engine="",

@@ -15,11 +15,29 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qcompiler.partition import Backend, Placement
+from qcompiler.partition import Backend
 
 TEXT_WIDTH = 160
 """Columns of report.txt."""
+NAME_WIDTH = 48
+"""Characters of a layer's name in a table; report.json has them all."""
 SI_PREFIXES: tuple[tuple[float, str], ...] = ((1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"), (1e-12, "p"))
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    """Where one operator runs and why."""
+
+    layer: str
+    """Names the operator has in the user's model; several, joined by +, where it stands for several."""
+    node: str
+    """Its name in model.int.onnx."""
+    op: str
+    backend: Backend
+    engine: str
+    precision: str
+    reason: str | None
+    """Why the accelerator does not run it; None where it does, or where there is none."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,9 @@ class LayerReport:
     """What one operator, or one hand-over between host and accelerator, costs in one inference."""
 
     layer: str
+    """As in `PlacementReport`."""
+    node: str
+    """Its name in model.int.onnx; of a hand-over, the region's."""
     op: str
     backend: Backend
     engine: str
@@ -101,7 +122,7 @@ class Calibration:
 class Report:
     model: str
     target: str
-    placements: tuple[Placement, ...]
+    placements: tuple[PlacementReport, ...]
     layers: tuple[LayerReport, ...]
     totals: Totals
     calibration: Calibration | None
@@ -161,17 +182,17 @@ def _table(*columns: tuple[str, bool]) -> Table:
     return table
 
 
-def _placement_table(placements: Sequence[Placement]) -> Table:
+def _placement_table(placements: Sequence[PlacementReport]) -> Table:
     table = _table(("operator", False), ("layer", False), ("runs on", False), ("precision", False), ("reason", False))
     for placement in placements:
         where = f"npu: {placement.engine}" if placement.backend == "npu" else "cpu"
         style = "yellow" if placement.reason else ""
-        cells = (placement.op, placement.node, where, placement.precision, placement.reason or "")
+        cells = (placement.op, _shortened(placement.layer), where, placement.precision, placement.reason or "")
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
 
 
-def _placement_summary(placements: Sequence[Placement]) -> str:
+def _placement_summary(placements: Sequence[PlacementReport]) -> str:
     on_npu = sum(placement.backend == "npu" for placement in placements)
     return (
         f"{on_npu} of {_count(len(placements), 'operator')} on the accelerator, {len(placements) - on_npu} on the CPU"
@@ -194,12 +215,12 @@ def _cost_table(layers: Sequence[LayerReport]) -> Table:
     )
     for layer in layers:
         table.add_row(
-            *(Text(cell) for cell in (layer.layer, layer.op, layer.backend)),
+            *(Text(cell) for cell in (_shortened(layer.layer), layer.op, layer.backend)),
             f"{layer.macs:,}" if layer.macs else "",
             f"{layer.cycles:,.0f}",
             "" if layer.utilisation is None else f"{layer.utilisation:.0%}",
             *(byte_count(layer.traffic[name]) if layer.traffic.get(name) else "" for name in memories),
-            Text(layer.bound),
+            Text(layer.bound if layer.cycles else ""),
             quantity(layer.seconds, "s"),
             quantity(layer.energy, "J"),
         )
@@ -210,7 +231,7 @@ def _totals_table(totals: Totals) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     share = f", {totals.npu_macs / totals.macs:.1%} of them on the accelerator" if totals.macs else ""
     rows = [
-        ("latency", f"{quantity(totals.latency, 's')}, {totals.inferences_per_second:,.1f} inferences/s"),
+        ("latency", f"{quantity(totals.latency, 's')}, {_rate(totals.inferences_per_second)} inferences/s"),
         ("MACs", f"{totals.macs:,}{share}"),
         ("accelerator cycles", f"{totals.npu_cycles:,.0f}"),
         ("traffic", ", ".join(f"{name} {byte_count(size)}" for name, size in totals.traffic.items()) or "none"),
@@ -244,6 +265,17 @@ def _calibration(calibration: Calibration) -> Text:
             style="bold red",
         )
     return Text(f"Activation ranges: {calibration.method} over {_count(calibration.samples, 'calibration sample')}.")
+
+
+def _shortened(name: str) -> str:
+    """Exporters write names of 200 characters; their ends tell most."""
+    return (
+        name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH // 3]}…{name[-(NAME_WIDTH - NAME_WIDTH // 3 - 1) :]}"
+    )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from qcompiler.partition import Placement
 from qcompiler.report import (
     Calibration,
     LayerReport,
     OutputCheck,
+    PlacementReport,
     Report,
     SelfCheck,
     Totals,
@@ -21,12 +21,14 @@ REPORT = Report(
     model="net.onnx",
     target="some-npu",
     placements=(
-        Placement("conv_1", "Conv", "npu", "mac", "int8*int8", None),
-        Placement("top_k", "TopK", "cpu", "", "float32", "some-npu has no rule for TopK"),
+        PlacementReport("conv_1", "conv_1_q.nhwc", "Conv", "npu", "mac", "int8*int8", None),
+        PlacementReport("top_k", "top_k", "TopK", "cpu", "", "float32", "some-npu has no rule for TopK"),
     ),
     layers=(
-        LayerReport("conv_1", "Conv", "npu", "mac", 1_000_000, 8000, 1.6e-5, 0.61, {"sram": 4096}, "sram", 2e-7),
-        LayerReport("top_k", "TopK", "cpu", "cpu", 0, 500, 5e-7, None, {}, "compute", 1e-9),
+        LayerReport(
+            "conv_1", "conv_1_q.nhwc", "Conv", "npu", "mac", 1_000_000, 8000, 1.6e-5, 0.61, {"sram": 4096}, "sram", 2e-7
+        ),
+        LayerReport("top_k", "top_k", "TopK", "cpu", "cpu", 0, 500, 5e-7, None, {}, "compute", 1e-9),
     ),
     totals=Totals(2e-5, 8000, 1_000_000, 1_000_000, {"sram": 4096, "dram": 10}, 2048, 4096, 900, 3e-7),
     calibration=Calibration("mse", 64, False),
@@ -51,7 +53,7 @@ def test_text_says_what_matters() -> None:
     assert "some-npu has no rule for TopK" in text
     assert "1 of 2 operators on the accelerator, 1 on the CPU" in text
     assert "1,000,000" in text and "61%" in text and "4.0 KiB" in text
-    assert "20.0 µs, 50,000.0 inferences/s" in text
+    assert "20.0 µs, 50,000 inferences/s" in text
     assert "31.2 dB" in text and "100.0%" in text and "identical" in text
     # Square brackets are text here, not markup.
     assert "warning: the input 'x' is constant [in all samples]" in text
