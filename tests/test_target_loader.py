@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qcompiler.errors import QCompilerError
-from qcompiler.target import MacArray, Systolic, Target
+from qcompiler.target import RULE_FIELDS, MacArray, Systolic, Target
 from qcompiler.target_loader import list_targets, load_target
 
 NPU = """\
@@ -312,3 +312,23 @@ def test_loading_twice_gives_equal_targets() -> None:
     first, second = load_target("systolic-npu"), load_target("systolic-npu")
     assert isinstance(first, Target)
     assert first == second
+
+
+# --- the documentation ----------------------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "target-specs.md"
+
+
+def test_the_documents_quick_start_loads(tmp_path: Path) -> None:
+    example = DOCUMENT.read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    npu = load_target(write(tmp_path, example, "my-npu.yaml")).npu
+    assert npu is not None
+    assert npu.scratchpad.size == 512 * 1024
+    array = npu.engines["mxu"].geometry
+    assert isinstance(array, Systolic)
+    assert (array.rows, array.cols, array.dataflow) == (32, 32, "weight_stationary")
+
+
+def test_the_document_names_every_constraint() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert [field for field in RULE_FIELDS if f"`{field}`" not in text] == []
