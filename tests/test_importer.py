@@ -11,8 +11,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 
 from qcompiler.errors import QCompilerError
+from qcompiler.graph import shape_of
 from qcompiler.importer import KNOWN_DOMAINS, import_onnx
 from qcompiler.verify import verify, verify_shapes
 
@@ -492,3 +500,31 @@ def test_zoo_models_compute_the_same(zoo: Path, name: str, feed: Feeds, toleranc
     feeds = {value.name or "": feed(tuple(value.shape.numpy()))}
     for expected, got in zip(run(onnx.load(path), feeds), run(ir.to_proto(model), feeds), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+
+
+class RandomReader(CalibrationDataReader):
+    """Four random samples for onnxruntime's quantizer."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.samples = iter([{name: random(*shape)} for _ in range(4)])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
+        return next(self.samples, None)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_models_quantized_by_onnxruntime_compute_the_same(zoo: Path, dynamic: bool, tmp_path: Path) -> None:
+    source, path = zoo / "models" / "kws_dscnn.onnx", tmp_path / "quantized.onnx"
+    (value,) = import_onnx(source).graph.inputs
+    name, shape = value.name or "", shape_of(value)
+    if dynamic:
+        quantize_dynamic(source, path, weight_type=QuantType.QUInt8)
+    else:
+        quantize_static(source, path, RandomReader(name, shape), QuantFormat.QOperator, per_channel=True)
+    original, model = onnx.load(path), import_onnx(path)
+    assert_normal_form(model)
+    forms = {node.op_type for node in original.graph.node}
+    assert forms >= ({"ConvInteger", "MatMulInteger"} if dynamic else {"QLinearConv", "QGemm", "QLinearSoftmax"})
+    assert not forms & {"ConvInteger", "QLinearConv"} & {node.op_type for node in model.graph}
+    feeds = {name: random(*shape)}
+    np.testing.assert_allclose(run(ir.to_proto(model), feeds)[0], run(original, feeds)[0], rtol=0, atol=1.5 / 256)
