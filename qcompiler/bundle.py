@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qcompiler.backends.relax import Lowered
     from qcompiler.report import Report
     from qcompiler.runtime import Executable
-    from qcompiler.target import Target
+    from qcompiler.target import Host, Target
 
 MAGIC = "qcompiler bundle"
 FORMAT_VERSION = 1
@@ -67,6 +67,16 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Cpu:
+    """What the code needs of the CPU."""
+
+    architecture: str
+    """As in an LLVM triple: "x86_64", "aarch64"."""
+    flags: tuple[str, ...]
+    """Instruction set extensions it may use, by the names of /proc/cpuinfo."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     magic: str
     format_version: int
@@ -76,6 +86,7 @@ class Manifest:
     model_sha256: str
     target: str
     target_sha256: str
+    cpu: Cpu
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     files: Mapping[str, str]
@@ -117,8 +128,13 @@ class Bundle:
 
     @cached_property
     def _executable(self) -> "Executable":
+        from qcompiler.host_cpu import why_not_here
         from qcompiler.runtime import Executable
 
+        # An instruction the CPU lacks would kill the process without a word.
+        problem = why_not_here(self.manifest.cpu.architecture, self.manifest.cpu.flags)
+        if problem is not None:
+            raise QCompilerError(f"{self.path} cannot run here: {problem}. Compile the model again for this machine.")
         return Executable(self.path / LIBRARY, read_weights(self.path / WEIGHTS))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -329,7 +345,16 @@ def write(
     (folder / REPORT_TEXT).write_text(as_text(report), "utf-8", newline="\n")
     inputs = tuple(_tensor(value, _reader(value)) for value in integer.graph.inputs)
     outputs = tuple(_tensor(value, value.producer()) for value in integer.graph.outputs)
-    write_manifest(folder, source, target.name, inputs, outputs)
+    write_manifest(folder, source, target.name, cpu_of(target.host), inputs, outputs)
+
+
+def cpu_of(host: "Host") -> Cpu:
+    """What code built for a host needs to run."""
+    from qcompiler import host_cpu
+
+    triple = host.tvm_target.get("mtriple")
+    architecture = triple.split("-", maxsplit=1)[0] if isinstance(triple, str) else host_cpu.architecture()
+    return Cpu(architecture, host_cpu.flags_of(host.features()))
 
 
 def _reader(value: "ir.Value") -> "ir.Node | None":
@@ -371,6 +396,7 @@ def write_manifest(
     folder: Path,
     model: Path,
     target: str,
+    cpu: Cpu,
     inputs: tuple[Tensor, ...],
     outputs: tuple[Tensor, ...],
 ) -> None:
@@ -387,6 +413,7 @@ def write_manifest(
         model_sha256=sha256(model),
         target=target,
         target_sha256=files[TARGET],
+        cpu=cpu,
         inputs=inputs,
         outputs=outputs,
         files=files,

@@ -109,10 +109,12 @@ def compile(
         progress.stage("build")
         relax.build(lowered, chip.host, stage / bundle.LIBRARY)
         progress.stage("self-check")
-        check = self_check(placed.source, _runner(stage / bundle.LIBRARY, lowered), placed.samples)
+        check = None
+        if (foreign := _foreign(chip)) is None:
+            check = self_check(placed.source, _runner(stage / bundle.LIBRARY, lowered), placed.samples)
         progress.stage("report")
         weights = sum(array.nbytes for array in lowered.parameters)
-        report = _report(placed, cost(placed.partition, programs, chip, weights, placed.layers), check)
+        report = _report(placed, cost(placed.partition, programs, chip, weights, placed.layers), check, foreign)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     return bundle.load(folder, keep)
 
@@ -137,7 +139,7 @@ def explain(
     programs = schedule(placed)
     constants = (value.const_value for value in placed.integer.graph.initializers.values())
     weights = sum(constant.nbytes for constant in constants if constant is not None)
-    return _report(placed, cost(placed.partition, programs, placed.target, weights, placed.layers), None)
+    return _report(placed, cost(placed.partition, programs, placed.target, weights, placed.layers), None, None)
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,16 @@ def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
     return run
 
 
-def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Report":
+def _foreign(target: "Target") -> str | None:
+    """Why the code cannot be tried on this machine, or None if it can."""
+    from qcompiler.host_cpu import why_not_here
+
+    cpu = bundle.cpu_of(target.host)
+    reason = why_not_here(cpu.architecture, cpu.flags)
+    return None if reason is None else f"the self-check was left out, the code cannot run here: {reason}"
+
+
+def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None", foreign: str | None) -> "Report":
     from qcompiler.report import Calibration, PlacementReport, Report
 
     ranges = placed.ranges
@@ -308,7 +319,7 @@ def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Repor
         totals=costs.totals,
         calibration=None if ranges is None else Calibration(ranges.method, ranges.samples, ranges.synthetic),
         self_check=check,
-        warnings=placed.warnings,
+        warnings=placed.warnings if foreign is None else (*placed.warnings, foreign),
     )
 
 

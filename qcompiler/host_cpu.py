@@ -81,3 +81,22 @@ def architecture() -> str:
     """The machine's architecture as LLVM spells it in a triple: x86_64, aarch64…"""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def flags_of(features: frozenset[str]) -> tuple[str, ...]:
+    """Those of LLVM's features that the kernel lists as CPU flags, by its names, sorted."""
+    return tuple(sorted(kernel for llvm, kernel in _CHECKED_FEATURES if llvm in features))
+
+
+def why_not_here(built_for: str, flags: tuple[str, ...], cpuinfo: Path = _CPUINFO) -> str | None:
+    """Why code cannot run on this machine, or None if it can. Needs nothing of TVM.
+
+    Args:
+        built_for: the code's architecture.
+        flags: CPU flags it may use, from `flags_of`.
+    """
+    if built_for != architecture():
+        return f"it is built for {built_for}, this machine is {architecture()}"
+    offered = kernel_flags(cpuinfo)
+    lacking = [flag for flag in flags if offered is not None and flag not in offered]
+    return f"it uses {', '.join(lacking)}, which this CPU lacks" if lacking else None

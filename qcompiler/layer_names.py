@@ -30,7 +30,7 @@ def layer_names(quantized: ir.Model, integer: ir.Model) -> dict[str, str]:
 
 
 def _makers(node: ir.Node) -> str:
-    """The node itself; of a QuantizeLinear, the nodes whose result it stores, back to where they read quantized values."""
+    """The node itself; of a QuantizeLinear, the nodes behind it, back to where they read quantized values."""
     found: list[str] = []
     waiting = [node.inputs[0]] if is_op(node, "QuantizeLinear") else []
     while waiting:

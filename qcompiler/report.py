@@ -19,7 +19,7 @@ from qcompiler.partition import Backend
 
 TEXT_WIDTH = 160
 """Columns of report.txt."""
-NAME_WIDTH = 48
+NAME_WIDTH = 32
 """Characters of a layer's name in a table; report.json has them all."""
 SI_PREFIXES: tuple[tuple[float, str], ...] = ((1, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"), (1e-12, "p"))
 

@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 
 from qcompiler import bundle as bundles
-from qcompiler.bundle import Tensor, load, staging, write_json, write_manifest
+from qcompiler import host_cpu
+from qcompiler.bundle import Cpu, Tensor, load, staging, write_json, write_manifest
 from qcompiler.errors import QCompilerError
 
+HERE = Cpu(host_cpu.architecture(), ())
 
-def _fill(folder: Path, mark: str = "one") -> None:
+
+def _fill(folder: Path, mark: str = "one", cpu: Cpu = HERE) -> None:
     """The least that is a bundle: it loads, though it has no code to run."""
     model = folder.parent / "net.onnx"
     model.write_bytes(b"model")
     write_json(folder / bundles.TARGET, {"name": "some-npu", "mark": mark})
     (folder / bundles.LIBRARY).write_bytes(b"\x7fELF")
     x, y = Tensor("image", (1, 3, 4), "float32", None), Tensor("logits", (1, 5), "float32", None)
-    write_manifest(folder, model, "some-npu", (x,), (y,))
+    write_manifest(folder, model, "some-npu", cpu, (x,), (y,))
 
 
 @pytest.fixture
@@ -150,3 +153,15 @@ def test_a_moved_bundle_still_loads(folder: Path, tmp_path: Path) -> None:
 def test_run_refuses_wrong_inputs(folder: Path, inputs: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(QCompilerError, match=message):
         load(folder).run(inputs)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "message"),
+    [(Cpu("riscv64", ()), "built for riscv64"), (Cpu(host_cpu.architecture(), ("warp_drive",)), "uses warp_drive")],
+)
+def test_code_for_another_cpu_is_not_run(tmp_path: Path, cpu: Cpu, message: str) -> None:
+    with staging(tmp_path / "net.qc") as stage:
+        _fill(stage, cpu=cpu)
+    bundle = load(tmp_path / "net.qc")
+    with pytest.raises(QCompilerError, match=message):
+        bundle.run({"image": np.zeros((1, 3, 4), np.float32)})
