@@ -101,6 +101,8 @@ def recipe_of(node: ir.Node, target: Target) -> Recipe | str:
         return make(node) if make is not None else f"the NPU's driver has no {node.op_type}"
     if is_op(node, "Clip"):
         return _clip(node, target)
+    if is_op(node, "Transpose"):
+        return _transpose(node, target)
     make_moves = _MOVES.get(node.op_type) if is_op(node, node.op_type) else None
     return make_moves(node) if make_moves is not None else f"the NPU's driver has no {node.op_type}"
 
@@ -251,7 +253,7 @@ def _convolution(
         weights_at, scales_at = tile.streams
         emit.call(isa.WEIGHTS, weights_at.base, weights_at.offset, weights_dtype, op.w_zero_point)
         emit.call(isa.SCALES, scales_at.base, scales_at.offset, variant)
-        emit.call(opcode, in_depth, min(out_depth, tile.depth))
+        emit.call(opcode, in_depth, min(out_depth, tile.full_depth) if op.group > 1 else tile.depth)
 
     c: Span = Grouped(out_depth, in_depth) if op.group > 1 else Whole(ifm[3])
     return Work(
@@ -534,11 +536,52 @@ def _reshape(node: ir.Node) -> Recipe | str:
     return Moves((Copy(0, shape, axes, _zeros(rank), _ones(rank), 0, shape, _zeros(rank), shape),))
 
 
-def _transpose(node: ir.Node) -> Recipe | str:
+def _transpose(node: ir.Node, target: Target) -> Recipe | str:
+    """By DMA where it finds runs of a burst; else a pool of one element reads along the output's order.
+
+    DMA of single bytes pays a burst for each; the engine reads the scratchpad with any row and column strides.
+    """
     source, shape = shape_of(data_input(node)), shape_of(node.outputs[0])
-    rank = len(shape)
+    rank = len(source)
     axes = ints(node, "perm", tuple(reversed(range(rank))))
-    return Moves((Copy(0, source, axes, _zeros(rank), _ones(rank), 0, shape, _zeros(rank), shape),))
+    swap = _swap(source, axes)
+    assert target.npu is not None
+    pools = any("MaxPool" in rule.ops for rule in target.npu.rules)
+    if swap is None or swap[3] >= target.npu.external.burst or not pools:
+        return Moves((Copy(0, source, axes, _zeros(rank), _ones(rank), 0, shape, _zeros(rank), shape),))
+
+    def issue(emit: Emitter, tile: Tile) -> None:
+        emit.call(isa.KERNEL, 1, 1, 1, 1, 1, 1, 0, 0)
+        emit.call(isa.MAX_POOL)
+
+    dtype = _dtype_index(data_input(node))
+    operand = MapOperand(0, swap, Same(), Same(), Same(), dtype, 0, transposed=True)
+    return Work(swap, dtype, 0, _range_of(node.outputs[0]), (operand,), (), issue)
+
+
+def _swap(source: Shape, axes: tuple[int, ...]) -> Dims4 | None:
+    """[N, B, A, K] if the permutation turns [N, A, B, K] into that, else None."""
+    groups: list[list[int]] = []
+    for axis in (axis for axis in axes if source[axis] > 1):
+        before = groups[-1][-1] if groups else None
+        # Axes that stay neighbours, but for axes of length 1 between them, move as one.
+        if before is not None and before < axis and element_count(source[before + 1 : axis]) == 1:
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    order = tuple(sorted(range(len(groups)), key=lambda group: groups[group][0]))
+    sizes = [element_count(source[axis] for axis in group) for group in groups]
+    match order:
+        case (1, 0):
+            return 1, sizes[0], sizes[1], 1
+        case (0, 2, 1):
+            return sizes[0], sizes[1], sizes[2], 1
+        case (1, 0, 2):
+            return 1, sizes[0], sizes[1], sizes[2]
+        case (0, 2, 1, 3):
+            return sizes[0], sizes[1], sizes[2], sizes[3]
+        case _:
+            return None
 
 
 def _concat(node: ir.Node) -> Recipe | str:
@@ -618,7 +661,6 @@ _MOVES: Mapping[str, Callable[[ir.Node], Recipe | str]] = {
     "Squeeze": _reshape,
     "Unsqueeze": _reshape,
     "Identity": _reshape,
-    "Transpose": _transpose,
     "Concat": _concat,
     "Split": _split,
     "Slice": _slice,

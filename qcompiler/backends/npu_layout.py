@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.backends.npu_layers import Copy, Moves, Recipe
-from qcompiler.backends.npu_tiling import Work
+from qcompiler.backends.npu_tiling import Dims4, MapOperand, Strides4, Work
 from qcompiler.graph import Shape, shape_of
 from qcompiler.partition import Region
 
@@ -194,17 +194,16 @@ class _Planner:
 
     @staticmethod
     def _follows(recipe: Recipe, input_index: int, value: ir.Value, strides: Strides) -> bool:
-        shapes = (
-            [copy.src_shape for copy in recipe.copies if copy.source == input_index]
-            if isinstance(recipe, Moves)
-            else [operand.shape for operand in recipe.maps if operand.source == input_index]
-        )
-        return all(_engine_strides(recipe, restride(shape_of(value), strides, shape), shape) for shape in shapes)
+        if isinstance(recipe, Moves):
+            shapes = [copy.src_shape for copy in recipe.copies if copy.source == input_index]
+            return all(restride(shape_of(value), strides, shape) is not None for shape in shapes)
+        operands = [operand for operand in recipe.maps if operand.source == input_index]
+        return all(operand_strides(shape_of(value), strides, operand) is not None for operand in operands)
 
     def _writable(self, value: ir.Value, strides: Strides) -> bool:
         recipe = self.recipes[self.inside[value]]
         if isinstance(recipe, Work):
-            return _engine_strides(recipe, restride(shape_of(value), strides, recipe.ofm), recipe.ofm)
+            return engine_strides(shape_of(value), strides, recipe.ofm) is not None
         if recipe.fill is not None:
             return False  # a fill is one run of bytes
         shapes = [
@@ -215,6 +214,19 @@ class _Planner:
         return all(restride(shape_of(value), strides, shape) is not None for shape in shapes)
 
 
-def _engine_strides(recipe: Recipe, strides: Strides | None, shape: Shape) -> bool:
-    """Engines want the channels of a pixel side by side; DMA takes any strides."""
-    return strides is not None and (isinstance(recipe, Moves) or shape[-1] == 1 or strides[-1] == 1)
+def engine_strides(shape: Shape, strides: Strides, target: Dims4) -> Strides4 | None:
+    """`restride` to [N, H, W, C] for an engine, which wants the channels of a pixel side by side."""
+    found = restride(shape, strides, target)
+    if found is None or (target[3] > 1 and found[3] != 1):
+        return None
+    n, y, x, c = found
+    return n, y, x, c
+
+
+def operand_strides(shape: Shape, strides: Strides, operand: MapOperand) -> Strides4 | None:
+    """The strides by which an engine reads an operand, or None if it cannot."""
+    found = engine_strides(shape, strides, operand.memory_shape)
+    if found is None or not operand.transposed:
+        return found
+    n, x, y, c = found
+    return n, y, x, c

@@ -14,7 +14,7 @@ from qcompiler.backends.npu_tiling import (
     Tiling,
     Window,
     Work,
-    extents,
+    buffer_strides,
     period,
 )
 from qcompiler.simulator import isa
@@ -238,13 +238,17 @@ class _Loops:
             1 if isinstance(span, Repeated) else window.count
             for span, window in zip(operand.spans, self._windows(operand, tile), strict=True)
         )
-        _, columns, channels = extents(operand, self.sizes)
+        rows, columns, channels = counts
+        dst_strides, src_strides = buffer_strides(operand, self.sizes), placed.strides[1:3]
+        if operand.transposed:
+            rows, columns = columns, rows
+            dst_strides, src_strides = dst_strides[::-1], src_strides[::-1]
         self._dma(
             Address(isa.SCRATCHPAD, self._slot(index, operand, tile)),
-            (columns * channels, channels),
+            dst_strides,
             Address(placed.base, self._origin(operand, placed, tile)),
-            placed.strides[1:3],
-            counts,
+            src_strides,
+            (rows, columns, channels),
         )
 
     def _store(self, tile: Index) -> None:
@@ -262,9 +266,9 @@ class _Loops:
     def _dma(
         self,
         dst: Address,
-        dst_strides: tuple[int, int],
+        dst_strides: tuple[int, ...],
         src: Address,
-        src_strides: tuple[int, int],
+        src_strides: tuple[int, ...],
         counts: tuple[Index, ...],
     ) -> None:
         """Rows, columns, channels; axes that are contiguous on both sides become one run."""
@@ -303,8 +307,7 @@ class _Loops:
             if placed.resident:
                 offset, strides = self._origin(operand, placed, tile), placed.strides[1:3]
             else:
-                _, columns, channels = extents(operand, self.sizes)
-                offset, strides = self._slot(index, operand, tile), (columns * channels, channels)
+                offset, strides = self._slot(index, operand, tile), buffer_strides(operand, self.sizes)
             y, x, c = self._windows(operand, tile)
             windows.append((y, x, c))
             stride_y, stride_x, stride_c = (
@@ -331,4 +334,4 @@ class _Loops:
             Address(isa.SCRATCHPAD, self._slot(first_stream + index, stream, tile))
             for index, stream in enumerate(self.work.streams)
         )
-        self.work.issue(self.emit, Tile(start, self.tiling.c, tuple(windows), streams))
+        self.work.issue(self.emit, Tile(start, lengths[2], self.tiling.c, tuple(windows), streams))

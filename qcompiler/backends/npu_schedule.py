@@ -13,10 +13,18 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.backends.npu_layers import Copy, Moves, Recipe
-from qcompiler.backends.npu_layout import Layout, View, dense_strides, is_dense, restride
+from qcompiler.backends.npu_layout import (
+    Layout,
+    View,
+    dense_strides,
+    engine_strides,
+    is_dense,
+    operand_strides,
+    restride,
+)
 from qcompiler.backends.npu_loops import Fill, Placed, TiledWork, Transfer
 from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
-from qcompiler.backends.npu_tiling import Dims4, Prices, Tiling, Work, choose_tiling
+from qcompiler.backends.npu_tiling import MapOperand, Prices, Tiling, Work, choose_tiling
 from qcompiler.graph import const_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
@@ -317,8 +325,8 @@ class _Scheduler:
             work = TiledWork(
                 recipe,
                 tiling,
-                tuple(self._placed(node.inputs[operand.source], operand.shape, homes) for operand in recipe.maps),
-                self._placed(node.outputs[0], recipe.ofm, homes),
+                tuple(self._read_at(node.inputs[operand.source], operand, homes) for operand in recipe.maps),
+                self._written_at(node.outputs[0], recipe, homes),
                 tuple(offsets.get(_tile_name(index, number), -1) for number in range(len(tiling.buffers))),
                 self.bases.blob,
                 tuple(self.blob.add(stream.data) for stream in recipe.streams),
@@ -356,12 +364,16 @@ class _Scheduler:
         base, offset = homes[view.root]
         return base, offset + view.offset
 
-    def _placed(self, value: ir.Value | None, shape: Dims4, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
+    def _read_at(self, value: ir.Value | None, operand: MapOperand, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
         assert value is not None
-        strides = restride(shape_of(value), self.layout.views[value].strides, shape)
+        strides = operand_strides(shape_of(value), self.layout.views[value].strides, operand)
         assert strides is not None, f"{value.name} was laid out so that its users cannot follow"
-        n, y, x, c = strides
-        return Placed(*self._address(value, homes), (n, y, x, c))
+        return Placed(*self._address(value, homes), strides)
+
+    def _written_at(self, value: ir.Value, work: Work, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
+        strides = engine_strides(shape_of(value), self.layout.views[value].strides, work.ofm)
+        assert strides is not None, f"{value.name} was laid out so that its producer cannot follow"
+        return Placed(*self._address(value, homes), strides)
 
     def _transfer(self, node: ir.Node, copy: Copy, homes: dict[ir.Value, tuple[int, int]]) -> Transfer:
         source, output = node.inputs[copy.source], node.outputs[copy.output]

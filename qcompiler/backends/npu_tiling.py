@@ -184,6 +184,13 @@ class MapOperand:
     dtype: int
     """Index of `isa.DTYPES`."""
     zero_point: int
+    transposed: bool = False
+    """In memory, and in its tile buffer, columns come before rows: [N, W, H, C]."""
+
+    @property
+    def memory_shape(self) -> Dims4:
+        n, h, w, c = self.shape
+        return (n, w, h, c) if self.transposed else self.shape
 
     @property
     def spans(self) -> tuple[Span, Span, Span]:
@@ -222,8 +229,10 @@ class Tile:
 
     start: tuple[Index, Index, Index]
     """First OFM row, column, channel."""
-    depth: int
-    """OFM channels of a full tile."""
+    depth: Index
+    """OFM channels of this tile."""
+    full_depth: int
+    """OFM channels of every tile but perhaps the last."""
     windows: tuple[tuple[Window, Window, Window], ...]
     """Rows, columns, channels that each feature map contributes."""
     streams: tuple[Address, ...]
@@ -328,6 +337,12 @@ class Prices:
 def extents(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int, int]:
     y, x, c = (span.extent(size) for span, size in zip(operand.spans, tile, strict=True))
     return y, x, c
+
+
+def buffer_strides(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Bytes between rows and between columns in an operand's tile buffer."""
+    y, x, c = extents(operand, tile)
+    return (c, y * c) if operand.transposed else (x * c, c)
 
 
 def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment: int, prices: Prices) -> Tiling | None:
@@ -439,7 +454,7 @@ def _evaluate(
         size = operand.shape[0] * _reloads(order, by_axis, operand.follows)
         for span, outputs, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
             size *= _total(span, outputs, length) if span.follows else span.extent(length)
-        run = _run((y, x, c), operand.shape)
+        run = _run((x, y, c) if operand.transposed else (y, x, c), operand.memory_shape)
         cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
         waited += prices.maps.cycles(1, y * x * c, run)
         moved += size
