@@ -26,6 +26,7 @@ from qcompiler.target import Host, Match, Npu, OpFacts, Target
 
 COMPUTE = "compute"
 ISSUE = "issue"
+NOTHING = "nothing"
 PROLOGUE = -1
 """Layer of the commands before the first `layer` command."""
 
@@ -93,7 +94,7 @@ class LayerCost:
     traffic: tuple[Traffic, ...]
     """One entry a memory of the target, in its order."""
     bound_by: str
-    """What kept its busiest unit busy: "compute", "issue", or the name of a memory or DMA."""
+    """What kept its busiest unit busy: "compute", "issue", the name of a memory or DMA, or "nothing" (a view)."""
     energy: Energy
 
 
@@ -272,7 +273,7 @@ class _Layer:
 
     def bound_by(self) -> str:
         if not self.busy:
-            return ISSUE
+            return NOTHING
         limits = max(self.busy.values(), key=lambda by_limit: sum(by_limit.values()))
         return max(limits, key=lambda limit: limits[limit])
 

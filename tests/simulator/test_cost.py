@@ -314,6 +314,11 @@ def test_work_hidden_behind_an_earlier_layer_adds_no_cycles() -> None:
     assert 0 < second.utilisation <= 1
 
 
+def test_a_layer_without_commands_is_bound_by_nothing() -> None:
+    (layer,) = price([*word(isa.LAYER, 3), *BARRIER], SYSTOLIC).layers
+    assert (layer.index, layer.cycles, layer.bound_by, layer.energy.total) == (3, 0, "nothing", 0)
+
+
 def test_no_words_cost_nothing() -> None:
     region = price([], ARM)
     assert (region.cycles, region.layers, region.commands, region.utilisation) == (0, (), (), 0)
