@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from qcompiler.backends.npu import NpuProgram
     from qcompiler.backends.relax import Lowered, NpuLowering
-    from qcompiler.costs import Costs
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
     from qcompiler.partition import Partition, Region
     from qcompiler.report import Report, SelfCheck
@@ -94,8 +93,6 @@ def compile(
         QCompilerError: anything wrong with what was given; nothing is written then.
     """
     from qcompiler.backends import relax
-    from qcompiler.costs import cost
-    from qcompiler.selfcheck import self_check
 
     keep = TemporaryDirectory(prefix="qcompiler-") if output is None else None
     folder = Path(keep.name) / f"{Path(model).stem}.qc" if keep else Path(output or "")
@@ -109,12 +106,9 @@ def compile(
         progress.stage("build")
         relax.build(lowered, chip.host, stage / bundle.LIBRARY)
         progress.stage("self-check")
-        check = None
-        if (foreign := _foreign(chip)) is None:
-            check = self_check(placed.source, _runner(stage / bundle.LIBRARY, lowered), placed.samples)
+        check = _check(placed, stage / bundle.LIBRARY, lowered)
         progress.stage("report")
-        weights = sum(array.nbytes for array in lowered.parameters)
-        report = _report(placed, cost(placed.partition, programs, chip, weights, placed.layers), check, foreign)
+        report = _report(placed, programs, sum(array.nbytes for array in lowered.parameters), check)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     return bundle.load(folder, keep)
 
@@ -132,14 +126,12 @@ def explain(
     progress: Progress = SILENT,
 ) -> "Report":
     """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
-    from qcompiler.costs import cost
-
     placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
     progress.stage("schedule")
     programs = schedule(placed)
     constants = (value.const_value for value in placed.integer.graph.initializers.values())
     weights = sum(constant.nbytes for constant in constants if constant is not None)
-    return _report(placed, cost(placed.partition, programs, placed.target, weights, placed.layers), None, None)
+    return _report(placed, programs, weights, None)
 
 
 @dataclass(frozen=True)
@@ -194,6 +186,8 @@ def place(
 
     with _Warnings(source) as warnings:
         chip = load_target(target)
+        if (reason := _foreign(chip)) is not None:
+            warnings.messages.append(f"the bundle cannot be checked on this machine: {reason}")
         progress.stage("import")
         graph = dumped(import_onnx(source, input_shapes), "import")
         data = _open_data(calibration, input_specs(graph), samples, images)
@@ -293,18 +287,28 @@ def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
     return run
 
 
+def _check(placed: Placed, library: Path, lowered: "Lowered") -> "SelfCheck | None":
+    """The self-check, unless the library is for another CPU."""
+    from qcompiler.selfcheck import self_check
+
+    if _foreign(placed.target) is not None:
+        return None
+    return self_check(placed.source, _runner(library, lowered), placed.samples)
+
+
 def _foreign(target: "Target") -> str | None:
-    """Why the code cannot be tried on this machine, or None if it can."""
+    """Why code for the target's CPU cannot run on this machine, or None if it can."""
     from qcompiler.host_cpu import why_not_here
 
     cpu = bundle.cpu_of(target.host)
-    reason = why_not_here(cpu.architecture, cpu.flags)
-    return None if reason is None else f"the self-check was left out, the code cannot run here: {reason}"
+    return why_not_here(cpu.architecture, cpu.flags)
 
 
-def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None", foreign: str | None) -> "Report":
+def _report(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int, check: "SelfCheck | None") -> "Report":
+    from qcompiler.costs import cost
     from qcompiler.report import Calibration, PlacementReport, Report
 
+    costs = cost(placed.partition, programs, placed.target, weights, placed.layers)
     ranges = placed.ranges
     return Report(
         model=placed.source.name,
@@ -319,7 +323,7 @@ def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None", foreign: 
         totals=costs.totals,
         calibration=None if ranges is None else Calibration(ranges.method, ranges.samples, ranges.synthetic),
         self_check=check,
-        warnings=placed.warnings if foreign is None else (*placed.warnings, foreign),
+        warnings=placed.warnings,
     )
 
 

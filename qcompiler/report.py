@@ -229,7 +229,8 @@ def _cost_table(layers: Sequence[LayerReport]) -> Table:
 
 def _totals_table(totals: Totals) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    share = f", {totals.npu_macs / totals.macs:.1%} of them on the accelerator" if totals.macs else ""
+    shared = totals.macs and totals.sram
+    share = f", {totals.npu_macs / totals.macs:.1%} of them on the accelerator" if shared else ""
     rows = [
         ("latency", f"{quantity(totals.latency, 's')}, {_rate(totals.inferences_per_second)} inferences/s"),
         ("MACs", f"{totals.macs:,}{share}"),
@@ -240,7 +241,7 @@ def _totals_table(totals: Totals) -> RenderableType:
         ("energy", quantity(totals.energy, "J")),
     ]
     if not totals.sram:
-        rows = [row for row in rows if row[0] not in ("accelerator cycles", "peak SRAM")]
+        rows = [row for row in rows if row[0] not in ("accelerator cycles", "traffic", "peak SRAM")]
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return Padding(table, (0, 0, 0, 0))
