@@ -13,5 +13,6 @@ order. What the order must respect, for the passes on the float or QDQ graph:
   `NormalizeMatMul`, `MergeMovement`.
 
 Among the passes that ask the target: `LowerConvTranspose`, which makes convolutions, then `ExpandDilation`, then
-`SplitGroupedConv`; the first two count on the last.
+`SplitGroupedConv`; the first two count on the last. `UnfoldPoolPad` takes apart what `FoldPad` joined, where the target
+cannot count padding.
 """

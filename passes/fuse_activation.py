@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import data_input, dtype_of, input_of, producer, real, shape_of
+from qcompiler.graph import const_of, data_input, dtype_of, input_of, producer, real, shape_of
 from qcompiler.passes.rewriting import Rewrite, constant_operand, is_float, scalar_of, until_settled
 
 _OP_TYPES = ("Relu", "Clip", "Min", "Max", "LeakyRelu", "PRelu", "Mul", "Div")
@@ -83,10 +83,10 @@ def _leaky(node: ir.Node) -> bool:
     rewrite = Rewrite(node)
     if node.op_type == "LeakyRelu" and real(node, "alpha", 0.01) == 0:
         return rewrite.replace(rewrite.node("Relu", [data_input(node)], layer=node))
-    slope = scalar_of(data_input(node, 1)) if node.op_type == "PRelu" else None
-    if slope is None or shape_of(data_input(node)) != shape_of(node.outputs[0]):
+    slopes = const_of(data_input(node, 1)) if node.op_type == "PRelu" else None
+    if slopes is None or np.unique(slopes).size != 1 or shape_of(data_input(node)) != shape_of(node.outputs[0]):
         return False
-    return rewrite.replace(rewrite.node("LeakyRelu", [data_input(node)], {"alpha": slope}, layer=node))
+    return rewrite.replace(rewrite.node("LeakyRelu", [data_input(node)], {"alpha": float(slopes.flat[0])}, layer=node))
 
 
 # --- products ----------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ _POOL_OF = {
 
 class NormalizePool(ir.passes.InPlacePass):
     """GlobalAveragePool, GlobalMaxPool, and ReduceMean and ReduceMax over axes behind the first two => a pool of the
-    full size there, and a Reshape where the axes go away; [N, C, W] counts as [N, C, 1, W]. ceil_mode becomes padding at the end, where that is the same.
+    full size there, and a Reshape where the axes go away. [N, C, W] counts as [N, C, 1, W]. ceil_mode becomes padding
+    at the end, where that is the same.
 
     Means over the batch or the channels, and of tensors that are no feature maps (rank 3 or 4), stay ReduceMean.
     """

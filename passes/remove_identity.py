@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
-from qcompiler.graph import const_of, data_input, input_of, integer, ints, shape_of
-from qcompiler.passes.rewriting import bypass, constant_operand, no_auto_pad, until_settled
+from qcompiler.graph import const_of, data_input, input_of, ints, shape_of
+from qcompiler.passes.rewriting import bypass, constant_operand, until_settled
 
 _OP_TYPES = (
     "Identity", "Dropout", "Reshape", "Transpose", "Cast", "Pad", "Slice", "Concat", "Expand", "AveragePool",
@@ -70,7 +70,6 @@ def _source(node: ir.Node) -> ir.Value | None:
                 set(ints(node, "kernel_shape")) == {1}
                 and set(ints(node, "strides", (1,) * spatial)) == {1}
                 and not any(ints(node, "pads", (0,) * 2 * spatial))
-                and (no_auto_pad(node) or integer(node, "ceil_mode", 0) == 0)
             )
             return value if alone else None
 

@@ -11,7 +11,6 @@ from qcompiler.graph import (
     const_of,
     data_input,
     graph_of,
-    input_of,
     integer,
     is_op,
     make_node,
@@ -231,11 +230,9 @@ def is_float(value: ir.Value) -> bool:
 
 
 def is_quantized(node: ir.Node) -> bool:
-    """Whether the node stands in the quantized part of a QDQ graph: Q or DQ right beside it, on its data."""
-    reads = producer(input_of(node, 0), "DequantizeLinear")
-    return reads is not None or any(
-        reader.op_type == "QuantizeLinear" for output in node.outputs for reader in users(output)
-    )
+    """Whether the node is in the quantized part of a QDQ graph: reads a DequantizeLinear or feeds a QuantizeLinear."""
+    reads = any(producer(value, "DequantizeLinear") is not None for value in node.inputs)
+    return reads or any(reader.op_type == "QuantizeLinear" for output in node.outputs for reader in users(output))
 
 
 def no_auto_pad(node: ir.Node) -> bool:

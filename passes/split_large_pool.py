@@ -1,19 +1,23 @@
 """Pools larger than the target's limit, as chains of smaller ones."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import onnx_ir as ir
 
 from qcompiler.graph import Shape, data_input, integer, ints, shape_of
 from qcompiler.passes.legality import admits, facts_for, refused
 from qcompiler.passes.rewriting import Rewrite, is_quantized, no_auto_pad, until_settled
-from qcompiler.target import Target
+from qcompiler.target import FactValue, OpFacts, Target
 
 
 class SplitLargePool(ir.passes.InPlacePass):
-    """AveragePool or MaxPool without padding, which the target refuses => two pools with the same result.
+    """AveragePool or MaxPool without padding, which the target refuses => a chain of pools with the same result.
 
     A window of a * b splits into windows of a, side by side, and then b; the pool's stride must be a multiple of a, or
-    there be one window only. Either pool may be split again. The first must be taken by the target, and smaller windows
-    are tried until it is. An AveragePool in a QDQ graph stays: the mean of rounded means is another number.
+    there be one window only. Of the chains whose every pool the target takes, the one with the largest windows first is
+    chosen; if there is none, the pool stays. An AveragePool in a QDQ graph stays: the mean of rounded means is another
+    number.
     """
 
     def __init__(self, target: Target) -> None:
@@ -30,55 +34,61 @@ class SplitLargePool(ir.passes.InPlacePass):
         if not plain or integer(node, "ceil_mode", 0) or (node.op_type == "AveragePool" and is_quantized(node)):
             return False
         window, strides = ints(node, "kernel_shape"), ints(node, "strides", (1, 1))
-        batch, channels, *sizes = shape_of(x)
-        outs = shape_of(node.outputs[0])[2:]
-        facts = facts_for(self.target, node)
-        for first in _first_windows(window, strides, outs):
-            rest = _divide(window, first)
-            steps = [1 if out == 1 else stride // part for out, stride, part in zip(outs, strides, first, strict=True)]
-            # Rows beyond the last window are read by nobody; the first pool leaves its remainder out alike.
-            between = tuple(size // part for size, part in zip(sizes, first, strict=True))
-            small = _window_facts(first, first, tuple(sizes), between)
-            second = _window_facts(rest, tuple(steps), between, outs)
-            if not admits(self.target, facts, {**small, "elements": batch * channels * between[0] * between[1]}):
-                continue
-            if not admits(self.target, facts, second) and not _smaller_exists(rest):
-                continue
-            rewrite = Rewrite(node)
-            pooled = rewrite.node(node.op_type, [x], {"kernel_shape": first, "strides": first})
-            result = rewrite.node(node.op_type, [pooled], {"kernel_shape": rest, "strides": steps}, layer=node)
-            return rewrite.replace(result)
-        return False
+        pool = _Pool(window, strides, shape_of(x)[2:], shape_of(node.outputs[0])[2:])
+        chain = self._chain(facts_for(self.target, node), pool)
+        if chain is None:
+            return False
+        rewrite = Rewrite(node)
+        for index, part in enumerate(chain):
+            attributes = {"kernel_shape": part.window, "strides": part.strides}
+            x = rewrite.node(node.op_type, [x], attributes, layer=node if index == len(chain) - 1 else None)
+        return rewrite.replace(x)
+
+    def _chain(self, facts: OpFacts, pool: "_Pool") -> list["_Pool"] | None:
+        """Pools the target takes that together are `pool`, or None."""
+        if admits(self.target, facts, pool.facts()):
+            return [pool]
+        for first, rest in _cuts(pool):
+            if admits(self.target, facts, first.facts()):
+                behind = self._chain(facts, rest)
+                if behind is not None:
+                    return [first, *behind]
+        return None
 
 
-def _divide(window: Shape, first: Shape) -> Shape:
-    return tuple(size // part for size, part in zip(window, first, strict=True))
+@dataclass(frozen=True)
+class _Pool:
+    """Height and width of its parts."""
+
+    window: Shape
+    strides: Shape
+    ifm: Shape
+    ofm: Shape
+
+    def facts(self) -> dict[str, FactValue]:
+        area = self.window[0] * self.window[1]
+        facts: dict[str, FactValue] = {"kernel_area": area}
+        for name, pair in (("kernel", self.window), ("stride", self.strides), ("ifm", self.ifm), ("ofm", self.ofm)):
+            facts |= {f"{name}_h": pair[0], f"{name}_w": pair[1]}
+        return facts
 
 
-def _smaller_exists(window: Shape) -> bool:
-    """Whether a window can be split again."""
-    return any(size % part == 0 for size in window for part in range(2, size))
-
-
-def _first_windows(window: Shape, strides: Shape, outs: Shape) -> list[Shape]:
-    """Admissible first windows, the largest first, without 1x1 and the whole."""
+def _cuts(pool: _Pool) -> Iterator[tuple[_Pool, _Pool]]:
+    """The ways to make two pools of one, those with the largest first window first."""
     parts = [
         [part for part in range(1, size + 1) if size % part == 0 and (out == 1 or stride % part == 0)]
-        for size, stride, out in zip(window, strides, outs, strict=True)
+        for size, stride, out in zip(pool.window, pool.strides, pool.ofm, strict=True)
     ]
-    found = [(high, wide) for high in parts[0] for wide in parts[1] if (high, wide) not in ((1, 1), tuple(window))]
-    return sorted(found, key=lambda first: -first[0] * first[1])
+    windows = [(high, wide) for high in parts[0] for wide in parts[1] if (high, wide) not in ((1, 1), pool.window)]
+    for window in sorted(windows, key=lambda pair: -pair[0] * pair[1]):
+        # Rows behind the last window are read by nobody; dividing drops them.
+        between = _divide(pool.ifm, window)
+        strides = tuple(
+            1 if out == 1 else stride // part for out, stride, part in zip(pool.ofm, pool.strides, window, strict=True)
+        )
+        rest = replace(pool, window=_divide(pool.window, window), strides=strides, ifm=between)
+        yield _Pool(window, window, pool.ifm, between), rest
 
 
-def _window_facts(window: Shape, strides: Shape, ifm: Shape, ofm: Shape) -> dict[str, int | bool | str]:
-    return {
-        "kernel_h": window[0],
-        "kernel_w": window[1],
-        "kernel_area": window[0] * window[1],
-        "stride_h": strides[0],
-        "stride_w": strides[1],
-        "ifm_h": ifm[0],
-        "ifm_w": ifm[1],
-        "ofm_h": ofm[0],
-        "ofm_w": ofm[1],
-    }
+def _divide(pair: Shape, window: Shape) -> Shape:
+    return tuple(size // part for size, part in zip(pair, window, strict=True))

@@ -15,7 +15,7 @@ def clamps(net):
     relu6 = n.op("Min", n.op("Relu", x), n.const(6))
     twice = n.op("Relu", n.op("Relu", n.op("Clip", x, "", n.const(2.0))))
     crossed = n.op("Clip", n.op("Clip", x, n.const(0), n.const(1)), n.const(2), n.const(3))  # always 2
-    return n.model(relu, relu6, twice, crossed, n.op("PRelu", x, n.const([0.25])), n.op("LeakyRelu", x, alpha=0.0))
+    return n.model(relu, relu6, twice, crossed, n.op("PRelu", x, n.const([0.25] * 17)), n.op("LeakyRelu", x, alpha=0.0))
 
 
 def _gelu_forms(n, x):

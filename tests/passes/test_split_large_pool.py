@@ -34,6 +34,12 @@ def test_numerics(large, net, target_with, apply):
     assert len(after.op_types) == 4 and after.largest_error() < 1e-6
 
 
+def test_no_chain_is_left_half_taken(net, target_with, assert_refused):
+    """22 = 2 * 11, and 11 is beyond the limit whichever way the window is cut."""
+    limit = {"ops": ["AveragePool", "MaxPool"], "where": {"kernel_h": "<= 8"}}
+    assert_refused(_pools(net, (44, 8), [22, 2], [22, 2]), SplitLargePool(target_with(limit)))
+
+
 def test_a_maximum_in_a_qdq_graph_splits(net, target_with, apply):
     n = net()
     model = n.model(n.qdq(n.op("MaxPool", n.qdq(n.input(1, 2, 20, 20)), kernel_shape=[10, 10], strides=[10, 10])))
