@@ -103,7 +103,7 @@ def grid_step(weights: np.ndarray, levels: int) -> float:
     steps = np.rint(np.append(values, gaps) / step)
     span = values[-1] - values[0]
     step = span / np.rint(span / step)
-    on_grid = np.allclose(values, np.rint(values / step) * step, rtol=0, atol=step * 0.01)
+    on_grid = np.allclose(values, np.rint(values / step) * step, rtol=0, atol=step * 0.001)
     return step if on_grid and np.abs(steps).max() < levels else 0.0
 
 

@@ -54,15 +54,16 @@ class Histogram:
         nonzero = flat[flat != 0]
         self.zeros += flat.size - nonzero.size
         if nonzero.size:
-            position = nonzero * np.float32(BINS / 2 / self.limit) + np.float32(BINS / 2)
-            index = np.minimum(position.astype(np.int32), BINS - 1)
+            # Scaling by a power of two is exact, so that bins merge as if the final limit had been known.
+            position = np.floor(nonzero * np.float32(BINS / 2 / self.limit)).astype(np.int32)
+            index = np.minimum(position + BINS // 2, BINS - 1)
             self.counts += np.bincount(index, minlength=BINS)
 
     def _grow(self, extreme: float) -> None:
         if extreme <= self.limit:
             return
         if self.limit == 0:
-            self.limit = math.ldexp(1.0, math.frexp(extreme)[1])
+            self.limit = math.ldexp(1.0, max(math.frexp(extreme)[1], -100))  # below, float32 bins would overflow
         while self.limit < extreme:
             quarter = BINS // 4
             merged = self.counts.reshape(BINS // 2, 2).sum(axis=1)
