@@ -50,8 +50,6 @@ _FAMILIES: Mapping[str, tuple[_Family, ...]] = {
     "Sub": (add,),
     "Mul": (mul,),
     "Div": (mul,),
-    "MaxPool": (clamped_max_pool,),
-    "GlobalMaxPool": (clamped_max_pool,),
     "AveragePool": (average_pool,),
     "GlobalAveragePool": (average_pool,),
     "ReduceMean": (reduce_mean,),
@@ -101,6 +99,9 @@ def _quantize(builder: Builder, forms: Forms, node: ir.Node) -> ir.Value | None:
     if form is not None:
         return forms.convert(form, out)
     source, clamped = _strip_activations(value, out)
+    pool = producer(source, "MaxPool", "GlobalMaxPool")
+    if pool is not None and (result := clamped_max_pool(builder, forms, pool, clamped)) is not None:
+        return result
     form = forms.of(source)
     if form is not None:
         return forms.convert(form, clamped)

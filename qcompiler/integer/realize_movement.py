@@ -20,7 +20,7 @@ from qcompiler.integer.builder import (
 from qcompiler.integer.resize import is_plain_resize, nearest_table, spatial_scales
 
 _RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
-_SAME_INPUTS = ("Transpose", "Slice", "Split", "Expand", "Tile", "Gather", "DepthToSpace", "SpaceToDepth")
+_SAME_INPUTS = ("Transpose", "Slice", "Split", "Expand", "Tile", "Gather")
 """Operators whose first input is data and whose others are known shapes, indices and axes."""
 
 
@@ -139,6 +139,27 @@ def _reshape(builder: Builder, node: ir.Node, x: Quantized) -> list[ir.Value]:
     return [builder.reshape(x.value, shape_of(node.outputs[0]), _name(node))]
 
 
+def _depth_to_space(builder: Builder, node: ir.Node, x: Quantized) -> list[ir.Value]:
+    """DepthToSpace as Reshape, Transpose, Reshape, which the layout passes can follow."""
+    size, name = integer(node, "blocksize"), _name(node)
+    batch, channels, height, width = x.shape
+    depth = channels // (size * size)
+    if string(node, "mode", "DCR") == "DCR":
+        split, perm = (batch, size, size, depth, height, width), (0, 3, 4, 1, 5, 2)
+    else:
+        split, perm = (batch, depth, size, size, height, width), (0, 1, 4, 2, 5, 3)
+    moved = builder.transpose(builder.reshape(x.value, split, f"{name}.split"), perm, f"{name}.moved")
+    return [builder.reshape(moved, shape_of(node.outputs[0]), name)]
+
+
+def _space_to_depth(builder: Builder, node: ir.Node, x: Quantized) -> list[ir.Value]:
+    size, name = integer(node, "blocksize"), _name(node)
+    batch, channels, height, width = x.shape
+    split = (batch, channels, height // size, size, width // size, size)
+    moved = builder.transpose(builder.reshape(x.value, split, f"{name}.split"), (0, 3, 5, 1, 2, 4), f"{name}.moved")
+    return [builder.reshape(moved, shape_of(node.outputs[0]), name)]
+
+
 def _identity(builder: Builder, node: ir.Node, x: Quantized) -> list[ir.Value] | None:
     """Identity, and Dropout whose mask nobody reads."""
     assert builder.graph is node.graph
@@ -215,6 +236,8 @@ _Move = Callable[[Builder, ir.Node, Quantized], list[ir.Value] | None]
 _MOVES: Mapping[str, _Move] = {
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(_SAME_INPUTS, _same),
+    "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth,
     "Identity": _identity,
     "Dropout": _identity,
     "Pad": _pad,
@@ -222,5 +245,3 @@ _MOVES: Mapping[str, _Move] = {
     "GlobalMaxPool": _max_pool,
     "Resize": _resize_nearest,
 }
-
-assert not set(_RESHAPES) & set(_SAME_INPUTS)

@@ -32,7 +32,8 @@ def run(op: ops.IntegerOp, inputs: Sequence[np.ndarray], shape: Sequence[int], d
 def onnx_float(op_type: str, inputs: Sequence[np.ndarray], **attributes: object) -> np.ndarray:
     names = [f"i{index}" for index in range(len(inputs))]
     info = [onnx.helper.make_tensor_value_info(n, 1, a.shape) for n, a in zip(names, inputs, strict=True)]
-    node = onnx.helper.make_node(op_type, names, ["y"], **attributes)
+    node = onnx.helper.make_node(op_type, names, ["y"])
+    node.attribute.extend(onnx.helper.make_attribute(name, item) for name, item in attributes.items())
     graph = onnx.helper.make_graph([node], "g", info, [onnx.helper.make_tensor_value_info("y", 1, None)])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
