@@ -1,13 +1,13 @@
 """Which function lowers which operator for the CPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from qcompiler.backends import cpu_conv, cpu_elementwise, cpu_matmul, cpu_pool
 from qcompiler.backends.base import HostCode, Lowering
-
-NodeLowering = Callable[[ir.Node, HostCode], Lowering]
+from qcompiler.backends.float_ops import NodeLowering, lower_standard
+from qcompiler.graph import QCOMPILER_DOMAIN
 
 _INTEGER: Mapping[str, NodeLowering] = {
     "QConv": cpu_conv.conv,
@@ -28,4 +28,7 @@ _INTEGER: Mapping[str, NodeLowering] = {
 
 
 def lower_node(node: ir.Node, host: HostCode) -> Lowering:
-    return _INTEGER[node.op_type](node, host)
+    """Code for one node; `float_ops.refusal` must have nothing against a standard one."""
+    if node.domain == QCOMPILER_DOMAIN:
+        return _INTEGER[node.op_type](node, host)
+    return lower_standard(node, host)

@@ -82,6 +82,15 @@ def reduce_max(element: Expr, axis: Sequence[Expr]) -> Expr:
     return _te.max(element, axis=list(axis))
 
 
+def reduce_min(element: Expr, axis: Sequence[Expr]) -> Expr:
+    return _te.min(element, axis=list(axis))
+
+
+def reduce_product(element: Expr, axis: Sequence[Expr]) -> Expr:
+    product = _te.comm_reducer(lambda a, b: a * b, lambda dtype: _tirx.const(1, dtype), name="product")
+    return product(element, axis=list(axis))
+
+
 # --- scalars -----------------------------------------------------------------------------------------------
 
 
@@ -96,7 +105,8 @@ def like(value: float, expression: Expr) -> Expr:
 
 def dtype_of(expression: Expr) -> str:
     untyped: Any = expression
-    return str(untyped.ty.dtype)
+    # An element of a tensor is not an expression yet.
+    return str(untyped.dtype if isinstance(untyped, _te_module.TensorSlice) else untyped.ty.dtype)
 
 
 def minimum(a: Expr | float, b: Expr | float) -> Expr:
@@ -119,6 +129,11 @@ def rint(x: Expr) -> Expr:
 def if_then_else(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     """Evaluates one side only: the other may be an access out of bounds."""
     return _tirx.if_then_else(condition, then, otherwise)
+
+
+def inside(*conditions: Expr) -> Expr:
+    """All conditions, marked for LoopPartition: loops are cut where they change, and the middle runs without tests."""
+    return _tirx.likely(_tirx.all(*conditions))
 
 
 def where(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
@@ -145,3 +160,77 @@ def bitwise_and(a: Expr, b: Expr) -> Expr:
 
 def truncated_divide(a: Expr, b: Expr) -> Expr:
     return _tirx.truncdiv(a, b)
+
+
+def any_of(*conditions: Expr) -> Expr:
+    return _tirx.any(*conditions)
+
+
+def negate(condition: Expr) -> Expr:
+    """Logical not."""
+    return _tirx.Not(condition)
+
+
+def not_equal(a: Expr, b: Expr) -> Expr:
+    return _tirx.NE(a, b)
+
+
+def exp(x: Expr) -> Expr:
+    return _tirx.exp(x)
+
+
+def log(x: Expr) -> Expr:
+    return _tirx.log(x)
+
+
+def log1p(x: Expr) -> Expr:
+    return _tirx.log1p(x)
+
+
+def sqrt(x: Expr) -> Expr:
+    return _tirx.sqrt(x)
+
+
+def tanh(x: Expr) -> Expr:
+    return _tirx.tanh(x)
+
+
+def erf(x: Expr) -> Expr:
+    return _tirx.erf(x)
+
+
+def power(x: Expr, y: Expr) -> Expr:
+    return _tirx.power(x, y)
+
+
+def floor(x: Expr) -> Expr:
+    return _tirx.floor(x)
+
+
+def ceil(x: Expr) -> Expr:
+    return _tirx.ceil(x)
+
+
+def absolute(x: Expr) -> Expr:
+    return _tirx.abs(x)
+
+
+def sin(x: Expr) -> Expr:
+    return _tirx.sin(x)
+
+
+def cos(x: Expr) -> Expr:
+    return _tirx.cos(x)
+
+
+def floor_modulo(x: Expr, y: Expr) -> Expr:
+    return _tirx.floormod(x, y)
+
+
+def truncated_modulo(x: Expr, y: Expr) -> Expr:
+    """The remainder with the sign of x."""
+    dtype = dtype_of(x)
+    if dtype.startswith("float"):
+        # TVM has no LLVM code for fmod; libm has.
+        return _tirx.call_pure_extern(dtype, "fmodf" if dtype == "float32" else "fmod", x, y)
+    return _tirx.truncmod(x, y)

@@ -99,6 +99,14 @@ def linear_tables(node: ir.Node, size: int, out: int, scale: np.float32) -> tupl
     return index.astype(np.int32), np.stack([WEIGHT_ONE - upper, upper], axis=1).astype(np.int32)
 
 
+def float_linear_tables(node: ir.Node, size: int, out: int, scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """As `linear_tables`, the weights float32 and adding to 1."""
+    position = np.clip(_positions(node, size, out, scale), 0, size - 1)
+    low = np.floor(position).astype(np.int32)
+    upper = (position - low).astype(np.float32)
+    return np.stack([low, np.minimum(low + 1, size - 1)], axis=1), np.stack([1 - upper, upper], axis=1)
+
+
 def _positions(node: ir.Node, size: int, out: int, scale: np.float32) -> np.ndarray:
     transform = _COORDINATES[string(node, "coordinate_transformation_mode", "half_pixel")]
     positions = transform(np.arange(out, dtype=np.float32), size, out, scale)

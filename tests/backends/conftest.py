@@ -11,6 +11,7 @@ from qcompiler.backends.relax import build, lower
 from qcompiler.graph import Attribute, make_node, value_name
 from qcompiler.integer.ops import DOMAIN_VERSION, IntegerOp
 from qcompiler.partition import Partition, Region
+from qcompiler.passes.rewriting import infer_types
 from qcompiler.runtime import Executable
 from qcompiler.target import Target
 
@@ -39,7 +40,7 @@ class Workbench:
 
     def constant(self, array: np.ndarray) -> ir.Value:
         name = f"const{len(self.constants)}"
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.constants.append(value)
         return value
@@ -61,6 +62,16 @@ class Workbench:
         node = make_node(op_type, inputs, values, attributes, name=f"node{len(self.nodes)}")
         self.nodes.append(node)
         return node
+
+    def inferred(
+        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, attributes: dict[str, Attribute]
+    ) -> None:
+        """Add an ONNX operator; ONNX infers shapes and dtypes."""
+        values = [ir.Value(name=f"out{len(self.outputs) + index}") for index in range(outputs)]
+        node = make_node(op_type, inputs, values, attributes, name=f"node{len(self.nodes)}")
+        infer_types(node)
+        self.nodes.append(node)
+        self.outputs.extend(values)
 
     def model(self) -> ir.Model:
         graph = ir.Graph(

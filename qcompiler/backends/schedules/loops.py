@@ -76,3 +76,27 @@ def schedule_matmul(function: tirx.PrimFunc, host: HostCode) -> tirx.PrimFunc:
     if host.threads > 1:
         s.parallel(s.fuse(*batch, strip))
     return s.mod["main"]
+
+
+def schedule_float_conv(function: tirx.PrimFunc, host: HostCode, *, rank: int) -> tirx.PrimFunc:
+    """[N,O,…,W]: a few channels times a vector of neighbours in a row accumulate in registers over the reduction."""
+    s = open_schedule(function)
+    accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
+    batch, channel, *rows, last = s.get_loops(output)
+    length = vector_length(int(s.get(last).extent), host, 4)
+    height = next(size for size in (8, 6, 5, 4, 3, 2, 1) if int(s.get(channel).extent) % size == 0)
+    channels, inner_channel = s.split(channel, [None, height])
+    columns, vector = s.split(last, [None, length])
+    s.reorder(batch, channels, *rows, columns, inner_channel, vector)
+    s.compute_at(accumulator, columns, preserve_unit_loops=True)
+    inner = s.get_loops(accumulator)[-(rank + rank - 1) :]
+    at_channel, at_lane, reduced = inner[1], inner[rank - 1], inner[rank:]
+    s.reorder(*reduced, at_channel, at_lane)
+    if length > 1:
+        s.vectorize(at_lane)
+        s.vectorize(vector)
+    s.unroll(at_channel)
+    s.decompose_reduction(accumulator, reduced[0])
+    if host.threads > 1:
+        s.parallel(s.fuse(batch, channels))
+    return s.mod["main"]
