@@ -17,6 +17,7 @@ import numpy as np
 
 from qcompiler import bundle
 from qcompiler.bundle import Bundle
+from qcompiler.errors import QCompilerError
 from qcompiler.quant.types import RangeMethod, Ranges
 
 if TYPE_CHECKING:
@@ -191,11 +192,12 @@ def place(
         progress.stage("import")
         graph = dumped(import_onnx(source, input_shapes), "import")
         data = _open_data(calibration, input_specs(graph), samples, images)
-        progress.stage("read samples")
-        warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
         progress.stage("simplify")
         graph = run(graph, SIMPLIFY, stage="simplify")
         graph = run(graph, legalize(chip), stage="legalize")
+        _refuse_unsupported(source, graph)
+        progress.stage("read samples")
+        warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
         ranges = None
         if not _is_quantized(graph):
             progress.stage("calibrate")
@@ -208,6 +210,7 @@ def place(
         graph = dumped(realize(graph, chip), "realize")
         graph = run(graph, LAYOUT, stage="layout")
         progress.stage("partition")
+        _refuse_unsupported(source, graph)
         parts = partition(graph, chip, can_run=partial(can_run, target=chip) if chip.npu is not None else None)
     return Placed(
         source, chip, data, ranges, quantized, graph, parts, layer_names(quantized, graph), tuple(warnings.messages)
@@ -325,6 +328,19 @@ def _report(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int, 
         self_check=check,
         warnings=placed.warnings,
     )
+
+
+def _refuse_unsupported(source: Path, model: "ir.Model") -> None:
+    """Name every operator that neither the accelerator nor the CPU runs, before time is spent on the model."""
+    from qcompiler.backends.float_ops import unsupported
+
+    found = unsupported(model)
+    if found:
+        listed = "; ".join(f"{item.node!r} ({item.op}): {item.reason}" for item in found)
+        raise QCompilerError(
+            f"{source} has operators nothing here can run: {listed}. Export the model without them, or cut it before "
+            "the first one."
+        )
 
 
 def _is_quantized(model: "ir.Model") -> bool:

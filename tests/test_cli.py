@@ -180,12 +180,19 @@ def outside(tmp_path: Path) -> Path:
     return folder
 
 
-def _model(path: Path, op: str, domain: str = "", shape: tuple[int | str, ...] = (1, 4)) -> str:
+def _model(
+    path: Path,
+    op: str,
+    domain: str = "",
+    shape: tuple[int | str, ...] = (1, 4),
+    outputs: tuple[int, ...] | None = None,
+    kind: int = TensorProto.FLOAT,
+) -> str:
     graph = helper.make_graph(
         [helper.make_node(op, ["x"], ["y"], "node_7", domain=domain)],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", kind, None if kind != TensorProto.FLOAT else outputs or shape)],
     )
     opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
     path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
@@ -207,10 +214,13 @@ def test_bad_models(outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_operator_nobody_runs_is_named_before_any_work(outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = _model(outside / "det.onnx", "NonZero", shape=(1, 4))
-    message = mistake(capsys, model, "--dump", str(outside / "stages"))
-    assert "node_7" in message
-    assert not (outside / "stages").exists()
+    model = _model(outside / "det.onnx", "Det", shape=(1, 4, 4), outputs=(1,))
+    images = np.full((2, 4, 4), np.nan, np.float32)
+    # The calibration data is bad too, but has not been read yet.
+    message = mistake(capsys, model, "-c", _calibration(outside, images))
+    assert "'node_7' (Det)" in message
+    sized_by_data = mistake(capsys, _model(outside / "nz.onnx", "NonZero", kind=TensorProto.INT64))
+    assert "node_7" in sized_by_data
 
 
 def test_symbolic_shapes_are_asked_for(outside: Path, capsys: pytest.CaptureFixture[str]) -> None:
