@@ -9,6 +9,7 @@ is quantized: activations, pools, softmax, and movement of data between them.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
@@ -360,7 +361,7 @@ class _Planner:
             assert array is not None
             # One initializer in two roles gets the format that suits both.
             axis = next(iter(axes[name])) if len(axes[name]) == 1 else None
-            floor = np.maximum.reduce([np.asarray(f) if axis is not None else np.max(f) for f in floors[name]])
+            floor = reduce(np.maximum, floors[name] if axis is not None else map(np.max, floors[name]))
             weights[name] = weight_format(
                 array,
                 spec.dtypes[0],

@@ -9,25 +9,31 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-Constants = Mapping[str, tuple[int, ...] | np.ndarray]
+from qcompiler.graph import shape_of, value_name
+
+Constants = Mapping[str, tuple[int, ...] | np.ndarray | np.generic]
 Parse = Callable[[str, Constants], ir.Model]
 
 
 def parse_model(text: str, constants: Constants) -> ir.Model:
     """A model as the importer leaves it: `text` is a graph, `constants` are arrays, or shapes of random ones.
 
-    Nodes are named after their first output.
+    Constants that nothing reads are left out, and outputs need no type. Nodes are named after their first output.
     """
     rng = np.random.default_rng(7)
     graph = onnx.parser.parse_graph(text)
+    read = {name for node in graph.node for name in node.input}
     for name, given in constants.items():
-        array = given if isinstance(given, np.ndarray) else 0.3 * rng.standard_normal(given).astype(np.float32)
+        if name not in read:
+            continue
+        array = 0.3 * rng.standard_normal(given).astype(np.float32) if isinstance(given, tuple) else given
         graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
     for node in graph.node:
         node.name = node.output[0]
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     onnx.checker.check_model(proto)
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True))
+    return ir.from_proto(proto)
 
 
 def run_model(model: ir.Model, feeds: Mapping[str, np.ndarray], *, optimize: bool = False) -> list[np.ndarray]:
@@ -46,10 +52,9 @@ class Samples:
 
     def __init__(self, model: ir.Model, count: int, *, seed: int = 0, spread: float = 1.0, synthetic: bool = False):
         (value,) = model.graph.inputs
-        assert value.name is not None and value.shape is not None
         rng = np.random.default_rng(seed)
-        shape = tuple(int(dim) for dim in value.shape)
-        self.arrays = [{value.name: (spread * rng.standard_normal(shape)).astype(np.float32)} for _ in range(count)]
+        name, shape = value_name(value), shape_of(value)
+        self.arrays = [{name: (spread * rng.standard_normal(shape)).astype(np.float32)} for _ in range(count)]
         self.synthetic = synthetic
 
     def __len__(self) -> int:

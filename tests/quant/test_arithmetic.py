@@ -1,6 +1,7 @@
 """`qcompiler.quant.arithmetic` against scalar models in Python integers, written from the sources named."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -159,7 +160,9 @@ def test_rescale_per_channel():
     rng = np.random.default_rng(3)
     acc = rng.integers(-(2**24), 2**24, (3, 5, 7))
     multiplier, shift = rng.integers(2**30, 2**31, 7), rng.integers(-20, 3, 7)
-    for variant, model in (("tflite", tflite), ("tosa", tosa)):
+    models: tuple[tuple[arithmetic.RequantizeVariant, Callable[[int, int, int], int]], ...]
+    models = (("tflite", tflite), ("tosa", tosa))
+    for variant, model in models:
         expected = [
             [[model(int(acc[i, j, c]), int(multiplier[c]), int(shift[c])) for c in range(7)] for j in range(5)]
             for i in range(3)
@@ -215,14 +218,14 @@ def test_add_refuses_scales_too_far_apart():
 def test_quantize_rounds_half_to_even_and_saturates(x, scale, zero_point):
     ratio = float(np.float32(x) / np.float32(scale))
     expected = max(-128, min(127, round(ratio) + zero_point))
-    assert int(arithmetic.quantize(np.float32(x), np.float32(scale), zero_point, "int8")) == expected
+    assert int(arithmetic.quantize(np.array(x, np.float32), np.float32(scale), zero_point, "int8")) == expected
 
 
 @pytest.mark.parametrize(
     ("x", "q"), [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-1.5, -2), (np.inf, 127), (-np.inf, -128)]
 )
 def test_quantize_ties_and_infinities(x, q):
-    assert int(arithmetic.quantize(np.float32(x), 1.0, 0, "int8")) == q
+    assert int(arithmetic.quantize(np.array(x, np.float32), 1.0, 0, "int8")) == q
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])

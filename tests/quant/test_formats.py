@@ -118,7 +118,7 @@ def test_the_bias_fits_however_small_the_weights():
     weights, bias = weights.astype(np.float32), np.array([3.0, 3.0], np.float32)
     floor = least_weight_scale(bias, 0.01)
     fmt = weight_format(weights, "int8", 0, symmetric=True, narrow=True, floor=floor)
-    stored = bias_format(np.float32(0.01).reshape(()), fmt)
+    stored = bias_format(np.array(0.01, np.float32), fmt)
     q = quantize_array(bias, stored)
     assert q.dtype == np.int32 and np.abs(q.astype(np.int64)).max() <= BIAS_LIMIT * 1.001
     np.testing.assert_allclose(dequantize_array(q, stored), bias, rtol=1e-3)
