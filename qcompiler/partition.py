@@ -219,7 +219,7 @@ def _island(
     if not alone:
         crossing -= crossing_cost(npu, 0).seconds
     saving = sum(
-        host_seconds(node, judged[node].facts, target)
+        host_seconds(node, judged[node].facts, target, npu)
         - npu_seconds(node, judged[node].facts, judged[node].placement.engine, npu)
         for node in nodes
     )

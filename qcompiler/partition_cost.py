@@ -36,15 +36,17 @@ _BITS = 8
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
-def host_seconds(node: ir.Node, facts: OpFacts, target: Target) -> float:
-    """The operator on the CPU alone."""
+def host_seconds(node: ir.Node, facts: OpFacts, target: Target, npu: Npu) -> float:
+    """The operator on the CPU, which reads the weights from where the accelerator would, waiting for every burst."""
     elements = max((element_count(shape_of(value)) for value in (*_tensors(node), *node.outputs)), default=0)
     if facts.op in _FREE:
         elements = 0
     cost = host_cost(
         target.host, precision=facts.precision, macs=multiplications(node, facts), elements=elements, transferred=0
     )
-    return cost.seconds
+    memory = npu.memories[npu.weight_memory]
+    burst = memory.latency.cycles(npu.clock) + memory.burst / memory.bandwidth.per_cycle(npu.clock)
+    return max(cost.seconds, _weight_bytes(node) / memory.burst * burst / npu.clock)
 
 
 def npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> float:
@@ -59,8 +61,7 @@ def npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> fl
     memory = npu.memories[npu.weight_memory]
     feed = Feed(npu.scratchpad.bandwidth.per_cycle(npu.clock), memory.latency.cycles(npu.clock))
     busy = work(_shape(node, facts, kind), engine, facts.precision, feed).cycles + engine.issue.cycles(npu.clock)
-    weights = sum(tensor_bytes(value) for value in node.inputs if value is not None and const_of(value) is not None)
-    return max(busy, weights / memory.bandwidth.per_cycle(npu.clock)) / npu.clock
+    return max(busy, _weight_bytes(node) / memory.bandwidth.per_cycle(npu.clock)) / npu.clock
 
 
 def multiplications(node: ir.Node, facts: OpFacts) -> int:
@@ -79,6 +80,10 @@ def multiplications(node: ir.Node, facts: OpFacts) -> int:
 def tensor_bytes(value: ir.Value) -> int:
     assert value.dtype is not None
     return int(element_count(shape_of(value)) * value.dtype.itemsize)
+
+
+def _weight_bytes(node: ir.Node) -> int:
+    return sum(tensor_bytes(value) for value in node.inputs if value is not None and const_of(value) is not None)
 
 
 def _tensors(node: ir.Node) -> list[ir.Value]:
