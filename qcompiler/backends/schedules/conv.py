@@ -50,6 +50,9 @@ def schedule_dot_convolution(
     s.compute_at(accumulator, outer, preserve_unit_loops=True)
     at_pixel, _, at_block, at_lane, ky, kx, q, r = s.get_loops(accumulator)[-8:]
     s.reorder(ky, kx, q, at_pixel, at_block, at_lane, r)
+    if threads > 1:
+        # Before decompose_reduction, after which the accumulator is no complete block and `parallel` refuses it.
+        s.parallel(rows)
     if dot is None:
         s.vectorize(at_lane)
     init = s.decompose_reduction(accumulator, ky)
@@ -62,8 +65,6 @@ def schedule_dot_convolution(
     s.vectorize(v)
     s.unroll(inner)
     s.unroll(pixel)
-    if threads > 1:
-        s.parallel(rows)
     return s.mod["main"]
 
 
@@ -82,12 +83,12 @@ def schedule_depthwise(function: tirx.PrimFunc, lanes: int, *, threads: int) -> 
     s.compute_at(accumulator, outer, preserve_unit_loops=True)
     at_lane, ky, kx = s.get_loops(accumulator)[-3:]
     s.reorder(ky, kx, at_lane)
+    if threads > 1:
+        s.parallel(rows)
     if lanes > 1:
         s.vectorize(at_lane)
         s.vectorize(v)
     init = s.decompose_reduction(accumulator, ky)
     if lanes > 1:
         s.vectorize(s.get_loops(init)[-1])
-    if threads > 1:
-        s.parallel(rows)
     return s.mod["main"]
