@@ -74,7 +74,7 @@ def test_report_adds_up(digits: Bundle) -> None:
     assert totals.weights > 6834
     assert totals.energy > 0
     on_npu = {placement.node for placement in report.placements if placement.backend == "npu"}
-    assert on_npu and on_npu <= {layer.layer for layer in report.layers}
+    assert on_npu and on_npu <= {layer.node for layer in report.layers}
     for layer in report.layers:
         assert layer.utilisation is None or 0 < layer.utilisation <= 1
     for placement in report.placements:
@@ -171,23 +171,26 @@ def test_progress_names_the_stages() -> None:
 # --- fallback -----------------------------------------------------------------------------------------------------
 
 
+SHAPE = (1, 16, 15, 17)
+
+
 def _conv_model(path: Path, middle: Sequence[onnx.NodeProto], seed: int) -> Path:
-    """Conv, whatever `middle` makes of "a" as "b", Conv; random weights, [1,8,9,11] maps."""
+    """Conv, whatever `middle` makes of "a" as "b", Conv; random weights, maps too large to leave to a CPU."""
     rng = np.random.default_rng(seed)
     initializers = [
-        numpy_helper.from_array((rng.normal(size=(8, 8, 3, 3)) / 8).astype(np.float32), name) for name in ("w1", "w2")
+        numpy_helper.from_array((rng.normal(size=(16, 16, 3, 3)) / 12).astype(np.float32), name)
+        for name in ("w1", "w2")
     ]
     nodes = [
         helper.make_node("Conv", ["x", "w1"], ["a"], "first", pads=[1, 1, 1, 1]),
         *middle,
         helper.make_node("Conv", ["b", "w2"], ["y"], "last", pads=[1, 1, 1, 1]),
     ]
-    shape = [1, 8, 9, 11]
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, SHAPE)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, SHAPE)],
         initializers,
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
@@ -197,11 +200,11 @@ def _conv_model(path: Path, middle: Sequence[onnx.NodeProto], seed: int) -> Path
 @pytest.mark.parametrize("target", ["arm-npu", "systolic-npu"])
 def test_an_operator_the_accelerator_lacks_runs_on_the_cpu(target: str, tmp_path: Path) -> None:
     # No target has a rule for it, and no integer form exists.
-    scale = helper.make_node("Constant", [], ["gamma"], value=numpy_helper.from_array(np.ones(11, np.float32)))
+    scale = helper.make_node("Constant", [], ["gamma"], value=numpy_helper.from_array(np.ones(SHAPE[-1], np.float32)))
     middle = [scale, helper.make_node("LayerNormalization", ["a", "gamma"], ["b"], "strange", axis=3)]
     model = _conv_model(tmp_path / "net.onnx", middle, seed=3)
     rng = np.random.default_rng()
-    inputs = rng.normal(size=(8, 8, 9, 11)).astype(np.float32)
+    inputs = rng.normal(size=(8, *SHAPE[1:])).astype(np.float32)
     bundle = qcompiler.compile(model, target, calibration={"x": inputs})
     placements = {placement.node: placement for placement in bundle.report.placements}
     reason = placements["strange"].reason
