@@ -32,6 +32,7 @@ from qcompiler.passes.remove_identity import RemoveIdentity
 from qcompiler.passes.share_scales import ShareScales
 from qcompiler.passes.split_grouped_conv import SplitGroupedConv
 from qcompiler.passes.split_large_pool import SplitLargePool
+from qcompiler.passes.unfold_pool_pad import UnfoldPoolPad
 from qcompiler.target import Target
 from qcompiler.verify import VerificationError, verify, verify_shapes
 
@@ -45,6 +46,7 @@ SIMPLIFY: Passes = (
     MergeMovement(),
     # One spelling for each operation; then the Reshapes these leave merge, and what does nothing goes.
     FoldAutoPad(),
+    FoldPad(),
     NormalizeConv1d(),
     NormalizePool(),
     NormalizeMatMul(),
@@ -55,7 +57,6 @@ SIMPLIFY: Passes = (
     FoldBatchNorm(),
     FuseActivation(),
     FoldAffine(),
-    FoldPad(),
     # Less data movement.
     CancelTransposes(),
 )
@@ -70,6 +71,7 @@ def legalize(target: Target) -> Passes:
         SplitGroupedConv(target),
         SplitLargePool(target),
         ExpandHardSigmoid(target),
+        UnfoldPoolPad(target),
     )
 
 
