@@ -1,0 +1,146 @@
+"""Whole trained networks: the numpy reference, TVM's CPU code and the NPU simulator agree bit for bit."""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qcompiler.backends import npu, relax
+from qcompiler.backends.base import NpuFunction
+from qcompiler.compile import SILENT, Placed, place
+from qcompiler.graph import QCOMPILER_DOMAIN, dtype_of, is_op, users, value_name
+from qcompiler.integer.reference import Executor
+from qcompiler.partition import Region, partition
+from qcompiler.runtime import Executable, Simulator
+from qcompiler.simulator.cost import price
+from qcompiler.target import Target
+
+MODELS = (
+    "mnist_cnn",
+    "kws_dscnn",
+    "kws_dscnn_tflite_int8_qdq",
+    "resnet8_cifar10",
+    "resnet8_tflite_int8_qdq",
+    "ad01_autoencoder",
+    "resnet20_cifar10",
+    "squeezenet11",
+    "mobilenet_v1_025_128",
+    "mobilenet_v1_025_128_tflite_qat_qdq",
+    "fastestdet_352",
+    "ultraface_slim_320",
+)
+TARGETS = ("arm-npu", "systolic-npu", "x86-cpu")
+CALIBRATION_SAMPLES = 4
+SAMPLES = 2
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def real_inputs(zoo: Path, name: str) -> tuple[Path, list[dict[str, np.ndarray]]]:
+    """The model and the inputs that the zoo's evaluation feeds it first."""
+    script = importlib.util.spec_from_file_location("eval_ref", zoo / "eval_ref.py")
+    assert script is not None and script.loader is not None
+    evaluation = importlib.util.module_from_spec(script)
+    script.loader.exec_module(evaluation)
+    entry = next(e for e in json.loads((zoo / "manifest.json").read_text())["models"] if e["name"] == name)
+    run, fed = evaluation.ort_run(str(zoo / entry["model"]), 1), []
+
+    def record(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        fed.append(dict(inputs))
+        return run(inputs)
+
+    evaluation.evaluate(entry, record, CALIBRATION_SAMPLES + SAMPLES)
+    return zoo / entry["model"], fed
+
+
+def expose_integers(model: ir.Model) -> list[str]:
+    """Make an output of every integer tensor that leaves the integer part and depends on no float operator."""
+    tainted: set[ir.Value] = set()
+    exposed: list[ir.Value] = []
+    for node in model.graph:
+        exact = node.domain == QCOMPILER_DOMAIN or is_op(node, "QuantizeLinear", "DequantizeLinear")
+        integer = all(dtype_of(value).kind in "iu" for value in node.outputs)
+        if any(value in tainted for value in node.inputs) or not (exact or integer):
+            tainted.update(node.outputs)
+            continue
+        for value in node.outputs:
+            leaves = value.is_graph_output() or any(is_op(user, "DequantizeLinear") for user in users(value))
+            if leaves and dtype_of(value).kind in "iu":
+                exposed.append(value)
+    model.graph.outputs.extend(value for value in exposed if not value.is_graph_output())
+    return [value_name(value) for value in exposed]
+
+
+def built(model: ir.Model, target: Target, library: Path) -> tuple[relax.Lowered, Executable]:
+    parts = partition(model, target, can_run=partial(npu.can_run, target=target) if target.npu else None)
+    numbers = {region.name: number for number, region in enumerate(parts.regions)}
+
+    def driver(region: Region) -> NpuFunction:
+        program = npu.compile_region(region, target)
+        return NpuFunction(
+            npu.driver(program, region.name, numbers[region.name]), program.blob, program.workspace_bytes
+        )
+
+    lowered = relax.lower(model, parts, target, driver)
+    relax.build(lowered, target.host, library)
+    return lowered, Executable(library, lowered.parameters)
+
+
+def outputs(lowered: relax.Lowered, executable: Executable, inputs: Arrays) -> dict[str, np.ndarray]:
+    results = executable.run([inputs[spec.name] for spec in lowered.inputs])
+    return {spec.name: array for spec, array in zip(lowered.outputs, results, strict=True)}
+
+
+def placed(zoo: Path, name: str, target: str) -> tuple[Placed, list[dict[str, np.ndarray]]]:
+    path, fed = real_inputs(zoo, name)
+    calibration = {key: np.concatenate([inputs[key] for inputs in fed[:CALIBRATION_SAMPLES]]) for key in fed[0]}
+    done = place(path, target, calibration, None, None, "mse", None, None, SILENT)
+    return done, fed[CALIBRATION_SAMPLES:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_reference_cpu_and_simulator_agree(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
+    done, samples = placed(zoo, name, target)
+    integer_names = expose_integers(done.integer)
+    assert integer_names
+    reference = Executor(done.integer)
+    chips = [done.target] + ([done.target.model_copy(update={"npu": None})] if done.target.npu else [])
+    for index, chip in enumerate(chips):
+        lowered, executable = built(done.integer, chip, tmp_path / f"{index}.so")
+        for inputs in samples:
+            wanted = reference.run(inputs)
+            got = outputs(lowered, executable, inputs)
+            for key in integer_names:
+                assert np.array_equal(wanted[key], got[key]), (key, "npu" if chip.npu else "cpu")
+            for key in set(wanted) - set(integer_names):
+                # Floats follow a softmax or an exponential, whose last bits are the mathematics library's.
+                np.testing.assert_allclose(got[key], wanted[key], rtol=1e-4, atol=1e-5 * np.abs(wanted[key]).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v1_025_128", "fastestdet_352"])
+@pytest.mark.parametrize("target", ["arm-npu", "systolic-npu"])
+def test_the_simulator_logs_what_the_estimate_priced(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
+    done, samples = placed(zoo, name, target)
+    lowered, executable = built(done.integer, done.target, tmp_path / "model.so")
+    simulator = Simulator(tmp_path / "model.so")
+    simulator.reset()
+    outputs(lowered, executable, samples[0])
+    log = simulator.log()
+    starts = [*(first for _, first in log.regions), len(log.words)]
+    regions = [region for region in done.partition.regions if region.backend == "npu"]
+    assert len(regions) == len(log.regions) > 0
+    for region, start, end in zip(regions, starts, starts[1:], strict=False):
+        program = npu.compile_region(region, done.target)
+        assert np.array_equal(log.words[start:end], npu.words(program))
+        bases = {program.bases.blob: done.target.npu.weight_memory} if done.target.npu else {}
+        logged, estimated = (price(w, done.target, bases) for w in (log.words[start:end], npu.words(program)))
+        assert logged.cycles == estimated.cycles > 0 and dataclasses.asdict(logged) == dataclasses.asdict(estimated)
