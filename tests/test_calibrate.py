@@ -58,6 +58,7 @@ def test_minimum_and_maximum_are_those_of_the_float_model():
     model, data = _model(), Data(5)
     ranges = calibrate(model, data, "minmax")
     w = const_of(model.graph.initializers["w"])
+    assert w is not None
     x = np.concatenate([sample["x"] for sample in data])
     windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
     convolved = np.einsum("nchwij,ocij->nohw", windows, w)

@@ -292,16 +292,20 @@ class _Planner:
     # --- formats -----------------------------------------------------------------------------------------
 
     def _range(self, value: ir.Value) -> Range:
-        """The interval of any float tensor; data movement and Concat follow their inputs."""
+        """The interval of any float tensor; data movement and Concat follow their inputs.
+
+        A sigmoid or tangent that uses less than half of its interval keeps what was observed.
+        """
         maker = value.producer()
+        seen = self.ranges.get(value_name(value))
         for op_type, low, high in UNIT_OUTPUTS:
-            if is_op(maker, op_type):
+            if is_op(maker, op_type) and (seen is None or is_op(maker, "Softmax") or 2 * _span(seen) > high - low):
                 return Range(low, high, low, high)
         constant = const_of(value)
         if constant is not None:
             low, high = float(min(constant.min(), 0)), float(max(constant.max(), 0))
             return Range(low, high, low, high)
-        if (seen := self.ranges.get(value_name(value))) is not None:
+        if seen is not None:
             return seen
         assert maker is not None, f"no range for {value.name}"
         if is_op(maker, "Concat"):

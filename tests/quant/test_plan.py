@@ -163,6 +163,13 @@ def test_a_last_softmax_goes_where_the_target_takes_it(make, npu, cpu):
     assert set(on_cpu.float_nodes) == {"y"} and "y" not in on_cpu.activations
 
 
+@pytest.mark.parametrize(("high", "scale"), [(0.8, 1 / 128), (0.1, 0.2 / 255)])
+def test_a_tanh_that_hardly_moves_keeps_its_own_range(parse, npu, high, scale):
+    text = "g (float[1,4,8,8] x) => (y) { c = Conv(x, w)  t = Tanh(c)  y = Conv(t, w) }"
+    made = _planned(parse, text, CONV, {"x": (-1, 1), "c": (-1, 1), "t": (-high, high), "y": (-1, 1)}, npu)
+    assert float(made.activations["t"].scale) == pytest.approx(scale)
+
+
 def test_uneven_concat_at_the_end_stays_in_float(parse, npu):
     text = "g (float[1,4,8,8] x) => (y) { a = Conv(x, w)  b = Conv(x, w)  y = Concat<axis=1>(a, b) }"
     uneven = _planned(parse, text, CONV, {"x": (-1, 1), "a": (-1, 1), "b": (-3, 2)}, npu)
