@@ -1,27 +1,56 @@
-"""Run a compiled library: numpy in, numpy out, with nothing of TVM but its small runtime.
+"""Run a compiled library: numpy in, numpy out, with nothing of TVM but its runtime.
 
-`import tvm` maps the whole compiler unless TVM_USE_RUNTIME_LIB is set, so it is set here, before the first
-import. In a process that has already imported the compiler, its runtime half serves.
+`import tvm` maps the compiler (200 MB), or forbids it to the process for good if told not to. So this module speaks to
+TVM's small runtime library through `tvm_ffi` alone, and the compiler may be imported before, after, or never.
 """
 
 import ctypes
-import os
-import sys
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-
-if "tvm" not in sys.modules:
-    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-
-import tvm
+import tvm_ffi
+from tvm_ffi.libinfo import load_lib_ctypes
 
 from qcompiler.errors import QCompilerError
 
 _CPU, _DEVICE, _POOLED_ALLOCATOR = 1, 0, 2
 """DLPack's kDLCPU, its first device, and the VM's AllocatorType::kPooled."""
+
+
+_ALIGNMENT = 64
+"""What compiled code assumes of its arguments, in bytes."""
+
+
+@cache
+def _load_runtime() -> ctypes.CDLL:
+    """Load libtvm_runtime of the installed TVM, without the Python package around it."""
+    package = importlib.util.find_spec("tvm")
+    if package is None or not package.submodule_search_locations:
+        raise QCompilerError(
+            "running a compiled model needs the package apache-tvm; install qcompiler with its dependencies"
+        )
+    folder = Path(package.submodule_search_locations[0]) / "lib"
+    # Compiled libraries find the runtime's functions among the global symbols.
+    return load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
+
+
+@contextmanager
+def _fresh_name(library: Path) -> Iterator[Path]:
+    """A name for a library that was never loaded before.
+
+    The dynamic linker takes a name it knows for the library it knows by it, even if the file has been replaced since;
+    under a new name it compares the files, and still loads one file only once.
+    """
+    with TemporaryDirectory(prefix="qcompiler-") as folder:
+        alias = Path(folder) / "model.so"
+        alias.symlink_to(library.resolve())
+        yield alias
 
 
 class Executable:
@@ -37,9 +66,10 @@ class Executable:
         Raises:
             QCompilerError: the library cannot be loaded, for example because it is for another CPU.
         """
-        self._library = library.resolve()
+        _load_runtime()
         try:
-            module = tvm.runtime.load_module(str(self._library))
+            with _fresh_name(library) as path:
+                module = tvm_ffi.load_module(path)
         except (RuntimeError, OSError) as error:
             raise QCompilerError(
                 f"{library} cannot be loaded here ({str(error).splitlines()[-1].strip()}); "
@@ -48,21 +78,30 @@ class Executable:
         machine = module["vm_load_executable"]()
         # Once for the host and once for the device that computes, which here is the host too.
         machine["vm_initialization"](*(_CPU, _DEVICE, _POOLED_ALLOCATOR) * 2)
-        self._module, self._machine = module, machine
         self._main = machine["main"]
-        self._parameters = [tvm.runtime.tensor(array) for array in parameters]
+        self._parameters = [_tensor(array) for array in parameters]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run once.
 
         Args:
-            inputs: C-contiguous arrays in the order, shapes and dtypes of `Lowered.inputs`.
+            inputs: arrays in the order, shapes and dtypes of `Lowered.inputs`.
 
         Returns:
             The outputs, in the order of `Lowered.outputs`.
         """
-        outputs = self._main(*(tvm.runtime.tensor(array) for array in inputs), *self._parameters)
-        return [output.numpy() for output in outputs]
+        outputs = self._main(*(_tensor(array) for array in inputs), *self._parameters)
+        # Copies: an output may be a view of an input or a parameter.
+        return [np.from_dlpack(output).copy() for output in outputs]
+
+
+def _tensor(array: np.ndarray) -> tvm_ffi.Tensor:
+    """A copy of an array where compiled code can use it."""
+    memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    aligned[...] = array
+    return tvm_ffi.from_dlpack(aligned)
 
 
 # --- the simulator's log -----------------------------------------------------------------------------------
@@ -85,7 +124,8 @@ class Simulator:
 
     def __init__(self, library: Path) -> None:
         """Raises QCompilerError if `library` holds no simulator: nothing in the model runs on an NPU."""
-        shared = ctypes.CDLL(str(library.resolve()))
+        with _fresh_name(library) as path:
+            shared = ctypes.CDLL(str(path))
         try:
             self._data, self._size = shared.qrt_log_data, shared.qrt_log_size
         except AttributeError as error:

@@ -241,6 +241,8 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
             addons=addons,
             workspace_dir=str(work),
         )
+        # A new file, never new contents: a process may have the old library mapped.
+        library.unlink(missing_ok=True)
         shutil.copyfile(work / "model.so", library)
 
 
