@@ -23,12 +23,12 @@ Strides4 = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """What a tile reads along one axis."""
+    """What a tile reads along one axis; never empty."""
 
     first: Index
     count: Index
     before: Index = 0
-    """Positions of padding before `first`, as a kernel command's pad wants it."""
+    """Positions of padding before `first`, as a kernel command's pad wants it; negative if `first` lies before all."""
 
 
 class Span(Protocol):
@@ -105,8 +105,9 @@ class Sliding:
     def window(self, start: Index, length: Index, tile: int) -> Window:
         low = start * self.stride - self.pad
         high = low + (length - 1) * self.stride + (self.kernel - 1) * self.dilation + 1
-        first = maximum(low, 0)
-        return Window(first, maximum(minimum(high, self.size) - first, 0), maximum(0 - low, 0))
+        # A window wholly in the padding still fetches a position, which nobody then reads.
+        first = minimum(maximum(low, 0), self.size - 1)
+        return Window(first, maximum(minimum(high, self.size) - first, 1), first - low)
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,10 @@ class Transposed:
 
     def window(self, start: Index, length: Index, tile: int) -> Window:
         reach = (self.kernel - 1) * self.dilation
-        first = maximum(divide(start + (self.pad - reach + self.stride - 1), self.stride), 0)
-        last = divide(start + length + (self.pad - 1), self.stride)
-        count = maximum(minimum(last + 1, self.size) - first, 0)
+        low = divide(start + (self.pad - reach + self.stride - 1), self.stride)
+        high = divide(start + length + (self.pad - 1), self.stride) + 1
+        first = minimum(maximum(low, 0), self.size - 1)
+        count = maximum(minimum(high, self.size) - first, 1)
         return Window(first, count, start + self.pad - first * self.stride)
 
 

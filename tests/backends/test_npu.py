@@ -1,0 +1,764 @@
+"""NPU drivers on the simulator: results equal the reference, logs equal the static words, whatever the tiling."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tvm
+
+from qcompiler.backends import npu
+from qcompiler.backends.npu_layers import recipe_of
+from qcompiler.backends.npu_tiling import Work, smallest_need
+from qcompiler.graph import QCOMPILER_DOMAIN, add_initializer, dtype_of, make_node, shape_of, value_name
+from qcompiler.integer import ops
+from qcompiler.integer.reference import execute
+from qcompiler.partition import Region
+from qcompiler.quant import arithmetic
+from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
+from qcompiler.simulator import isa
+from qcompiler.simulator.cost import price
+from qcompiler.simulator.machine import Log, compile_simulator
+from qcompiler.target import Target
+from qcompiler.target_loader import load_target
+
+INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
+Shape = tuple[int, ...]
+
+
+def with_scratchpad(size: int, variant: RequantizeVariant = "tflite") -> Target:
+    """The bundled arm-npu with another scratchpad."""
+    target = load_target("arm-npu")
+    assert target.npu is not None
+    scratchpad = target.npu.scratchpad.model_copy(update={"size": size})
+    memories = {**target.npu.memories, target.npu.memory_name("scratchpad"): scratchpad}
+    return target.model_copy(
+        update={
+            "npu": target.npu.model_copy(update={"memories": memories}),
+            "quantization": target.quantization.model_copy(update={"requantize": variant}),
+        }
+    )
+
+
+class Net:
+    """Builds an integer graph node by node."""
+
+    def __init__(self, seed: int, variant: RequantizeVariant = "tflite") -> None:
+        self.rng = np.random.default_rng(seed)
+        self.variant: RequantizeVariant = variant
+        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": 21, QCOMPILER_DOMAIN: 1}, name="net")
+        self._names = count()
+
+    def value(self, shape: Shape, dtype: ir.DataType) -> ir.Value:
+        return ir.Value(name=f"v{next(self._names)}", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+    def input(self, *shape: int, dtype: ir.DataType = INT8) -> ir.Value:
+        value = self.value(shape, dtype)
+        self.graph.inputs.append(value)
+        return value
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        return add_initializer(self.graph, f"c{next(self._names)}", array)
+
+    def dtype(self) -> ir.DataType:
+        return INT8 if self.rng.integers(2) else UINT8
+
+    def zero_point(self, dtype: ir.DataType) -> int:
+        low, high = limits(dtype)
+        return int(self.rng.integers(low, high + 1))
+
+    def random(self, shape: Shape, dtype: ir.DataType) -> np.ndarray:
+        low, high = limits(dtype)
+        return self.rng.integers(low, high + 1, shape).astype(dtype.numpy())
+
+    def clamp(self, dtype: ir.DataType) -> tuple[int, int]:
+        low, high = limits(dtype)
+        return low + int(self.rng.integers(0, 20)), high - int(self.rng.integers(0, 20))
+
+    def scales(self, count: int, typical: float) -> tuple[ir.Value, ir.Value]:
+        """Rescale factors around `typical`, encoded for the net's variant."""
+        factors = typical * self.rng.uniform(0.5, 2, count)
+        if self.variant == "shift":
+            factors = np.exp2(np.round(np.log2(factors)))
+        multiplier, shift = arithmetic.multipliers(factors, self.variant)
+        return self.constant(multiplier), self.constant(shift)
+
+    def add(self, node: ir.Node) -> ir.Value:
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def integer(self, op: ops.IntegerOp, inputs: list[ir.Value], shape: Shape, dtype: ir.DataType) -> ir.Value:
+        output = self.value(shape, dtype)
+        return self.add(op.node(inputs, output, f"n_{output.name}"))
+
+    def standard(
+        self, op: str, inputs: Sequence[ir.Value | None], shapes: Sequence[Shape], **attributes: int
+    ) -> ir.Node:
+        dtype = inputs[0].dtype if inputs[0] is not None else None
+        assert dtype is not None
+        outputs = [self.value(shape, dtype) for shape in shapes]
+        node = make_node(op, inputs, outputs, dict(attributes), name=f"n_{outputs[0].name}")
+        self.graph.append(node)
+        return node
+
+    # --- operators ---
+
+    def conv(
+        self,
+        x: ir.Value,
+        depth: int,
+        kernel: tuple[int, int] = (3, 3),
+        strides: tuple[int, int] = (1, 1),
+        pads: tuple[int, int, int, int] = (1, 1, 1, 1),
+        dilations: tuple[int, int] = (1, 1),
+        group: int = 1,
+    ) -> ir.Value:
+        n, h, w, _ = shape_of(x)
+        size = [
+            (full + pads[i] + pads[i + 2] - (kernel[i] - 1) * dilations[i] - 1) // strides[i] + 1
+            for i, full in enumerate((h, w))
+        ]
+        return self._weighted(ops.QConv, x, (n, *size, depth), kernel, strides, pads, dilations, group)
+
+    def conv_transpose(
+        self,
+        x: ir.Value,
+        depth: int,
+        kernel: tuple[int, int],
+        strides: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        dilations: tuple[int, int] = (1, 1),
+        group: int = 1,
+        extra: int = 0,
+    ) -> ir.Value:
+        n, h, w, _ = shape_of(x)
+        size = [
+            (full - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 - pads[i] - pads[i + 2] + extra
+            for i, full in enumerate((h, w))
+        ]
+        return self._weighted(ops.QConvTranspose, x, (n, *size, depth), kernel, strides, pads, dilations, group)
+
+    def _weighted(
+        self,
+        kind: type[ops.QConv] | type[ops.QConvTranspose],
+        x: ir.Value,
+        shape: Shape,
+        kernel: tuple[int, int],
+        strides: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        dilations: tuple[int, int],
+        group: int,
+    ) -> ir.Value:
+        depth, w_dtype, y_dtype = shape[-1], self.dtype(), self.dtype()
+        in_group = shape_of(x)[-1] // group
+        weights = self.constant(self.random((depth, *kernel, in_group), w_dtype))
+        bias = self.constant(self.rng.integers(-2000, 2000, depth).astype(np.int32))
+        scales = self.scales(depth, 0.5 / (90 * (kernel[0] * kernel[1] * in_group) ** 0.5))
+        assert x.dtype is not None
+        op = kind(
+            kernel, strides, pads, dilations, group, self.zero_point(x.dtype), self.zero_point(w_dtype),
+            self.zero_point(y_dtype), *self.clamp(y_dtype), self.variant,
+        )  # fmt: skip
+        return self.integer(op, [x, weights, bias, *scales], shape, y_dtype)
+
+    def gemm(self, x: ir.Value, depth: int) -> ir.Value:
+        m, k = shape_of(x)
+        w_dtype, y_dtype = self.dtype(), self.dtype()
+        weights = self.constant(self.random((depth, k), w_dtype))
+        bias = self.constant(self.rng.integers(-2000, 2000, depth).astype(np.int32))
+        assert x.dtype is not None
+        op = ops.QGemm(
+            self.zero_point(x.dtype), self.zero_point(w_dtype), self.zero_point(y_dtype), *self.clamp(y_dtype),
+            self.variant,
+        )  # fmt: skip
+        return self.integer(op, [x, weights, bias, *self.scales(depth, 0.5 / (90 * k**0.5))], (m, depth), y_dtype)
+
+    def sum(self, a: ir.Value, b: ir.Value, *, subtract: int = 0) -> ir.Value:
+        y_dtype = self.dtype()
+        factors = arithmetic.add_factors(*self.rng.uniform(0.01, 0.1, 3), self.variant)
+        assert a.dtype is not None and b.dtype is not None
+        op = ops.QAdd(
+            subtract, self.zero_point(a.dtype), self.zero_point(b.dtype), self.zero_point(y_dtype), *factors,
+            *self.clamp(y_dtype), self.variant,
+        )  # fmt: skip
+        return self.integer(op, [a, b], np.broadcast_shapes(shape_of(a), shape_of(b)), y_dtype)
+
+    def product(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        y_dtype = self.dtype()
+        assert a.dtype is not None and b.dtype is not None
+        op = ops.QMul(
+            self.zero_point(a.dtype), self.zero_point(b.dtype), self.zero_point(y_dtype), *self.clamp(y_dtype),
+            self.variant,
+        )  # fmt: skip
+        shape = np.broadcast_shapes(shape_of(a), shape_of(b))
+        return self.integer(op, [a, b, *self.scales(1, 0.01)], shape, y_dtype)
+
+    def max_pool(
+        self,
+        x: ir.Value,
+        kernel: tuple[int, int],
+        strides: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        dilations: tuple[int, int] = (1, 1),
+    ) -> ir.Value:
+        assert x.dtype is not None
+        op = ops.QMaxPool(kernel, strides, pads, dilations, *self.clamp(x.dtype))
+        return self.integer(op, [x], pooled(x, kernel, strides, pads, dilations), x.dtype)
+
+    def average_pool(
+        self,
+        x: ir.Value,
+        kernel: tuple[int, int],
+        strides: tuple[int, int],
+        pads: tuple[int, int, int, int],
+        counted: int,
+    ) -> ir.Value:
+        y_dtype = self.dtype()
+        assert x.dtype is not None
+        op = ops.QAveragePool(
+            kernel, strides, pads, counted, self.zero_point(x.dtype), self.zero_point(y_dtype), *self.clamp(y_dtype),
+            self.variant,
+        )  # fmt: skip
+        scales = self.scales(kernel[0] * kernel[1], 1 / (kernel[0] * kernel[1]))
+        return self.integer(op, [x, *scales], pooled(x, kernel, strides, pads, (1, 1)), y_dtype)
+
+    def reduce_mean(self, x: ir.Value, axes: tuple[int, ...], *, keep: bool) -> ir.Value:
+        y_dtype, shape = self.dtype(), shape_of(x)
+        assert x.dtype is not None
+        op = ops.QReduceMean(
+            axes, self.zero_point(x.dtype), self.zero_point(y_dtype), *self.clamp(y_dtype), self.variant
+        )
+        reduced = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        kept = reduced if keep else [size for axis, size in enumerate(shape) if axis not in axes]
+        elements = int(np.prod([shape[axis] for axis in axes]))
+        return self.integer(op, [x, *self.scales(1, 1 / elements)], tuple(kept), y_dtype)
+
+    def requantize(self, x: ir.Value) -> ir.Value:
+        y_dtype = self.dtype()
+        assert x.dtype is not None
+        op = ops.QRequantize(self.zero_point(x.dtype), self.zero_point(y_dtype), *self.clamp(y_dtype), self.variant)
+        return self.integer(op, [x, *self.scales(1, 0.8)], shape_of(x), y_dtype)
+
+    def lookup(self, x: ir.Value) -> ir.Value:
+        y_dtype = self.dtype()
+        table = self.constant(self.random((256,), y_dtype))
+        return self.integer(ops.QLookup("Tanh"), [x, table], shape_of(x), y_dtype)
+
+    def softmax(self, x: ir.Value) -> ir.Value:
+        y_dtype = self.dtype()
+        table, inverse_scale = arithmetic.softmax_tables(float(self.rng.uniform(0.01, 0.2)), 1 / 256)
+        op = ops.QSoftmax(inverse_scale, self.zero_point(y_dtype), *limits(y_dtype))
+        return self.integer(op, [x, self.constant(table)], shape_of(x), y_dtype)
+
+    def resize(self, x: ir.Value, size: tuple[int, int], *, linear: bool) -> ir.Value:
+        n, h, w, c = shape_of(x)
+        assert x.dtype is not None
+        tables: list[np.ndarray] = []
+        for full, wanted in zip((h, w), size, strict=True):
+            position = np.clip((np.arange(wanted) + 0.5) * full / wanted - 0.5, 0, full - 1)
+            low = np.floor(position).astype(np.int32)
+            if linear:
+                weight = np.rint((position - low) * 2048).astype(np.int32)
+                tables += [np.stack([low, np.minimum(low + 1, full - 1)], 1), np.stack([2048 - weight, weight], 1)]
+            else:
+                tables.append(low)
+        op = ops.QResizeLinear() if linear else ops.QResizeNearest()
+        inputs = [x, *(self.constant(table.astype(np.int32)) for table in tables)]
+        return self.integer(op, inputs, (n, *size, c), x.dtype)
+
+    def reshape(self, x: ir.Value, *shape: int) -> ir.Value:
+        return self.standard("Reshape", [x, self.constant(np.array(shape, np.int64))], [shape]).outputs[0]
+
+    def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
+        shape = tuple(shape_of(x)[axis] for axis in perm)
+        output = self.value(shape, x.dtype or INT8)
+        return self.add(make_node("Transpose", [x], [output], {"perm": perm}, name=f"n_{output.name}"))
+
+    def concat(self, values: Sequence[ir.Value], axis: int) -> ir.Value:
+        shape = list(shape_of(values[0]))
+        shape[axis] = sum(shape_of(value)[axis] for value in values)
+        return self.standard("Concat", values, [tuple(shape)], axis=axis).outputs[0]
+
+    def split(self, x: ir.Value, axis: int, sizes: Sequence[int]) -> list[ir.Value]:
+        shape = shape_of(x)
+        shapes = [tuple(size if k == axis else full for k, full in enumerate(shape)) for size in sizes]
+        return list(self.standard("Split", [x, self.constant(np.array(sizes, np.int64))], shapes, axis=axis).outputs)
+
+    def slice(self, x: ir.Value, starts: Shape, ends: Shape, axes: Shape, steps: Shape) -> ir.Value:
+        index = [slice(None)] * len(shape_of(x))
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            index[axis] = slice(start, end, step)
+        shape = np.empty(shape_of(x), np.int8)[tuple(index)].shape
+        constants = [self.constant(np.array(item, np.int64)) for item in (starts, ends, axes, steps)]
+        return self.standard("Slice", [x, *constants], [shape]).outputs[0]
+
+    def pad(self, x: ir.Value, before: Shape, after: Shape) -> ir.Value:
+        shape = tuple(b + size + a for b, size, a in zip(before, shape_of(x), after, strict=True))
+        value = self.random((), x.dtype or INT8)
+        constants = [self.constant(np.array((*before, *after), np.int64)), self.constant(value)]
+        return self.standard("Pad", [x, *constants], [shape]).outputs[0]
+
+    def clip(self, x: ir.Value) -> ir.Value:
+        assert x.dtype is not None
+        bounds = [self.constant(np.array(bound, x.dtype.numpy())) for bound in self.clamp(x.dtype)]
+        return self.standard("Clip", [x, *bounds], [shape_of(x)]).outputs[0]
+
+    def done(self, *outputs: ir.Value) -> ir.Model:
+        """The model; its outputs are those given, else every value nobody reads."""
+        values = [value for node in self.graph for value in node.outputs]
+        self.graph.outputs.extend(outputs or [value for value in values if not value.uses()])
+        return ir.Model(self.graph, ir_version=10)
+
+
+def limits(dtype: ir.DataType) -> tuple[int, int]:
+    info = np.iinfo(dtype.numpy())
+    return int(info.min), int(info.max)
+
+
+def pooled(
+    x: ir.Value, kernel: tuple[int, int], strides: tuple[int, int], pads: Shape, dilations: tuple[int, int]
+) -> Shape:
+    n, h, w, c = shape_of(x)
+    y, x_ = (
+        (full + pads[i] + pads[i + 2] - (kernel[i] - 1) * dilations[i] - 1) // strides[i] + 1
+        for i, full in enumerate((h, w))
+    )
+    return n, y, x_, c
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    label: str
+    model: ir.Model
+    program: npu.NpuProgram
+    target: Target
+
+
+def whole(model: ir.Model) -> Region:
+    nodes = tuple(model.graph)
+    return Region("region", "npu", nodes, tuple(model.graph.inputs), tuple(model.graph.outputs))
+
+
+def need_of(model: ir.Model) -> int:
+    """The scratchpad below which some node's smallest tile does not fit."""
+    target = with_scratchpad(1 << 24)
+    recipes = [recipe_of(node, target) for node in model.graph]
+    return max((smallest_need(recipe, 16) for recipe in recipes if isinstance(recipe, Work)), default=16)
+
+
+def cases(label: str, model: ir.Model, variant: RequantizeVariant = "tflite") -> Iterator[Case]:
+    """One model on a roomy scratchpad, a tight one and the smallest there can be."""
+    need = need_of(model)
+    for size in sorted({1 << 20, 3 * need, need}):
+        target = with_scratchpad(size, variant)
+        reasons = [npu.can_run(node, target) for node in model.graph]
+        assert reasons == [None] * len(reasons), label
+        yield Case(f"{label}, {size} bytes", model, npu.compile_region(whole(model), target), target)
+
+
+@pytest.fixture(scope="session")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_simulator(tmp_path_factory.mktemp("simulator"))
+
+
+Check = Callable[[Sequence[Case]], None]
+
+
+@pytest.fixture
+def check(simulator: Path, tmp_path: Path) -> Check:
+    """Builds all drivers into one library; compares every output with the reference and every log with the words."""
+
+    def run(all_cases: Sequence[Case]) -> None:
+        functions = {f"driver_{i}": npu.driver(case.program, f"driver_{i}", i) for i, case in enumerate(all_cases)}
+        library = tmp_path / "drivers.so"
+        executable = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target({"kind": "llvm", "opt-level": 0}))
+        executable.export_library(str(library), addons=[str(simulator)])
+        module, log = tvm.runtime.load_module(str(library)), Log(library)
+        rng = np.random.default_rng(len(all_cases))
+        for i, case in enumerate(all_cases):
+            feeds = {
+                value_name(value): rng.integers(*np.add(limits(value.dtype or INT8), (0, 1)), shape_of(value)).astype(
+                    dtype_of(value)
+                )
+                for value in case.model.graph.inputs
+            }
+            expected = execute(case.model, feeds)
+            outputs = [tvm.runtime.tensor(np.full(t.shape, 77, t.dtype)) for t in case.program.outputs]
+            workspace = np.full(max(1, case.program.workspace_bytes), 0x5A, np.uint8)
+            arguments = [*feeds.values(), case.program.blob.copy()]
+            log.reset()
+            module[f"driver_{i}"](*map(tvm.runtime.tensor, arguments), *outputs, tvm.runtime.tensor(workspace))
+            for output, tensor in zip(outputs, case.program.outputs, strict=True):
+                np.testing.assert_array_equal(output.numpy(), expected[tensor.name], err_msg=case.label)
+            words = npu.words(case.program)
+            np.testing.assert_array_equal(log.words(), words, err_msg=case.label)
+            assert [number for number, _ in log.regions()] == [i]
+            assert log.scratchpad_peak() == case.program.scratchpad.peak <= case.target.npu.scratchpad.size  # pyright: ignore[reportOptionalMemberAccess]
+
+    return run
+
+
+def tilings(all_cases: Sequence[Case]) -> list[tuple[int, ...]]:
+    """Tiles along n, y, x, c of every operator that runs on an engine."""
+    return [step.work.tiling.counts for case in all_cases for step in case.program.steps if step.work is not None]
+
+
+# --- one operator at a time ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", REQUANTIZE_VARIANTS)
+def test_convolutions(check: Check, variant: RequantizeVariant) -> None:
+    all_cases: list[Case] = []
+    rng = np.random.default_rng(REQUANTIZE_VARIANTS.index(variant))
+    for seed in range(8):
+        net = Net(100 + seed, variant)
+        group = int(rng.choice([1, 1, 2, 3, 6]))
+        depth_in, depth_out = 6 * int(rng.integers(1, 4)), 6 * int(rng.integers(1, 6))
+        kernel, strides, dilations = (tuple(int(k) for k in rng.integers(1, top, 2)) for top in (5, 4, 3))
+        pads = tuple(int(pad) for pad in rng.integers(0, 3, 4))
+        size = [int(k) for k in rng.integers(9, 20, 2)]
+        x = net.input(int(rng.integers(1, 3)), *size, depth_in, dtype=net.dtype())
+        net.conv(x, depth_out, kernel, strides, pads, dilations, group)
+        all_cases += cases(f"seed {seed}: {size} {kernel} {strides} {pads} {dilations} {group}", net.done(), variant)
+    check(all_cases)
+    cut = np.array(tilings(all_cases)) > 1
+    assert cut[:, 1].any() and cut[:, 2].any() and cut[:, 3].any()
+
+
+def test_depthwise_convolutions(check: Check) -> None:
+    all_cases: list[Case] = []
+    for seed, (h, w, c, k, s, d) in enumerate([(14, 15, 33, 3, 1, 1), (23, 9, 40, 5, 2, 1), (12, 12, 16, 3, 1, 2)]):
+        net = Net(seed)
+        net.conv(net.input(2, h, w, c), c, (k, k), (s, s), (k // 2, 1, 0, k // 2), (d, d), group=c)
+        all_cases += cases(f"{h}x{w}x{c}", net.done())
+    # Several outputs per input channel: neither depthwise nor dense.
+    net = Net(9)
+    net.conv(net.input(1, 9, 9, 8), 24, group=8)
+    all_cases += cases("multiplier 3", net.done())
+    check(all_cases)
+
+
+def test_windows_wholly_in_the_padding(check: Check) -> None:
+    net = Net(5)
+    net.conv(net.input(1, 4, 5, 8), 16, (2, 2), (1, 1), (5, 4, 3, 6))
+    check(list(cases("wide padding", net.done())))
+
+
+def test_transposed_convolutions(check: Check) -> None:
+    all_cases: list[Case] = []
+    settings = [((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1, 1), ((2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 1, 0),
+                ((2, 3), (3, 2), (0, 1, 1, 0), (1, 1), 1, 0), ((3, 2), (1, 2), (2, 0, 1, 1), (2, 1), 2, 0),
+                ((1, 1), (3, 3), (0, 0, 0, 0), (1, 1), 1, 2), ((4, 4), (2, 2), (1, 1, 1, 1), (1, 1), 8, 0)]  # fmt: skip
+    for seed, (kernel, strides, pads, dilations, group, extra) in enumerate(settings):
+        net = Net(seed)
+        net.conv_transpose(net.input(1 + seed % 2, 7, 9, 8), 24, kernel, strides, pads, dilations, group, extra)
+        all_cases += cases(f"{kernel} {strides} {pads}", net.done())
+    check(all_cases)
+
+
+def test_gemms(check: Check) -> None:
+    all_cases: list[Case] = []
+    for variant in REQUANTIZE_VARIANTS:
+        for m, k, n in ((1, 130, 37), (5, 64, 10), (33, 17, 70)):
+            net = Net(m, variant)
+            net.gemm(net.input(m, k, dtype=net.dtype()), n)
+            all_cases += cases(f"{m}x{k}x{n} {variant}", net.done(), variant)
+    check(all_cases)
+
+
+@pytest.mark.parametrize("variant", REQUANTIZE_VARIANTS)
+def test_additions_and_products(check: Check, variant: RequantizeVariant) -> None:
+    shapes: list[tuple[Shape, Shape]] = [
+        ((1, 9, 7, 20), (1, 9, 7, 20)), ((2, 9, 7, 20), (1, 1, 1, 20)), ((2, 5, 6, 8), (2, 1, 1, 8)),
+        ((1, 9, 7, 1), (1, 1, 7, 20)), ((7, 20), (20,)), ((3, 4, 5, 2, 6), (3, 4, 5, 2, 6)), ((40,), (1,)),
+        ((2, 3, 4, 5, 6), (6,)), ((1, 6, 6, 4), (1, 6, 6, 1)),
+    ]  # fmt: skip
+    all_cases: list[Case] = []
+    for seed, (a, b) in enumerate(shapes):
+        net = Net(seed, variant)
+        left, right = net.input(*a, dtype=net.dtype()), net.input(*b, dtype=net.dtype())
+        net.sum(left, right, subtract=seed % 2)
+        net.product(right, left)
+        net.sum(left, net.constant(net.random(b, UINT8)))
+        all_cases += cases(f"{a} {b}", net.done(), variant)
+    net = Net(77, variant)
+    x = net.input(1, 8, 8, 16)
+    net.product(x, x)
+    all_cases += cases("a square", net.done(), variant)
+    check(all_cases)
+
+
+def test_pools(check: Check) -> None:
+    all_cases: list[Case] = []
+    for seed, variant in enumerate((*REQUANTIZE_VARIANTS, *REQUANTIZE_VARIANTS)):
+        net = Net(seed, variant)
+        rng = net.rng
+        x = net.input(int(rng.integers(1, 3)), *(int(k) for k in rng.integers(8, 17, 2)), 24, dtype=net.dtype())
+        kernel, strides = (tuple(int(k) for k in rng.integers(1, 4, 2)) for _ in range(2))
+        pads = tuple(int(rng.integers(0, kernel[i % 2])) for i in range(4))
+        net.max_pool(x, kernel, strides, pads, (2, 1))
+        net.average_pool(x, kernel, strides, pads, 0)
+        net.average_pool(x, kernel, strides, pads, 1)
+        net.average_pool(x, kernel, strides, (0, 0, 0, 0), 0)
+        all_cases += cases(f"{shape_of(x)} {kernel} {strides} {pads}", net.done(), variant)
+    check(all_cases)
+
+
+def test_means(check: Check) -> None:
+    all_cases: list[Case] = []
+    settings: list[tuple[Shape, tuple[int, ...], bool]] = [
+        ((2, 7, 6, 20), (1, 2), True), ((1, 7, 6, 20), (1, 2), False), ((3, 10, 8), (1,), True), ((4, 30), (1,), False),
+        ((2, 3, 4, 5), (1, 2, 3), True), ((2, 3, 4, 5), (0,), False),
+    ]  # fmt: skip
+    for seed, (shape, axes, keep) in enumerate(settings):
+        net = Net(seed)
+        net.reduce_mean(net.input(*shape, dtype=net.dtype()), axes, keep=keep)
+        all_cases += cases(f"{shape} {axes}", net.done())
+    check(all_cases)
+
+
+def test_unary_operators(check: Check) -> None:
+    all_cases: list[Case] = []
+    for seed, shape in enumerate(((1, 9, 7, 20), (3, 100), (40,), (2, 3, 4, 5, 6), (2, 5, 9))):
+        for variant in REQUANTIZE_VARIANTS[seed % 2 :: 2]:
+            net = Net(seed, variant)
+            x = net.input(*shape, dtype=net.dtype())
+            for operator in (net.requantize, net.lookup, net.softmax, net.clip):
+                operator(x)
+            all_cases += cases(f"{shape} {variant}", net.done(), variant)
+    check(all_cases)
+
+
+def test_resizes(check: Check) -> None:
+    all_cases: list[Case] = []
+    for seed, (h, w, size) in enumerate([(5, 7, (10, 14)), (9, 6, (5, 13)), (4, 4, (11, 3)), (6, 5, (6, 5))]):
+        net = Net(seed)
+        x = net.input(1 + seed % 2, h, w, 20, dtype=net.dtype())
+        net.resize(x, size, linear=False)
+        net.resize(x, size, linear=True)
+        all_cases += cases(f"{h}x{w} to {size}", net.done())
+    check(all_cases)
+
+
+def test_data_movement(check: Check) -> None:
+    all_cases: list[Case] = []
+    for seed, n in enumerate((1, 2)):
+        net = Net(seed)
+        x, y = net.input(n, 6, 5, 8), net.input(n, 6, 5, 3)
+        for axis, other in ((0, x), (1, x), (2, x), (3, y)):
+            net.concat([x, other, net.constant(net.random(shape_of(other), INT8))], axis)
+        net.split(x, 3, (3, 4, 1))
+        net.split(x, 1, (2, 4))
+        net.slice(x, (1, 2), (6, 5), (1, 3), (2, 3))
+        net.slice(x, (-4,), (100,), (2,), (1,))
+        net.pad(x, (0, 1, 2, 0), (0, 3, 0, 1))
+        net.pad(x, (0, 0, 0, 0), (0, 0, 0, 0))
+        net.reshape(x, n * 30, 8)
+        for perm in ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1, 3), (3, 2, 1, 0), (0, 1, 3, 2), (1, 0, 2, 3)):
+            net.transpose(x, *perm)
+        net.transpose(net.input(2, 3, 4, 2, 5), 4, 1, 0, 3, 2)
+        all_cases += cases(f"batch {n}", net.done())
+    check(all_cases)
+
+
+# --- regions ----------------------------------------------------------------------------------------------------------
+
+
+def random_region(seed: int) -> ir.Model:
+    """A random directed graph: every operator picks its inputs among all values so far."""
+    net = Net(1000 + seed, REQUANTIZE_VARIANTS[seed % 4])
+    rng = net.rng
+    maps = [net.input(int(rng.integers(1, 3)), int(rng.integers(8, 15)), int(rng.integers(8, 15)), 12)]
+
+    def pick() -> ir.Value:
+        return maps[int(rng.integers(len(maps)))]
+
+    def alike(x: ir.Value) -> ir.Value:
+        same = [value for value in maps if shape_of(value) == shape_of(x)]
+        return same[int(rng.integers(len(same)))]
+
+    for _ in range(int(rng.integers(5, 13))):
+        x = pick()
+        n, h, w, c = shape_of(x)
+        match int(rng.integers(13)):
+            case 0 | 1:
+                y = net.conv(x, int(rng.integers(1, 30)))
+            case 2:
+                y = net.conv(x, c, group=c)
+            case 3:
+                y = net.conv(x, int(rng.integers(8, 40)), (1, 1), (1, 1), (0, 0, 0, 0))
+            case 4 | 5:
+                y = net.sum(x, alike(x))
+            case 6:
+                y = net.max_pool(x, (2, 2), (2, 2), (0, 0, 1, 1)) if min(h, w) > 3 else net.lookup(x)
+            case 7:
+                y = net.product(x, net.reduce_mean(x, (1, 2), keep=True))
+            case 8 | 9:
+                same = [value for value in maps if shape_of(value)[:3] == (n, h, w) and value.dtype == x.dtype]
+                y = net.concat(same[-3:], 3) if sum(shape_of(value)[3] for value in same[-3:]) < 80 else net.clip(x)
+            case 10:
+                half = c // 2
+                parts = net.split(x, 3, (half, c - half)) if half else [net.requantize(x)]
+                maps.append(parts[-1])
+                y = parts[0]
+            case 11:
+                y = net.reshape(net.requantize(net.reshape(x, n * h * w, c)), n, h, w, c)
+            case _:
+                y = net.pad(x, (0, 1, 0, 0), (0, 0, 1, 0))
+        maps.append(y)
+    unread = [value for value in maps if not value.uses() and value.producer() is not None]
+    inner = [value for value in maps if value.uses() and value.producer() is not None]
+    # Some inner value leaves the region too.
+    return net.done(*unread, *inner[: int(rng.integers(2))])
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_random_regions(check: Check, block: int) -> None:
+    all_cases: list[Case] = []
+    for seed in range(8 * block, 8 * block + 8):
+        all_cases += cases(f"seed {seed}", random_region(seed), REQUANTIZE_VARIANTS[seed % 4])
+    check(all_cases)
+    assert any(case.program.evicted for case in all_cases)
+
+
+def inception(size: int) -> ir.Model:
+    net = Net(3)
+    x = net.conv(net.input(1, 24, 24, 8), 32)
+    left, right = net.conv(x, 16), net.conv(x, 24, (1, 1), (1, 1), (0, 0, 0, 0))
+    dtype = right.dtype
+    left = left if left.dtype == dtype else net.requantize(left)
+    while left.dtype != dtype:
+        left = net.requantize(left)
+    net.conv(net.concat([left, right], 3), size)
+    return net.done()
+
+
+def test_inputs_of_a_concat_are_written_in_place() -> None:
+    program = npu.compile_region(whole(inception(16)), with_scratchpad(1 << 20))
+    concat = next(step for step in program.steps if step.op == "Concat")
+    assert concat.copies == () and not program.evicted
+    writers = [step.work.ofm for step in program.steps if step.work is not None and step.work.ofm.strides[2] == 40]
+    assert len(writers) == 2 and {placed.base for placed in writers} == {isa.SCRATCHPAD}
+
+
+def test_maps_stay_in_the_scratchpad_when_they_fit() -> None:
+    model = inception(16)
+    roomy = npu.compile_region(whole(model), with_scratchpad(1 << 20))
+    tight = npu.compile_region(whole(model), with_scratchpad(32 * 1024))
+    assert roomy.workspace_bytes == 0 and roomy.evicted == ()
+    assert tight.workspace_bytes > 0 and tight.evicted
+    moved = [
+        sum(step.work.tiling.moved for step in program.steps if step.work is not None) for program in (roomy, tight)
+    ]
+    assert moved[0] < moved[1]
+    # Region input, constants and output once each: nothing can move less.
+    assert moved[0] == 24 * 24 * 8 + sum(len(stream.data) for stream in streams_of(roomy)) + 24 * 24 * 16
+
+
+def streams_of(program: npu.NpuProgram) -> list:
+    return [stream for step in program.steps if step.work is not None for stream in step.work.work.streams]
+
+
+def test_the_next_tile_is_fetched_while_one_computes() -> None:
+    net = Net(8)
+    net.conv(net.input(1, 40, 40, 32), 64)
+    program = npu.compile_region(whole(net.done()), with_scratchpad(64 * 1024))
+    (step,) = program.steps
+    assert step.work is not None and step.work.tiling.slots == 2 and step.work.tiling.tiles > 2
+    names = [command.opcode.name for command in isa.decode(npu.words(program).tolist())]
+    spans = " ".join(names).split("barrier")
+    assert sum("dma" in span and "conv" in span for span in spans) >= step.work.tiling.tiles - 1
+
+
+def test_constants_are_fetched_during_the_operator_before() -> None:
+    net = Net(8)
+    net.conv(net.conv(net.input(1, 16, 16, 16), 16), 16)
+    program = npu.compile_region(whole(net.done()), with_scratchpad(1 << 20))
+    assert [step.prefetched for step in program.steps] == [False, True] and program.steps[0].prefetch == 1
+    layer, fetched = 0, {0: 0, 1: 0}
+    for command in isa.decode(npu.words(program).tolist()):
+        if command.opcode is isa.LAYER:
+            layer = command["index"]
+        elif command.opcode is isa.DMA and command["src_base"] == program.bases.blob:
+            fetched[layer] += command["row_bytes"]
+    expected = [sum(len(stream.data) for stream in step.work.work.streams) for step in program.steps if step.work]
+    assert list(fetched.values()) == expected
+
+
+def test_the_cost_model_prices_the_words() -> None:
+    program = npu.compile_region(whole(inception(16)), with_scratchpad(40 * 1024))
+    cost = price(npu.words(program), with_scratchpad(40 * 1024), {program.bases.blob: "flash"})
+    macs = 24 * 24 * (32 * 9 * 8 + 16 * 9 * 32 + 24 * 32 + 16 * 9 * 40)
+    assert cost.macs == macs and cost.cycles > macs / 128
+    assert cost.scratchpad_top == program.scratchpad.peak
+
+
+def test_equal_constants_are_stored_once() -> None:
+    net = Net(8)
+    x = net.input(1, 4, 4, 8)
+    table = net.constant(net.random((256,), INT8))
+    for _ in range(3):
+        net.integer(ops.QLookup("Tanh"), [x, table], (1, 4, 4, 8), INT8)
+    assert len(npu.compile_region(whole(net.done()), with_scratchpad(1 << 16)).blob) == 256
+
+
+def test_two_compilations_are_equal() -> None:
+    programs = [npu.compile_region(whole(random_region(3)), with_scratchpad(40 * 1024)) for _ in range(2)]
+    assert np.array_equal(npu.words(programs[0]), npu.words(programs[1]))
+    assert np.array_equal(programs[0].blob, programs[1].blob)
+    texts = [npu.driver(program, "main").script() for program in programs]
+    assert texts[0] == texts[1]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def reason_of(net: Net, scratchpad: int = 1 << 20) -> str | None:
+    (node,) = net.graph
+    return npu.can_run(node, with_scratchpad(scratchpad))
+
+
+def test_refuses_a_tile_that_cannot_fit() -> None:
+    net = Net(0)
+    net.gemm(net.input(1, 20000), 10)
+    assert reason_of(net) is None
+    assert reason_of(net, 32768) == "its smallest tile needs 40032 bytes and the scratchpad has 32768"
+
+
+def test_refuses_what_its_driver_lacks() -> None:
+    net = Net(0)
+    a, b = net.input(3, 4), net.input(4, 5)
+    net.integer(ops.QMatMul(0, 0, 0, -128, 127, "tflite"), [a, b, *net.scales(1, 0.1)], (3, 5), INT8)
+    assert reason_of(net) == "the NPU's driver has no QMatMul"
+
+
+def test_refuses_means_over_scattered_axes() -> None:
+    net = Net(0)
+    net.reduce_mean(net.input(2, 3, 4, 5), (1, 3), keep=True)
+    assert reason_of(net) == "the axes it averages are not neighbours"
+
+
+def test_refuses_computed_weights() -> None:
+    net = Net(0)
+    net.gemm(net.input(2, 8), 4)
+    (node,) = net.graph
+    node.replace_input_with(1, net.input(4, 8))
+    assert reason_of(net) == "its weights are not constant"
+
+
+def test_refuses_wide_tensors_and_backward_slices() -> None:
+    net = Net(0)
+    net.reshape(net.input(2, 8, dtype=ir.DataType.INT32), 16)
+    assert reason_of(net) == "Reshape works on 8-bit tensors only"
+    net = Net(0)
+    net.slice(net.input(8), (7,), (-9,), (0,), (-1,))
+    assert reason_of(net) == "it slices backwards"
+    net = Net(0)
+    net.standard("ArgMax", [net.input(2, 8)], [(2, 1)], axis=1)
+    assert reason_of(net) == "the NPU's driver has no ArgMax"
