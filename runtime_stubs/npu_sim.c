@@ -752,6 +752,8 @@ int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
     check_same_size(0);
     int32_t table[256];
     memcpy(table, bytes, sizeof table);
+    const int tflite = inverse_scale == 0; /* qcompiler.integer.ops.TFLITE_SOFTMAX */
+    int32_t reciprocal = 0, shift = 0;
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
             const uint8_t *from = pixel_of(in, &ifm[0], y, x);
@@ -762,11 +764,15 @@ int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
                 largest = value > largest ? value : largest;
             }
             int64_t total = 0;
-            for (int32_t c = 0; c < ofm.depth; ++c)
-                total += table[largest - load(from + (int64_t)c * ifm[0].stride_c, ifm[0].dtype)];
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int32_t exponential = table[largest - load(from + (int64_t)c * ifm[0].stride_c, ifm[0].dtype)];
-                int64_t value = qarith_softmax(exponential, total, inverse_scale, ofm.zero_point);
+                total += tflite ? qarith_tflite_softmax_term(exponential) : exponential;
+            }
+            if (tflite) reciprocal = qarith_tflite_softmax_reciprocal(total, &shift);
+            for (int32_t c = 0; c < ofm.depth; ++c) {
+                int32_t exponential = table[largest - load(from + (int64_t)c * ifm[0].stride_c, ifm[0].dtype)];
+                int64_t value = tflite ? qarith_tflite_softmax(exponential, reciprocal, shift, ofm.zero_point)
+                                       : qarith_softmax(exponential, total, inverse_scale, ofm.zero_point);
                 to[c] = (uint8_t)qarith_clamp(value, clamp_min, clamp_max);
             }
         }

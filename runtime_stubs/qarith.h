@@ -106,4 +106,31 @@ static inline int64_t qarith_softmax(int32_t exponential, int64_t total, int32_t
     return (2 * (int64_t)exponential * inverse_scale + scaled) / (2 * scaled) + zero_point;
 }
 
+/* --- softmax as TFLite's reference kernel has it: qcompiler/quant/tflite_functions.py --- */
+
+/* What an exponential (Q0.31) adds to a sum of them (Q12.19). */
+static inline int64_t qarith_tflite_softmax_term(int32_t exponential) {
+    return qarith_rounding_divide_by_pot(exponential, 12);
+}
+
+/* `total` is the row's sum of terms, at least one and below 2^31. Stores the shift of the elements. */
+static inline int32_t qarith_tflite_softmax_reciprocal(int64_t total, int32_t *shift) {
+    int32_t headroom = 0;
+    while ((total << headroom) < (int64_t)1 << 31) ++headroom;
+    /* Newton and Raphson on half of the denominator: 48/17 - 32/17 * half is the first guess, in Q2.29. */
+    int32_t half = (int32_t)((total << headroom) >> 1);
+    int32_t x = (int32_t)(1515870810 + qarith_doubling_high_mul(half, -1010580540));
+    for (int step = 0; step < 3; ++step) {
+        int32_t error = (int32_t)(((int64_t)1 << 29) - qarith_doubling_high_mul(half, x));
+        x += (int32_t)(qarith_doubling_high_mul(x, error) * 4);
+    }
+    *shift = 12 - headroom + 31 - 8;
+    return x >= 1 << 30 ? INT32_MAX : x * 2;
+}
+
+/* One element. No saturation. */
+static inline int64_t qarith_tflite_softmax(int32_t exponential, int32_t reciprocal, int32_t shift, int32_t zero_point) {
+    return qarith_rounding_divide_by_pot(qarith_doubling_high_mul(reciprocal, exponential), shift) + zero_point;
+}
+
 #endif

@@ -8,7 +8,7 @@ from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.elementwise import elementwise
 from qcompiler.backends.te import Expr
 from qcompiler.graph import const_of, data_input, dtype_of, element_count, input_of, integer, shape_of
-from qcompiler.integer.ops import QAdd, QLookup, QMul, QRequantize, QSoftmax
+from qcompiler.integer.ops import TFLITE_SOFTMAX, QAdd, QLookup, QMul, QRequantize, QSoftmax
 from qcompiler.quant.arithmetic import RequantizeVariant
 
 
@@ -77,7 +77,10 @@ def softmax(node: ir.Node, host: HostCode) -> Kernel:
     x = placeholder(data_input(node), (element_count(shape[:-1]), shape[-1]))
     (entries,) = parameters_of([table])
     limits, dtype = (op.clamp_min, op.clamp_max), str(dtype_of(node.outputs[0]))
-    y = te_arithmetic.softmax(x, entries, op.inverse_scale, op.y_zero_point, limits, dtype)
+    if op.inverse_scale == TFLITE_SOFTMAX:
+        y = te_arithmetic.tflite_softmax(x, entries, op.y_zero_point, limits, dtype)
+    else:
+        y = te_arithmetic.softmax(x, entries, op.inverse_scale, op.y_zero_point, limits, dtype)
     return Kernel(te.prim_func([x, entries, y]), (data_input(node),), (table,))
 
 

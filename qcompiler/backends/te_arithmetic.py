@@ -8,6 +8,7 @@ loaded from parameters, never constants.
 
 from qcompiler.backends import te
 from qcompiler.backends.te import Expr
+from qcompiler.quant import tflite_functions
 from qcompiler.quant.arithmetic import TFLITE_ADD_LEFT_SHIFT, AddFactors, RequantizeVariant
 
 DTYPE_RANGES: dict[str, tuple[int, int]] = {
@@ -132,3 +133,64 @@ def softmax(
         return saturate(te.truncated_divide(numerator, denominator * 2), zero_point, limits, dtype)
 
     return te.compute((rows, length), quotient, "softmax")
+
+
+def tflite_softmax(x: te.Tensor, table: te.Tensor, zero_point: int, limits: tuple[int, int], dtype: str) -> te.Tensor:
+    """`tflite_functions.softmax` over the last axis of x [rows, length]; table int32 [256]."""
+    rows, length = te.shape_of(x)
+    sum_bits = tflite_functions.SUM_INTEGER_BITS
+    i = te.reduce_axis(length, "i")
+    j = te.reduce_axis(length, "j")
+    highest = te.compute((rows,), lambda r: te.reduce_max(x[r, i].astype("int32"), axis=[i]), "highest")
+    exponential = te.compute((rows, length), lambda r, c: table[highest[r] - x[r, c].astype("int32")], "exponential")
+
+    def term(r: Expr, c: Expr) -> Expr:
+        # Exponentials are not negative, so a half and a shift round them; in 64 bits, for the largest is 2^31 - 1.
+        return te.shift_right(exponential[r, c].astype("int64") + _one(sum_bits - 1), _shift(sum_bits))
+
+    total = te.compute((rows,), lambda r: te.reduce_sum(term(r, j), axis=[j]), "total")
+
+    def leading_zeros(r: Expr) -> Expr:
+        # A sum is at least one, which has `sum_bits` of them.
+        counted: Expr = te.const(0, "int64")
+        for bit in range(31 - sum_bits + 1, 32):
+            counted = counted + (total[r] < _one(bit)).astype("int64")
+        return counted
+
+    headroom = te.compute((rows,), leading_zeros, "headroom")
+    # Half of the denominator, and then 2 / denominator in Q2.29: each Newton step is a stage of its own, for an
+    # expression would name the step before it three times.
+    half = te.compute((rows,), lambda r: te.shift_right(te.shift_left(total[r], headroom[r]), _shift(1)), "half")
+    guess = te.compute((rows,), lambda r: _first_guess(half[r]), "guess")
+    for step in range(tflite_functions.NEWTON_STEPS):
+        guess = _newton(half, guess, f"newton_{step}")
+
+    def quotient(r: Expr, c: Expr) -> Expr:
+        reciprocal = te.minimum(te.shift_left(guess[r], _shift(1)), te.const((1 << 31) - 1, "int64"))
+        product = _high_mul(reciprocal, exponential[r, c].astype("int64"))
+        exponent = te.const(sum_bits + 31 - 8, "int64") - headroom[r]
+        return saturate(rounding_divide_by_pot(product, exponent), zero_point, limits, dtype)
+
+    return te.compute((rows, length), quotient, "softmax")
+
+
+def _first_guess(half: Expr) -> Expr:
+    slope = te.const(tflite_functions.HALVES_NEG_32_17, "int64")
+    return _high_mul(half, slope) + te.const(tflite_functions.HALVES_48_17, "int64")
+
+
+def _newton(half: te.Tensor, guess: te.Tensor, name: str) -> te.Tensor:
+    def step(r: Expr) -> Expr:
+        error = _one(29) - _high_mul(half[r], guess[r])
+        return guess[r] + te.shift_left(_high_mul(guess[r], error), _shift(2))
+
+    return te.compute(te.shape_of(guess), step, name)
+
+
+def _high_mul(a: Expr, b: Expr) -> Expr:
+    """SaturatingRoundingDoublingHighMul of int64 operands that hold int32 values, not both the lowest."""
+    return te.shift_right(a * b + _one(30), _shift(31))
+
+
+def _shift(count: int) -> Expr:
+    return te.const(count, "int64")

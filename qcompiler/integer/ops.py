@@ -234,9 +234,17 @@ class QLookup(IntegerOp):
     function: str
 
 
+TFLITE_SOFTMAX = 0
+"""The inverse_scale of a QSoftmax that TFLite's kernel defines; no output scale has this inverse."""
+
+
 @dataclass(frozen=True)
 class QSoftmax(IntegerOp):
-    """Softmax over the last axis: `arithmetic.softmax`. Inputs: x, table [256] int32."""
+    """Softmax over the last axis. Inputs: x, table [256] int32.
+
+    `arithmetic.softmax`; or, where inverse_scale is `TFLITE_SOFTMAX`, `tflite_functions.softmax`, whose output scale is
+    1/256.
+    """
 
     op_type: ClassVar[str] = "QSoftmax"
     inverse_scale: int

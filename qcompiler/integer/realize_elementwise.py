@@ -11,7 +11,7 @@ from qcompiler.integer.builder import Builder, Format, Output, Quantized, real_c
 from qcompiler.integer.facts import LOOKUP_FUNCTIONS
 from qcompiler.integer.realize_movement import Forms
 from qcompiler.integer.reference import StandardNode
-from qcompiler.quant import arithmetic
+from qcompiler.quant import arithmetic, tflite_functions
 
 _ELEMENTWISE: frozenset[str] = LOOKUP_FUNCTIONS | {
     "Add", "And", "BitShift", "Cast", "Ceil", "Clip", "Div", "Equal", "Floor", "Greater", "GreaterOrEqual", "Identity",
@@ -93,17 +93,26 @@ def _quantize_constant(builder: Builder, array: np.ndarray, dtype: ir.DataType, 
 def lookup(builder: Builder, forms: Forms, value: ir.Value, out: Output) -> ir.Value | None:
     """Any elementwise computation on one quantized tensor and single constants, as a table of its 256 results.
 
-    The table holds what DequantizeLinear, the float operators and QuantizeLinear make of every integer.
+    The table holds what DequantizeLinear, the float operators and QuantizeLinear make of every integer; for a Sigmoid
+    on targets of TFLite's arithmetic, what TFLite's kernel makes of it.
     """
     expression = _Expression(forms)
     if not expression.add(value) or expression.leaf is None or expression.leaf.shape != shape_of(value):
         return None
     leaf = expression.leaf
-    table = np.clip(
-        out.format.quantize(expression.evaluate(value, builder.graph.opset_imports[""])), *out.clamp
-    ).astype(out.format.dtype.numpy())
+    function = "+".join(node.op_type for node in expression.nodes)
+    unit = (np.float32(tflite_functions.LOGISTIC_OUTPUT_SCALE), out.format.limits[0])
+    kernel = (builder.variant, function, leaf.format.dtype) == ("tflite", "Sigmoid", out.format.dtype)
+    if kernel and (out.format.scale, out.format.zero_point) == unit:
+        # Within one of the float function, and the same as TFLite's kernel, which has this one output format.
+        codes = tflite_functions.logistic_table(
+            float(leaf.format.scale), leaf.format.zero_point, out.format.dtype.numpy()
+        )
+    else:
+        codes = out.format.quantize(expression.evaluate(value, builder.graph.opset_imports[""]))
+    table = np.clip(codes, *out.clamp).astype(out.format.dtype.numpy())
     constant = builder.constant(table, f"{out.name}.table")
-    op = ops.QLookup("+".join(node.op_type for node in expression.nodes))
+    op = ops.QLookup(function)
     return builder.operator(op, [leaf.value, constant], out.shape, out.format.dtype, out.name)
 
 

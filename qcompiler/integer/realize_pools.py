@@ -17,7 +17,7 @@ from qcompiler.integer.builder import (
 )
 from qcompiler.integer.realize_movement import Forms, max_pool
 from qcompiler.integer.resize import is_plain_resize, linear_tables, spatial_scales
-from qcompiler.quant import arithmetic
+from qcompiler.quant import arithmetic, tflite_functions
 
 
 def average_pool(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
@@ -47,7 +47,7 @@ def average_pool(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> 
         builder.variant,
     )
     counts = np.arange(1, element_count(kernel) + 1)
-    factors = builder.encoded(_mean_factors(x.format, out.format, counts), out.name)
+    factors = builder.encoded(_mean_factors(builder, x.format, out.format, counts), out.name)
     source = builder.feature_map(x.value, f"{out.name}.x")
     return builder.spatial(
         out,
@@ -68,7 +68,7 @@ def reduce_mean(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> i
     axes = sorted(axis % rank for axis in axes) or list(range(rank))
     op = ops.QReduceMean(tuple(axes), x.format.zero_point, out.format.zero_point, *out.clamp, builder.variant)
     count = np.array([element_count(x.shape[axis] for axis in axes)])
-    factors = builder.encoded(_mean_factors(x.format, out.format, count), out.name)
+    factors = builder.encoded(_mean_factors(builder, x.format, out.format, count), out.name)
     return builder.operator(op, [x.value, *factors], out.shape, out.format.dtype, out.name)
 
 
@@ -79,7 +79,7 @@ def softmax(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Va
         return None
     rank = len(x.shape)
     axis = integer(node, "axis", -1) % rank
-    table, inverse_scale = arithmetic.softmax_tables(float(x.format.scale), float(out.format.scale))
+    table, inverse_scale = _softmax_tables(builder, x, out, axis)
     op = ops.QSoftmax(inverse_scale, out.format.zero_point, *out.clamp)
     exponentials = builder.constant(table, f"{out.name}.exponentials")
     if axis == rank - 1:
@@ -88,6 +88,15 @@ def softmax(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Va
     moved = builder.transpose(x.value, perm, f"{out.name}.x")
     y = builder.operator(op, [moved, exponentials], shape_of(moved), out.format.dtype, f"{out.name}.last")
     return builder.transpose(y, [perm.index(other) for other in range(rank)], out.name)
+
+
+def _softmax_tables(builder: Builder, x: Quantized, out: Output, axis: int) -> tuple[np.ndarray, int]:
+    """TFLite's exponentials on targets of its arithmetic, if the output has the one scale its kernel knows."""
+    unit = (np.float32(tflite_functions.SOFTMAX_OUTPUT_SCALE), out.format.limits[0])
+    short = x.shape[axis] <= tflite_functions.SOFTMAX_LONGEST_ROW
+    if builder.variant == "tflite" and (out.format.scale, out.format.zero_point) == unit and short:
+        return tflite_functions.softmax_table(float(x.format.scale)), ops.TFLITE_SOFTMAX
+    return arithmetic.softmax_tables(float(x.format.scale), float(out.format.scale))
 
 
 def clamped_max_pool(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
@@ -122,5 +131,9 @@ def resize_linear(builder: Builder, forms: Forms, node: ir.Node, out: Output) ->
     return forms.convert(Quantized(resized, x.format), out)
 
 
-def _mean_factors(x: Format, out: Format, counts: np.ndarray) -> np.ndarray:
-    return np.float64(x.scale) / (counts.astype(np.float64) * np.float64(out.scale))
+def _mean_factors(builder: Builder, x: Format, out: Format, counts: np.ndarray) -> np.ndarray:
+    share = 1 / counts.astype(np.float64)
+    if builder.variant == "tflite":
+        # A mean is a depthwise convolution by ones of this scale, and scales are float32.
+        share = share.astype(np.float32).astype(np.float64)
+    return np.float64(x.scale) * share / np.float64(out.scale)

@@ -21,7 +21,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 
 from qcompiler.graph import QCOMPILER_DOMAIN, Shape, const_of, dtype_of, integer, is_op, shape_of, value_name
 from qcompiler.integer import ops
-from qcompiler.quant import arithmetic
+from qcompiler.quant import arithmetic, tflite_functions
 
 Array = np.ndarray
 
@@ -349,6 +349,8 @@ def softmax(node: ir.Node, form: Form, x: Array, table: Array) -> Array:
     """QSoftmax."""
     op = ops.QSoftmax.of(node)
     clamp = (op.clamp_min, op.clamp_max)
+    if op.inverse_scale == ops.TFLITE_SOFTMAX:
+        return tflite_functions.softmax(x, table, op.y_zero_point, clamp, form.dtype)
     return arithmetic.softmax(x.astype(np.int32), table, op.inverse_scale, op.y_zero_point, clamp, form.dtype)
 
 

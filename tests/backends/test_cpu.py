@@ -12,7 +12,7 @@ import pytest
 from qcompiler.graph import value_name
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
-from qcompiler.quant import arithmetic
+from qcompiler.quant import arithmetic, tflite_functions
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
 from qcompiler.target_loader import load_target
 
@@ -256,6 +256,9 @@ def test_lookup_softmax_and_resize(workbench, run_on_cpu, tmp_path) -> None:
             exponentials, inverse = arithmetic.softmax_tables(float(rng.uniform(0.01, 0.3)), 1 / 256)
             softmax = ops.QSoftmax(inverse, info.min, info.min, info.max)
             bench.integer(softmax, [bench.random(shape, dtype), bench.constant(exponentials)], shape, dtype)
+            kernel = ops.QSoftmax(ops.TFLITE_SOFTMAX, info.min, info.min, info.max)
+            exponentials = tflite_functions.softmax_table(10 ** float(rng.uniform(-3, 0)))
+            bench.integer(kernel, [bench.random(shape, dtype), bench.constant(exponentials)], shape, dtype)
         for n, h, w, c, oh, ow in ((2, 5, 7, 16, 10, 21), (1, 9, 4, 3, 4, 9)):
             rows, columns = rng.integers(0, h, oh).astype(np.int32), rng.integers(0, w, ow).astype(np.int32)
             inputs = [bench.random((n, h, w, c), dtype), bench.constant(rows), bench.constant(columns)]
