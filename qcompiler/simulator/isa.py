@@ -58,7 +58,8 @@ IFM = Opcode(
         "zero_point",
     ),
 )
-"""Input feature map `slot` (0, or 1 for the second operand). A stride of 0 broadcasts."""
+"""Input feature map `slot` (0, or 1 for the second operand). A stride of 0 broadcasts; `stride_c` is that or the
+element's size."""
 OFM = Opcode(
     11,
     "ofm",
@@ -81,7 +82,9 @@ KERNEL = Opcode(
     "kernel",
     ("height", "width", "stride_y", "stride_x", "dilation_y", "dilation_x", "pad_top", "pad_left"),
 )
-"""Padding below and to the right follows from the IFM's size: reads outside it see the zero point."""
+"""Padding below and to the right follows from the IFM's size: reads outside it see the zero point. `pad_top` and
+`pad_left` are negative where a tile's windows start inside its IFM. A transposed convolution's output (y, x)
+gathers pixels with ``y + pad_top == iy * stride_y + ky * dilation_y``."""
 WEIGHTS = Opcode(13, "weights", ("base", "offset", "dtype", "zero_point"))
 """[OFM depth, kernel height, kernel width, IFM depth per group], dense."""
 SCALES = Opcode(14, "scales", ("base", "offset", "variant"))
@@ -90,7 +93,8 @@ CONV = Opcode(20, "conv", ("ifm_group_depth", "ofm_group_depth"))
 CONV_TRANSPOSE = Opcode(21, "conv_transpose", ("ifm_group_depth", "ofm_group_depth"))
 MAX_POOL = Opcode(22, "max_pool", ())
 AVERAGE_POOL = Opcode(23, "average_pool", ("count_include_pad",))
-"""`scales` holds one record per count, entry n-1 for n elements."""
+"""If `count_include_pad`, every window counts as whole and `scales` holds one record; else it holds one per count,
+entry n-1 for n elements inside the IFM."""
 ADD = Opcode(
     24,
     "add",

@@ -90,7 +90,7 @@ class Log:
         """(region number, its words) in the order they ran."""
         words, count = self.words(), self._region_count()
         pairs = np.ctypeslib.as_array(self._regions(), (count, 2)) if count else np.zeros((0, 2), np.int64)
-        ends = [*pairs[1:, 1], len(words)]
+        ends = [*pairs[1:, 1], len(words)][:count]
         return [(int(number), words[start:end]) for (number, start), end in zip(pairs, ends, strict=True)]
 
     def scratchpad_peak(self) -> int:

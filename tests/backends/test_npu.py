@@ -17,7 +17,7 @@ from qcompiler.graph import QCOMPILER_DOMAIN, add_initializer, dtype_of, make_no
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
 from qcompiler.partition import Region
-from qcompiler.quant import arithmetic
+from qcompiler.quant import arithmetic, tflite_functions
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
 from qcompiler.simulator import isa
 from qcompiler.simulator.cost import price
@@ -178,7 +178,8 @@ class Net:
 
     def sum(self, a: ir.Value, b: ir.Value, *, subtract: int = 0) -> ir.Value:
         y_dtype = self.dtype()
-        factors = arithmetic.add_factors(*self.rng.uniform(0.01, 0.1, 3), self.variant)
+        scale_a, scale_b, scale_y = (float(scale) for scale in self.rng.uniform(0.01, 0.1, 3))
+        factors = arithmetic.add_factors(scale_a, scale_b, scale_y, self.variant)
         assert a.dtype is not None and b.dtype is not None
         op = ops.QAdd(
             subtract, self.zero_point(a.dtype), self.zero_point(b.dtype), self.zero_point(y_dtype), *factors,
@@ -249,7 +250,10 @@ class Net:
 
     def softmax(self, x: ir.Value) -> ir.Value:
         y_dtype = self.dtype()
-        table, inverse_scale = arithmetic.softmax_tables(float(self.rng.uniform(0.01, 0.2)), 1 / 256)
+        scale = float(self.rng.uniform(0.01, 0.2))
+        table, inverse_scale = arithmetic.softmax_tables(scale, 1 / 256)
+        if self.variant == "tflite":
+            table, inverse_scale = tflite_functions.softmax_table(scale), ops.TFLITE_SOFTMAX
         op = ops.QSoftmax(inverse_scale, self.zero_point(y_dtype), *limits(y_dtype))
         return self.integer(op, [x, self.constant(table)], shape_of(x), y_dtype)
 
@@ -311,6 +315,11 @@ class Net:
         values = [value for node in self.graph for value in node.outputs]
         self.graph.outputs.extend(outputs or [value for value in values if not value.uses()])
         return ir.Model(self.graph, ir_version=10)
+
+
+def pair(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
+    first, second = rng.integers(low, high, 2)
+    return int(first), int(second)
 
 
 def limits(dtype: ir.DataType) -> tuple[int, int]:
@@ -382,12 +391,7 @@ def check(simulator: Path, tmp_path: Path) -> Check:
         module, log = tvm.runtime.load_module(str(library)), Log(library)
         rng = np.random.default_rng(len(all_cases))
         for i, case in enumerate(all_cases):
-            feeds = {
-                value_name(value): rng.integers(*np.add(limits(value.dtype or INT8), (0, 1)), shape_of(value)).astype(
-                    dtype_of(value)
-                )
-                for value in case.model.graph.inputs
-            }
+            feeds = {value_name(value): draw(rng, value) for value in case.model.graph.inputs}
             expected = execute(case.model, feeds)
             outputs = [tvm.runtime.tensor(np.full(t.shape, 77, t.dtype)) for t in case.program.outputs]
             workspace = np.full(max(1, case.program.workspace_bytes), 0x5A, np.uint8)
@@ -402,6 +406,12 @@ def check(simulator: Path, tmp_path: Path) -> Check:
             assert log.scratchpad_peak() == case.program.scratchpad.peak <= case.target.npu.scratchpad.size  # pyright: ignore[reportOptionalMemberAccess]
 
     return run
+
+
+def draw(rng: np.random.Generator, value: ir.Value) -> np.ndarray:
+    """Any values of its dtype."""
+    info = np.iinfo(dtype_of(value))
+    return rng.integers(info.min, info.max + 1, shape_of(value)).astype(dtype_of(value))
 
 
 def tilings(all_cases: Sequence[Case]) -> list[tuple[int, ...]]:
@@ -420,8 +430,8 @@ def test_convolutions(check: Check, variant: RequantizeVariant) -> None:
         net = Net(100 + seed, variant)
         group = int(rng.choice([1, 1, 2, 3, 6]))
         depth_in, depth_out = 6 * int(rng.integers(1, 4)), 6 * int(rng.integers(1, 6))
-        kernel, strides, dilations = (tuple(int(k) for k in rng.integers(1, top, 2)) for top in (5, 4, 3))
-        pads = tuple(int(pad) for pad in rng.integers(0, 3, 4))
+        kernel, strides, dilations = (pair(rng, 1, top) for top in (5, 4, 3))
+        pads = (*pair(rng, 0, 3), *pair(rng, 0, 3))
         size = [int(k) for k in rng.integers(9, 20, 2)]
         x = net.input(int(rng.integers(1, 3)), *size, depth_in, dtype=net.dtype())
         net.conv(x, depth_out, kernel, strides, pads, dilations, group)
@@ -500,8 +510,9 @@ def test_pools(check: Check) -> None:
         net = Net(seed, variant)
         rng = net.rng
         x = net.input(int(rng.integers(1, 3)), *(int(k) for k in rng.integers(8, 17, 2)), 24, dtype=net.dtype())
-        kernel, strides = (tuple(int(k) for k in rng.integers(1, 4, 2)) for _ in range(2))
-        pads = tuple(int(rng.integers(0, kernel[i % 2])) for i in range(4))
+        kernel, strides = pair(rng, 1, 4), pair(rng, 1, 4)
+        top, left, bottom, right = (int(rng.integers(0, kernel[i % 2])) for i in range(4))
+        pads = (top, left, bottom, right)
         net.max_pool(x, kernel, strides, pads, (2, 1))
         net.average_pool(x, kernel, strides, pads, 0)
         net.average_pool(x, kernel, strides, pads, 1)
