@@ -157,9 +157,10 @@ class _Scheduler:
                 steps.setdefault(root, []).append(index)
         for value in self.region.outputs:
             steps[self._root(value)].append(self.inside[value])
-        roots = {self._root(value) for value in self.inside}
-        # A root nobody writes is a value whose only copy was superfluous: another root holds it.
-        return {root: _Life(min(steps[root]), max(steps[root]), reads.get(root, 0)) for root in roots if root in steps}
+        # A value may also be a view of an input or a constant, which have homes already.
+        return {
+            root: _Life(min(used), max(used), reads.get(root, 0)) for root, used in steps.items() if root in self.inside
+        }
 
     # --- residency and tiling ---
 
