@@ -99,12 +99,12 @@ def _append_transpose(node: ir.Node, output: ir.Value, perm: Sequence[int]) -> N
     moved = ir.Value(name=output.name, shape=ir.Shape([before[axis] for axis in perm]), type=output.type)
     assert output.name
     ir.convenience.replace_all_uses_with(output, moved, replace_graph_outputs=True)
-    output.name = _free_name(graph, output.name)
-    graph.insert_after(node, make_node("Transpose", [output], [moved], {"perm": tuple(perm)}))
+    output.name = _free_name(output.name, {value.name for other in graph for value in other.outputs})
+    name = _free_name(output.name, {other.name for other in graph})
+    graph.insert_after(node, make_node("Transpose", [output], [moved], {"perm": tuple(perm)}, name=name))
 
 
-def _free_name(graph: ir.Graph, name: str) -> str:
-    taken = {value.name for node in graph for value in node.outputs}
+def _free_name(name: str, taken: set[str | None]) -> str:
     while name in taken:
         name += _LAYOUT_SUFFIX
     return name

@@ -199,6 +199,7 @@ def _replace_operand(node: ir.Node, index: int, perm: Perm) -> None:
     constant = const_of(value)
     if constant is not None:
         moved = add_initializer(graph, f"{value.name}.moved", constant.reshape(shape).transpose(back))
+        moved.metadata_props.update(value.metadata_props)
         node.replace_input_with(index, moved)
         return
     dims = add_initializer(graph, f"{value.name}.dims", np.array([shape[axis] for axis in back], np.int64))

@@ -53,46 +53,29 @@ def push_through_reshape(transpose: ir.Node, reshape: ir.Node, perm: Perm) -> bo
 def _swap(transpose: ir.Node, reshape: ir.Node, perm: Perm) -> bool:
     source, after = data_input(transpose), shape_of(reshape.outputs[0])
     shape = shape_of(source)
-    groups = groups_of(shape_of(reshape.inputs[0] or source), after)
+    groups = groups_of(tuple(shape[axis] for axis in perm), after)
     if groups is None:
         return False
-    placed: list[tuple[tuple[int, ...], Group]] = []
-    for group in groups:
-        # Axes of size 1 lie anywhere.
-        axes = tuple(perm[axis] for axis in group.before if shape[perm[axis]] != 1)
-        placed.append((axes, group))
-    order = sorted((item for item in placed if item[0]), key=lambda item: min(item[0]))
-    flat = [axis for axes, _ in order for axis in axes]
-    if flat != sorted(flat):
-        return _split_off(transpose, reshape, perm, [axes for axes, _ in order])
-    units = [item for item in placed if not item[0]]
-    # Axes of size 1 go first, where a batch belongs.
-    sequence = [axis for _, group in (*units, *order) for axis in group.after]
+    # Axes of size 1 lie anywhere; the others are where the groups are found in the source.
+    axes = {group: tuple(perm[axis] for axis in group.before if shape[perm[axis]] != 1) for group in groups}
+    units = [group for group in groups if not axes[group]]
+    order = sorted((group for group in groups if axes[group]), key=lambda group: min(axes[group]))
+    gathered = [axis for group in order for axis in axes[group]]
     rewrite = Rewrite(reshape)
+    if gathered != sorted(gathered):
+        # Axes to be merged must be brought together by a Transpose of their own, as in a channel shuffle. That pays
+        # only if what is left for the Transpose behind the Reshape meets another one there.
+        inner = (*(axis for axis in range(len(perm)) if shape[axis] == 1), *gathered)
+        readers = users(reshape.outputs[0])
+        met = readers and all(is_op(user, "Transpose") for user in readers)
+        if inner == perm or not met or reshape.outputs[0].is_graph_output():
+            return False
+        source = rewrite.node("Transpose", [source], {"perm": inner})
+    # Axes of size 1 go first, where a batch belongs.
+    sequence = [axis for group in (*units, *order) for axis in group.after]
     moved = rewrite.node("Reshape", [source, rewrite.dims([after[axis] for axis in sequence])])
     back = tuple(sequence.index(axis) for axis in range(len(after)))
     return rewrite.replace(rewrite.node("Transpose", [moved], {"perm": back}, layer=reshape))
-
-
-def _split_off(transpose: ir.Node, reshape: ir.Node, perm: Perm, groups: list[tuple[int, ...]]) -> bool:
-    """Transpose = outer(inner), inner bringing merged axes together and outer free to pass the Reshape.
-
-    Pays only where the outer one meets a Transpose behind the Reshape, as in a channel shuffle.
-    """
-    source = data_input(transpose)
-    shape = shape_of(source)
-    readers = users(reshape.outputs[0])
-    if reshape.outputs[0].is_graph_output() or not readers or not all(is_op(user, "Transpose") for user in readers):
-        return False
-    units = [axis for axis in range(len(perm)) if shape[axis] == 1]
-    inner = (*units, *(axis for axes in groups for axis in axes))
-    if inner == perm:
-        return False
-    rewrite = Rewrite(reshape)
-    first = rewrite.node("Transpose", [source], {"perm": inner})
-    outer = tuple(inner.index(axis) for axis in perm)
-    second = rewrite.node("Transpose", [first], {"perm": outer})
-    return rewrite.replace(rewrite.node("Reshape", [second, rewrite.dims(shape_of(reshape.outputs[0]))], layer=reshape))
 
 
 def _into_gemm(transpose: ir.Node, reshape: ir.Node, perm: Perm) -> bool:

@@ -157,7 +157,8 @@ class Builder:
         self._before = node
 
     def constant(self, array: np.ndarray, hint: str) -> ir.Value:
-        tensor = ir.tensor(np.ascontiguousarray(array))
+        # ascontiguousarray makes a vector of a scalar.
+        tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape))
         value = self._value(hint, array.shape, tensor.dtype)
         value.const_value = tensor
         self.graph.register_initializer(value)

@@ -32,6 +32,7 @@ from qcompiler.graph import (
     value_name,
 )
 from qcompiler.integer.builder import Builder, Format, Output, format_of, real_constant
+from qcompiler.integer.formats import record, record_moved
 from qcompiler.integer.ops import DOMAIN_VERSION
 from qcompiler.integer.realize_elementwise import add, lookup, mul
 from qcompiler.integer.realize_movement import Forms, arg_max, concat
@@ -80,8 +81,12 @@ def realize(model: ir.Model, target: Target) -> ir.Model:
         builder.insert_before(node)
         result = _quantize(builder, forms, node) if is_op(node, "QuantizeLinear") else arg_max(builder, forms, node)
         if result is not None:
+            fmt = format_of(node) if is_op(node, "QuantizeLinear") else None
             _take_place(builder, node, result)
+            if fmt is not None:
+                record(result, fmt.scale, fmt.zero_point)
     remove_dead(model)
+    record_moved(model.graph)
     return model
 
 

@@ -9,6 +9,7 @@ from qcompiler.graph import shape_of
 from qcompiler.integer import ops
 from qcompiler.integer.builder import Builder, Format, Output, Quantized, real_constant
 from qcompiler.integer.facts import LOOKUP_FUNCTIONS
+from qcompiler.integer.formats import record
 from qcompiler.integer.realize_movement import Forms
 from qcompiler.integer.reference import StandardNode
 from qcompiler.quant import arithmetic, tflite_functions
@@ -87,7 +88,9 @@ def _quantize_constant(builder: Builder, array: np.ndarray, dtype: ir.DataType, 
     if scale == 0:
         scale = np.float32(1)
     fmt = Format(dtype, scale, 0 if signed else int(np.clip(np.rint(-low / scale), 0, 255)))
-    return Quantized(builder.constant(fmt.quantize(array), hint), fmt)
+    value = builder.constant(fmt.quantize(array), hint)
+    record(value, fmt.scale, fmt.zero_point)
+    return Quantized(value, fmt)
 
 
 def lookup(builder: Builder, forms: Forms, value: ir.Value, out: Output) -> ir.Value | None:

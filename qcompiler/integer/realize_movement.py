@@ -17,6 +17,7 @@ from qcompiler.integer.builder import (
     rows_and_columns,
     window_pads,
 )
+from qcompiler.integer.formats import record
 from qcompiler.integer.resize import is_plain_resize, nearest_table, spatial_scales
 
 _RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
@@ -63,7 +64,10 @@ class Forms:
             return None
         if node.op_type == "DequantizeLinear":
             fmt = format_of(node)
-            return Quantized(data_input(node), fmt) if fmt is not None else None
+            if fmt is None:
+                return None
+            record(data_input(node), fmt.scale, fmt.zero_point)
+            return Quantized(data_input(node), fmt)
         if node.op_type == "Concat":
             return self._concat(node)
         move = _MOVES.get(node.op_type)

@@ -29,6 +29,7 @@ from qcompiler.integer.builder import (
     rows_and_columns,
     window_pads,
 )
+from qcompiler.integer.formats import record
 from qcompiler.integer.realize_movement import Forms
 
 _INT32 = np.iinfo(np.int32)
@@ -163,7 +164,9 @@ def _gemm(
     if bias_integers is None:
         return None
     op = ops.QGemm(x.format.zero_point, weights.zero_point, out.format.zero_point, *out.clamp, builder.variant)
-    inputs = [x.value, builder.constant(weights.array, f"{out.name}.weights"), bias_integers]
+    constant = builder.constant(weights.array, f"{out.name}.weights")
+    record(constant, weights.scale, weights.zero_point)
+    inputs = [x.value, constant, bias_integers]
     factors = _factors(builder, x, weights, out)
     return builder.operator(op, [*inputs, *factors], out.shape, out.format.dtype, out.name)
 
@@ -216,7 +219,9 @@ def _spatial_product(
     bias: ir.Value,
     out: Output,
 ) -> ir.Value:
-    inputs = [builder.constant(filters, f"{out.name}.weights"), bias, *_factors(builder, x, weights, out)]
+    constant = builder.constant(filters, f"{out.name}.weights")
+    record(constant, weights.scale, weights.zero_point)
+    inputs = [constant, bias, *_factors(builder, x, weights, out)]
     source = builder.feature_map(x.value, f"{out.name}.x")
     return builder.spatial(
         out, lambda inner: builder.operator(op, [source, *inputs], inner.shape, inner.format.dtype, inner.name)
