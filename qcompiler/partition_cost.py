@@ -10,7 +10,8 @@ import onnx_ir as ir
 from qcompiler.graph import Shape as TensorShape
 from qcompiler.graph import const_of, element_count, shape_of
 from qcompiler.simulator.cost import host_cost
-from qcompiler.simulator.engines import Feed, OpClass, Shape, work
+from qcompiler.simulator.engines import work
+from qcompiler.simulator.workload import Feed, OpClass, Port, Shape
 from qcompiler.target import FactValue, Npu, OpFacts, Target
 
 _CLASSES: Mapping[str, OpClass] = {
@@ -59,7 +60,8 @@ def npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> fl
         moved = 0 if facts.op in _FREE else tensor_bytes(node.outputs[0])
         return moved / npu.dma[path].bandwidth.per_cycle(npu.clock) / npu.clock
     memory = npu.memories[npu.weight_memory]
-    feed = Feed(npu.scratchpad.bandwidth.per_cycle(npu.clock), memory.latency.cycles(npu.clock))
+    inside = Port.of(npu.scratchpad, npu.clock)
+    feed = Feed(ifm=inside, ofm=inside, scales=Port.of(memory, npu.clock))
     busy = work(_shape(node, facts, kind), engine, facts.precision, feed).cycles + engine.issue.cycles(npu.clock)
     return max(busy, _weight_bytes(node) / memory.bandwidth.per_cycle(npu.clock)) / npu.clock
 

@@ -212,6 +212,8 @@ class MacArray(Spec):
     """Banks taken by the output buffer."""
     reserved_end_banks: int = Field(default=0, ge=0)
     """Banks at the end that feature maps may not use; a lookup table needs 2 whatever this says."""
+    brick_depth: int = Field(default=0, ge=0)
+    """Channels that feature maps at least as deep are stored in planes of, as bursts see them; 0: none, NHWC."""
 
     @model_validator(mode="after")
     def complete(self) -> Self:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.simulator import engines, isa
+from qcompiler.simulator.workload import SCALE_RECORD_BYTES, Dims, Feed, OpClass, Port, Shape
 from qcompiler.target import Host, Match, Npu, OpFacts, Target
 
 COMPUTE = "compute"
@@ -286,6 +287,7 @@ class _Pricer:
         self.scratchpad, self.external = npu.memory_name("scratchpad"), npu.memory_name("external")
         self.bandwidth = {name: memory.bandwidth.per_cycle(npu.clock) for name, memory in npu.memories.items()}
         self.latency = {name: memory.latency.cycles(npu.clock) for name, memory in npu.memories.items()}
+        self.ports = {name: Port.of(memory, npu.clock) for name, memory in npu.memories.items()}
         self.jobs: dict[Words, _Job] = {}
         self.commands: list[CommandCost] = []
         self.layers: dict[int, _Layer] = {}
@@ -500,7 +502,7 @@ class _Pricer:
         else:
             depthwise, op = False, _CLASSES[code]
         transposed = code == isa.CONV_TRANSPOSE.code
-        shape = engines.Shape(
+        shape = Shape(
             op,
             (ofm_shape[0], ofm_shape[1], ofm_shape[2]),
             (ifm_shape[0], ifm_shape[1], ifm_shape[2]),
@@ -512,22 +514,24 @@ class _Pricer:
             _BITS[ofm_dtype],
             weight_bits,
             kernel[2] * kernel[3] if transposed else 1,
+            _distinct(ifm[1]) if code in (isa.ADD.code, isa.MUL.code) else None,
         )
         unit = self._engine(code, precision, kernel, groups, depthwise=depthwise)
         engine = self.npu.engines[unit]
         scales_base = _SCALES_BASE(registers[isa.SCALES.code]) if code in _SCALED else -1
         scales_memory = self._memory(scales_base) if code in _SCALED else self.scratchpad
-        feed = engines.Feed(self.bandwidth[self._memory(ifm_base)], self.latency[scales_memory])
+        feed = Feed(*(self.ports[name] for name in (self._memory(ifm_base), self._memory(ofm_base), scales_memory)))
         work = engines.work(shape, engine, precision, feed)
 
         read: defaultdict[str, float] = defaultdict(float)
         read[self._memory(ifm_base)] += work.ifm_bytes
         if code in (isa.ADD.code, isa.MUL.code):
-            read[self._memory(_IFM(ifm[1])[0])] += _distinct_bytes(ifm[1], ofm_shape)
+            second = _distinct(ifm[1])
+            read[self._memory(_IFM(ifm[1])[0])] += second[0] * second[1] * second[2] * _BITS[_IFM(ifm[1])[4]] / 8
         if weight_base >= 0:
             read[self._memory(weight_base)] += work.weight_bytes
         if scales_base >= 0:
-            read[scales_memory] += engines.SCALE_RECORD_BYTES * (ofm_shape[2] if code in _CONVOLUTIONS else 1)
+            read[scales_memory] += SCALE_RECORD_BYTES * (ofm_shape[2] if code in _CONVOLUTIONS else 1)
         if code in _TABLE_BASES:
             read[self._memory(_TABLE_BASES[code](command))] += _table_bytes(code, ofm_shape)
         written = {self._memory(ofm_base): work.ofm_bytes}
@@ -626,7 +630,7 @@ class _Pricer:
         )
 
 
-_CLASSES: Mapping[int, engines.OpClass] = {
+_CLASSES: Mapping[int, OpClass] = {
     isa.MAX_POOL.code: "max_pool",
     isa.AVERAGE_POOL.code: "average_pool",
     isa.ADD.code: "add",
@@ -648,14 +652,11 @@ def _run_length(planes: int, rows: int, row_bytes: int, plane_stride: int, row_s
     return planes * rows * row_bytes
 
 
-def _distinct_bytes(ifm: Words, ofm_shape: Sequence[int]) -> float:
-    """Bytes of a second operand; along a stride of 0 there is one element for all."""
-    _, height, width, depth, dtype = _IFM(ifm)
-    counts = [
-        1 if stride == 0 else size for size, stride in zip((height, width, depth), _IFM_STRIDES(ifm), strict=True)
-    ]
-    assert len(ofm_shape) == len(counts)
-    return counts[0] * counts[1] * counts[2] * _BITS[dtype] / 8
+def _distinct(ifm: Words) -> Dims:
+    """Height, width and depth of a second operand; along a stride of 0 there is one element for all."""
+    _, height, width, depth, _ = _IFM(ifm)
+    stride_y, stride_x, stride_c = _IFM_STRIDES(ifm)
+    return height if stride_y else 1, width if stride_x else 1, depth if stride_c else 1
 
 
 def _table_bytes(code: int, ofm_shape: Sequence[int]) -> int:

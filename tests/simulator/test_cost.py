@@ -10,6 +10,7 @@ import pytest
 from qcompiler.simulator import cost, engines, isa
 from qcompiler.simulator.cost import CommandCost, LayerCost, RegionCost, price
 from qcompiler.simulator.trace import chrome_trace
+from qcompiler.simulator.workload import Feed, Port, Shape
 from qcompiler.target import Bandwidth, Target
 from qcompiler.target_loader import load_target
 
@@ -17,6 +18,8 @@ SYSTOLIC = load_target("systolic-npu")
 ARM = load_target("arm-npu")
 
 IN, WEIGHTS, OUT = 1, 2, 3
+SRAM = Port(8, 32, 32)
+"""The Ethos-U55's: bytes a cycle, cycles, bytes of a burst."""
 
 
 def word(opcode: isa.Opcode, *arguments: int) -> list[int]:
@@ -168,16 +171,17 @@ def test_vector_unit_rates(
 def test_mac_array_one_micro_block() -> None:
     assert ARM.npu is not None
     # One 1x2x8 micro-block, one 1x1 step over 32 channels: the weight stream takes 4 * 8 cycles, more than the
-    # array's 4, and a lone micro-block waits 2; then 16 outputs at half a cycle each, or 10 bytes of scales for
-    # 8 channels at 32 cycles a 256 bytes: 10.
+    # array's 4, and a lone micro-block waits 2. Then 16 outputs at half a cycle each, or 10 bytes of scales for
+    # 8 channels at 32 cycles a 256 bytes, or the issue of blocks at a quarter of 34 and 10: 11. Before, 64 bytes of
+    # input are fetched; after, 16 are written, as a burst of 32: each after 32 cycles, at 8 bytes a cycle.
     work = engines.work(
-        engines.Shape("conv", (1, 2, 8), (1, 2, 32), (1, 1), (1, 1), (1, 1), 1, 8, 8, 8, 1),
+        Shape("conv", (1, 2, 8), (1, 2, 32), (1, 1), (1, 1), (1, 1), 1, 8, 8, 8, 1),
         ARM.npu.engines["mac"],
         "int8*int8",
-        engines.Feed(8, 32),
+        Feed(SRAM, SRAM, SRAM),
     )
-    assert work.cycles == 32 + 2 + 10
-    assert (work.ifm_bytes, work.weight_bytes, work.ofm_bytes) == (64, 256, 16)
+    assert work.cycles == 32 + 2 + 11 + (32 + 64 // 8) + (32 + 32 // 8)
+    assert (work.ifm_bytes, work.weight_bytes, work.ofm_bytes) == (64, 256, 32)
 
 
 def test_mac_array_reaches_its_peak_on_large_convolutions() -> None:
@@ -203,21 +207,27 @@ def test_mac_array_depthwise_uses_one_channel_in_eight() -> None:
     [
         (isa.ADD, (0, 1, 0, 1, 0, 1, 0, 1), 1.5),
         (isa.MUL, (), 0.75),
-        (isa.REQUANTIZE, (), 0.5),
-        (isa.LOOKUP, (0, 0), 1.0),
         (isa.SOFTMAX, (0, 0, 1), 0.25 + 3 * 1.25 + 0.5 + 0.75),
     ],
 )
 def test_mac_array_output_stage(opcode: isa.Opcode, arguments: tuple[int, ...], per_element: float) -> None:
     int8 = isa.DTYPES.index("int8")
     words = [
-        *maps((7, 5, 24), (7, 5, 24)),
-        *word(isa.IFM, 1, 0, 0, 7, 5, 24, 120, 24, 1, int8, 0),
+        *maps((7, 5, 32), (7, 5, 32)),
+        *word(isa.IFM, 1, 0, 0, 7, 5, 32, 160, 32, 1, int8, 0),
         *word(isa.SCALES, 0, 0, 1),
         *word(opcode, *arguments),
     ]
     command = only(price(words, edited(ARM, sram="4096 B/cycle")))
-    assert command.end - command.start == ceil(per_element * 7 * 5 * 24)
+    assert command.end - command.start == ceil(per_element * 7 * 5 * 32)
+
+
+@pytest.mark.parametrize(("opcode", "arguments"), [(isa.REQUANTIZE, ()), (isa.LOOKUP, (0, 0))])
+def test_mac_array_rescales_and_looks_up_as_pools_of_one(opcode: isa.Opcode, arguments: tuple[int, ...]) -> None:
+    words = [*maps((14, 32, 32), (14, 32, 32)), *word(isa.SCALES, 0, 0, 1), *word(opcode, *arguments)]
+    command = only(price(words, edited(ARM, sram="4096 B/cycle")))
+    # Sixteen cycles a micro-block of 1x2x8, whatever the output stage could do.
+    assert command.end - command.start == pytest.approx(14 * 32 * 32, rel=0.1)
 
 
 def test_two_cores_and_larger_arrays_are_faster() -> None:
