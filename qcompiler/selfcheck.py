@@ -73,4 +73,4 @@ def sqnr(signal: float, noise: float) -> float | None:
 
 def _ranks_classes(output: np.ndarray) -> bool:
     """Whether the largest element is a class: one vector of at least two, as classifiers give."""
-    return output.dtype.kind == "f" and output.size > 1 and output.size == max(output.shape)
+    return output.dtype.kind in "fiu" and output.size > 1 and output.size == max(output.shape)
