@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 
+from qcompiler import host_cpu
+from qcompiler.backends.base import Kernel, host_code
+from qcompiler.backends.cpu import lower_node
 from qcompiler.graph import value_name
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
 from qcompiler.quant import arithmetic, tflite_functions
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
+from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
 # x86-plain has no dot product: the generic template. x86-cpu is this machine, whatever it has.
@@ -21,9 +26,13 @@ TARGETS = ("x86-cpu", "x86-plain")
 
 
 def check(bench, run, folder: Path, target: str = "x86-cpu") -> None:
+    compare(bench, run, folder, load_target(target))
+
+
+def compare(bench, run, folder: Path, target: Target) -> None:
     model = bench.model()
     expected = execute(model, bench.feeds)
-    actual = run(model, load_target(target), bench.feeds, folder)
+    actual = run(model, target, bench.feeds, folder)
     for value, array in zip(model.graph.outputs, actual, strict=True):
         wanted = expected[value_name(value)]
         node = value.producer()
@@ -276,3 +285,36 @@ def taps(rng: np.random.Generator, size: int, out: int) -> tuple[np.ndarray, np.
     weight = rng.integers(0, 2049, out)
     indices = np.stack([first, np.minimum(first + 1, size - 1)], 1)
     return indices.astype(np.int32), np.stack([2048 - weight, weight], 1).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("x86-avx512vnni", "vpdpbusd"), ("x86-avx2", None), ("x86-plain", None), ("arm-cpu", "sdot")],
+)
+def test_dot_product_is_chosen_by_cpu_features(workbench, target: str, instruction: str | None) -> None:
+    """Looked for in the assembly, as the target's CPU need not be this machine's."""
+    bench = workbench(seed=70)
+    op = ops.QConv((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 3, 0, 0, -128, 127, "float32")
+    weights = bench.rng.integers(-128, 128, (32, 3, 3, 16)).astype(np.int8)
+    scale = factors(bench.rng, 32, "float32", 144)
+    constants = [weights, np.zeros(32, np.int32), *scale]
+    bench.integer(op, [bench.random((1, 8, 8, 16), "int8"), *map(bench.constant, constants)], (1, 8, 8, 32), "int8")
+    host = host_code(load_target(target).host)
+    kernel = lower_node(bench.nodes[0], host)
+    assert isinstance(kernel, Kernel)
+    assembly = tvm.compile(kernel.function, target=host.target).mod.inspect_source("asm")
+    for name in ("vpdpbusd", "sdot"):
+        assert (name in assembly) == (name == instruction)
+
+
+def test_256_bit_dot_product(workbench, run_on_cpu, tmp_path) -> None:
+    """A CPU with AVX-VNNI and without AVX-512."""
+    if "avxvnni" not in host_cpu.detect().features:
+        pytest.skip("this machine has no AVX-VNNI")
+    bench = workbench(seed=71)
+    for variant in REQUANTIZE_VARIANTS:
+        add_conv(bench, variant)
+    target = load_target("x86-cpu")
+    cpu = {"kind": "llvm", "mcpu": "x86-64-v3", "mattr": ("+avxvnni",)}
+    narrow = target.model_copy(update={"host": target.host.model_copy(update={"tvm_target": cpu})})
+    compare(bench, run_on_cpu, tmp_path, narrow)
