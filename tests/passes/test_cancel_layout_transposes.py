@@ -178,6 +178,10 @@ def test_float_transposes_and_inputs_are_left_alone(net) -> None:
 # --- any Transpose and Reshape -----------------------------------------------------------------------------
 
 
+def fresh(index: int, shape: tuple[int, ...]) -> ir.Value:
+    return ir.Value(name=f"v{index}", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT8))
+
+
 @st.composite
 def chains(draw: st.DrawFn) -> ir.Model:
     """Two to five Transposes and Reshapes of int8."""
@@ -189,16 +193,18 @@ def chains(draw: st.DrawFn) -> ir.Model:
         if draw(st.booleans()):
             perm = draw(st.permutations(range(len(shape))))
             shape = tuple(shape[axis] for axis in perm)
-            node_inputs, attributes, op_type = [value], {"perm": tuple(perm)}, "Transpose"
+            node = make_node("Transpose", [value], [fresh(index, shape)], {"perm": tuple(perm)})
         else:
             shape = draw(regrouped(shape))
             dims = ir.tensor(np.array(shape, np.int64), name=f"d{index}")
             constants.append(
-                ir.Value(name=f"d{index}", shape=dims.shape, type=ir.TensorType(dims.dtype), const_value=dims)
+                ir.Value(
+                    name=f"d{index}", shape=ir.Shape((len(shape),)), type=ir.TensorType(dims.dtype), const_value=dims
+                )
             )
-            node_inputs, attributes, op_type = [value, constants[-1]], {}, "Reshape"
-        value = ir.Value(name=f"v{index}", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT8))
-        nodes.append(make_node(op_type, node_inputs, [value], attributes))
+            node = make_node("Reshape", [value, constants[-1]], [fresh(index, shape)])
+        nodes.append(node)
+        value = node.outputs[0]
     graph = ir.Graph([first], [value], nodes=nodes, initializers=constants, opset_imports={"": 21}, name="chain")
     return ir.Model(graph, ir_version=10)
 
