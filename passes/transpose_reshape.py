@@ -99,6 +99,9 @@ def _into_gemm(transpose: ir.Node, reshape: ir.Node, perm: Perm) -> bool:
     for user in readers:
         weights = const_of(data_input(user, 1))
         assert weights is not None and user.graph is not None and isinstance(user.graph, ir.Graph)
-        user.replace_input_with(1, add_initializer(user.graph, f"{user.name}.weights", weights[:, positions]))
+        moved = add_initializer(user.graph, f"{user.name}.weights", weights[:, positions])
+        # The scales run along the outputs, which stay.
+        moved.metadata_props.update(data_input(user, 1).metadata_props)
+        user.replace_input_with(1, moved)
     rewrite = Rewrite(reshape)
     return rewrite.replace(rewrite.node("Reshape", [source, rewrite.dims((batch, columns))], layer=reshape))

@@ -1,0 +1,1 @@
+"""Regions of the integer graph in the formats of other compilers: TFLite, TOSA, and through Vela."""
