@@ -97,6 +97,7 @@ def _append_transpose(node: ir.Node, output: ir.Value, perm: Sequence[int]) -> N
     graph = graph_of(node)
     before = shape_of(output)
     moved = ir.Value(name=output.name, shape=ir.Shape([before[axis] for axis in perm]), type=output.type)
+    moved.metadata_props.update(output.metadata_props)
     assert output.name
     ir.convenience.replace_all_uses_with(output, moved, replace_graph_outputs=True)
     output.name = _free_name(output.name, {value.name for other in graph for value in other.outputs})

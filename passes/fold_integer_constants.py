@@ -29,6 +29,7 @@ def _fold(node: ir.Node, executor: Executor) -> bool:
     graph = graph_of(node)
     for output, array in zip(node.outputs, executor.run_node(node, inputs), strict=True):
         constant = add_initializer(graph, f"{output.name}.folded", array)
+        constant.metadata_props.update(output.metadata_props)
         ir.convenience.replace_all_uses_with(output, constant)
     graph.remove(node, safe=True)
     return True

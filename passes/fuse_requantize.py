@@ -73,6 +73,7 @@ def _compose(second: ir.Node) -> bool:
     output = second.outputs[0]
     assert output.dtype is not None
     fused = make_value(graph_of(second), f"{output.name}.fused", shape_of(output), output.dtype)
+    fused.metadata_props.update(output.metadata_props)
     function = "+".join(ops.QLookup.of(node).function for node in tables)
     node = ops.QLookup(function).node([data_input(first), table], fused, second.name or output.name or "")
     replace_node(second, [node], [fused])

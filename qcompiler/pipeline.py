@@ -16,8 +16,10 @@ from qcompiler.passes.fold_affine import FoldAffine
 from qcompiler.passes.fold_auto_pad import FoldAutoPad
 from qcompiler.passes.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.fold_constants import FoldConstants
+from qcompiler.passes.fold_integer_constants import FoldIntegerConstants
 from qcompiler.passes.fold_pad import FoldPad
 from qcompiler.passes.fuse_activation import FuseActivation
+from qcompiler.passes.fuse_requantize import FuseRequantize
 from qcompiler.passes.legalize_signedness import LegalizeSignedness
 from qcompiler.passes.lower_conv_transpose import LowerConvTranspose
 from qcompiler.passes.merge_movement import MergeMovement
@@ -85,8 +87,13 @@ def harmonize(target: Target) -> Passes:
     )
 
 
-LAYOUT: Passes = (CancelLayoutTransposes(),)
-"""On the integer graph: cancel the transposes between NHWC operators and what was NCHW."""
+LAYOUT: Passes = (
+    # Transposes of constants fold once they have reached them; what then stands side by side merges.
+    CancelLayoutTransposes(),
+    FoldIntegerConstants(),
+    FuseRequantize(),
+)
+"""On the integer graph: cancel the transposes between NHWC operators and what was NCHW, and merge what can be."""
 
 
 @dataclass
