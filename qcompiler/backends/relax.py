@@ -246,32 +246,38 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
         shutil.copyfile(work / "model.so", library)
 
 
-def c_compiler(host: Host) -> str:
+def c_compiler(host: Host) -> tuple[str, ...]:
     """The command that compiles and links C for a spec's CPU.
 
-    For this machine's architecture: $CC, cc, gcc or clang. For another: the GNU cross compiler of its triple.
+    For this machine's architecture: $CC, cc, gcc or clang. For another: the GNU cross compiler of its triple, or clang
+    with lld, which needs no libraries of the other machine because a shared library may leave them to be found there.
     """
     triple = str(host.tvm_target.get("mtriple", ""))
-    foreign = triple and triple.split("-", maxsplit=1)[0] != host_cpu.architecture()
-    candidates = [f"{triple}-gcc"] if foreign else [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    foreign = bool(triple) and triple.partition("-")[0] != host_cpu.architecture()
+    if foreign:
+        candidates = [(f"{triple}-gcc",), ("clang", f"--target={triple}", "-fuse-ld=lld", "-nostdlib")]
+    else:
+        candidates = [(os.environ.get("CC", ""),), ("cc",), ("gcc",), ("clang",)]
     for candidate in candidates:
-        if candidate and shutil.which(candidate):
+        if candidate[0] and shutil.which(candidate[0]):
             return candidate
+    names = ", ".join(candidate[0] for candidate in candidates if candidate[0])
     raise QCompilerError(
-        f"no C compiler found to link the compiled model (looked for {', '.join(filter(None, candidates))}); "
+        f"no C compiler found to link the compiled model (looked for {names}); "
         + (f"install one for {triple}." if foreign else "install gcc or clang, or set CC to the one to use.")
     )
 
 
-def _simulator_object(compiler: str, work: Path) -> Path:
+def _simulator_object(compiler: Sequence[str], work: Path) -> Path:
     with as_file(files("qcompiler.runtime_stubs")) as stubs:
-        _run([compiler, *_SIMULATOR_FLAGS, f"-I{stubs}", "-o", "npu_sim.o", str(stubs / "npu_sim.c")], work)
+        _run([*compiler, *_SIMULATOR_FLAGS, f"-I{stubs}", "-o", "npu_sim.o", str(stubs / "npu_sim.c")], work)
     return work / "npu_sim.o"
 
 
-def _link(compiler: str, work: Path, output: str, objects: Sequence[str]) -> None:
+def _link(compiler: Sequence[str], work: Path, output: str, objects: Sequence[str]) -> None:
     names = [Path(name).name for name in objects]
-    _run([compiler, "-shared", "-fPIC", "-Wl,--build-id=none", "-o", Path(output).name, *names, "-lm"], work)
+    libraries = [] if "-nostdlib" in compiler else ["-lm"]
+    _run([*compiler, "-shared", "-fPIC", "-Wl,--build-id=none", "-o", Path(output).name, *names, *libraries], work)
 
 
 def _run(command: Sequence[str], work: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,9 +159,23 @@ def test_no_c_compiler_is_the_users_to_mend(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(QCompilerError, match=r"no C compiler found.*install gcc or clang"):
         c_compiler(TARGET.host)
-    monkeypatch.delenv("PATH")
     with pytest.raises(QCompilerError, match="aarch64-linux-gnu-gcc"):
         c_compiler(load_target("arm-cpu").host)
+
+
+def test_links_for_another_architecture(workbench, tmp_path) -> None:
+    if not any(shutil.which(tool) for tool in ("aarch64-linux-gnu-gcc", "ld.lld")):
+        pytest.skip("no cross linker for aarch64 here")
+    bench = workbench(seed=6)
+    model = small_model(bench)
+    region = Region("cpu", "cpu", tuple(model.graph), tuple(bench.inputs), tuple(bench.outputs))
+    arm = load_target("arm-cpu")
+    library = tmp_path / "model.so"
+    build(lower(model, Partition((region,), ()), arm), arm.host, library)
+    elf = library.read_bytes()
+    assert elf[:4] == b"\x7fELF" and int.from_bytes(elf[18:20], "little") == 183  # EM_AARCH64
+    with pytest.raises(QCompilerError, match="compiled for another machine"):
+        Executable(library, [])
 
 
 def test_compiler_errors_are_shown(workbench, monkeypatch, tmp_path) -> None:
