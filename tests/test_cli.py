@@ -169,6 +169,16 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert "valid" in capsys.readouterr().out
 
 
+def test_the_spec_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text("utf-8")
+    spec = readme.split("```yaml\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
+    Path("my-npu.yaml").write_text(spec)
+    assert qcompile("targets", "check", "my-npu.yaml") == 0
+    assert qcompile("explain", DIGITS, "--target", "my-npu.yaml", "--json") == 0
+    totals = json.loads(capsys.readouterr().out.partition("\n")[2])["totals"]
+    assert totals["sram"] == 64 * 1024
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------
 
 
