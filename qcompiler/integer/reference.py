@@ -129,7 +129,9 @@ class StandardNode:
         inputs, initializers = [], []
         for name, array in given.items():
             if self._constant[int(name[2:])]:
-                initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+                initializers.append(
+                    onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+                )
             else:
                 element = helper.np_dtype_to_tensor_dtype(array.dtype)
                 inputs.append(helper.make_tensor_value_info(name, element, array.shape))
