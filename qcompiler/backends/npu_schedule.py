@@ -6,7 +6,7 @@ its users then stream it. A region's outputs that nobody inside reads are stream
 operator's first tile are fetched during the operator before it where there is room.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,6 +114,22 @@ class _Draft:
     buffers: tuple[Buffer, ...]
     prefetched: frozenset[int]
 
+    @property
+    def cycles(self) -> float:
+        return sum(tiling.cycles for tiling in self.tilings if tiling is not None)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A draft whose buffers all have places."""
+
+    draft: _Draft
+    plan: MemoryPlan
+    evicted: frozenset[ir.Value]
+
+
+_EVICTION_TRIALS = 24
+
 
 def schedule(region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> Schedule:
     """Raises AssertionError if some smallest tile does not fit: ask `npu.can_run` first."""
@@ -166,18 +182,36 @@ class _Scheduler:
 
     def run(self) -> Schedule:
         outputs = {self._root(value) for value in self.region.outputs}
-        evicted = {root for root, life in self.lives.items() if life.reads == 0 and root in outputs}
+        streamed = {root for root, life in self.lives.items() if life.reads == 0 and root in outputs}
+        fit = self._fit(streamed)
+        return self._finish(self._improve(fit) if len(fit.evicted) > len(streamed) else fit)
+
+    def _fit(self, evicted: Iterable[ir.Value]) -> _Fit:
+        """A schedule whose buffers have places, at least these roots being evicted."""
+        out = set(evicted)
         limits = [self.capacity] * len(self.recipes)
         alone: set[int] = set()
         while True:
-            draft = self._draft(evicted, limits, alone)
+            draft = self._draft(out, limits, alone)
             if isinstance(draft, int):
-                evicted.add(self._victim(draft, evicted))
+                out.add(self._victim(draft, out))
                 continue
             plan = plan_memory(draft.buffers, self.alignment)
             if plan.peak <= self.capacity:
-                return self._finish(draft, plan, evicted)
-            self._relax(draft, plan, evicted, limits, alone)
+                return _Fit(draft, plan, frozenset(out))
+            self._relax(draft, plan, out, limits, alone)
+
+    def _improve(self, fit: _Fit) -> _Fit:
+        """Where space is short, a resident map may cost its neighbours more than it saves: try to do without it."""
+        residents = [root for root in self.lives if root not in fit.evicted]
+        residents.sort(key=lambda root: (-self._size(root), value_name(root)))
+        for root in residents[:_EVICTION_TRIALS]:
+            out = {*fit.evicted, root}
+            draft = self._draft(out, [self.capacity] * len(self.recipes), set())
+            if not isinstance(draft, int) and draft.cycles < fit.draft.cycles:
+                trial = self._fit(out)
+                fit = trial if trial.draft.cycles < fit.draft.cycles else fit
+        return fit
 
     def _draft(self, evicted: set[ir.Value], limits: Sequence[int], alone: set[int]) -> _Draft | int:
         """Tilings for a residency, or the step that has no room. `alone`: steps that may not be prefetched."""
@@ -280,7 +314,8 @@ class _Scheduler:
 
     # --- addresses ---
 
-    def _finish(self, draft: _Draft, plan: MemoryPlan, evicted: set[ir.Value]) -> Schedule:
+    def _finish(self, fit: _Fit) -> Schedule:
+        draft, plan, evicted = fit.draft, fit.plan, fit.evicted
         homes: dict[ir.Value, tuple[int, int]] = {}
         for value, base in zip(self.region.inputs, self.bases.inputs, strict=True):
             homes[value] = (base, 0)

@@ -277,6 +277,8 @@ class Tiling:
     """Scratchpad bytes of all slots: one entry per feature map, one per stream, one for the OFM; 0 = resident."""
     moved: int
     """Bytes of DMA traffic."""
+    cycles: float
+    """What `choose_tiling` reckons it costs, MACs aside."""
 
     @property
     def tiles(self) -> int:
@@ -356,19 +358,19 @@ def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment
     every tiling and left out.
     """
     for fine in (False, True):
-        best: tuple[float, Tiling] | None = None
+        best: Tiling | None = None
         for tile in _candidates(work, planes=all(resident), fine=fine):
             for slots in (2, 1):
                 buffers = _buffers(work, resident, tile, slots, alignment)
                 if sum(buffers) > budget:
                     continue
                 for order in ("cnyx", "nyxc"):
-                    tiling, cost = _evaluate(work, resident, tile, order, slots, buffers, prices)
-                    if best is None or cost < best[0]:
-                        best = (cost, tiling)
+                    tiling = _evaluate(work, resident, tile, order, slots, buffers, prices)
+                    if best is None or tiling.cycles < best.cycles:
+                        best = tiling
                 break
         if best is not None:
-            return best[1]
+            return best
     return None
 
 
@@ -442,7 +444,7 @@ def _evaluate(
     slots: int,
     buffers: tuple[int, ...],
     prices: Prices,
-) -> tuple[Tiling, float]:
+) -> Tiling:
     counts = _tile_counts(work, tile)
     by_axis = dict(zip("nyxc", counts, strict=True))
     tiles = counts[0] * counts[1] * counts[2] * counts[3]
@@ -474,8 +476,8 @@ def _evaluate(
         waited += prices.maps.cycles(1, last, run)
         moved += size
     engine = tiles * (in_tile * prices.engine_cycles_per_byte + TILE_CYCLES)
-    tiling = Tiling(*tile, order, slots, counts, buffers, moved)
-    return tiling, engine + cycles + (waited if slots == 2 else cycles)
+    total = engine + cycles + (waited if slots == 2 else cycles)
+    return Tiling(*tile, order, slots, counts, buffers, moved, total)
 
 
 def _run(tile: tuple[int, int, int], shape: Dims4) -> int:
