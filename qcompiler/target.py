@@ -213,7 +213,7 @@ class MacArray(Spec):
     reserved_end_banks: int = Field(default=0, ge=0)
     """Banks at the end that feature maps may not use; a lookup table needs 2 whatever this says."""
     brick_depth: int = Field(default=0, ge=0)
-    """Channels that feature maps at least as deep are stored in planes of, as bursts see them; 0: none, NHWC."""
+    """Channels that feature maps are stored in planes of, as far as bursts go; 0: none, NHWC."""
 
     @model_validator(mode="after")
     def complete(self) -> Self:
@@ -448,6 +448,22 @@ class Crossing(Spec):
     bandwidth: Bandwidth
 
 
+class BareMetal(Spec):
+    """How C code for a chip without an operating system is built, and where it can be tried."""
+
+    compiler: str
+    """The GNU C compiler, e.g. arm-none-eabi-gcc; its siblings -ar and -size stand beside it."""
+    compiler_package: str
+    """The Debian packages that hold it and its C library."""
+    flags: tuple[str, ...]
+    """Compiler and linker flags that name the CPU and its calling convention."""
+    board: str
+    """Start-up code, linker script and console: a folder of runtime_stubs/baremetal."""
+    emulator: tuple[str, ...]
+    """The command that runs the program; its path follows."""
+    emulator_package: str
+
+
 class Host(Spec):
     """The CPU: a target by itself, and what runs everything the accelerator refuses."""
 
@@ -463,6 +479,8 @@ class Host(Spec):
     element_rate: ElementRate
     mac_energy: Picojoules
     byte_energy: PicojoulesPerByte
+    bare_metal: BareMetal | None = None
+    """Needed for `--emit c`."""
 
     @model_validator(mode="after")
     def has_rates(self) -> Self:

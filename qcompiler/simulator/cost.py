@@ -293,6 +293,10 @@ class _Pricer:
         self.layers: dict[int, _Layer] = {}
         self.issue = self.frontier = 0
         """When the next command may start; when everything so far is done."""
+        self.unsettled: dict[int, int] = {}
+        """When each layer's commands since the last barrier are done."""
+        self.settled = 0
+        """Up to when the layers' cycles are given out."""
         self.last = ""
         """The unit that finishes at the frontier."""
         self.engine_free = dict.fromkeys(npu.engines, 0)
@@ -332,6 +336,7 @@ class _Pricer:
                 job = self._copy(command) if code == isa.DMA.code else self._fill(command)
                 self._run_copy(index, code, layer_index, layer, job)
             elif code == isa.BARRIER.code:
+                self._settle()
                 if self.frontier > self.issue:
                     self.commands.append(
                         CommandCost(
@@ -362,6 +367,7 @@ class _Pricer:
             else:
                 registers[code] = command
             index += 1
+        self._settle()
 
     # --- time ---
 
@@ -406,9 +412,17 @@ class _Pricer:
             )
         )  # fmt: skip
         layer.add(job)
+        self.unsettled[layer_index] = max(end, self.unsettled.get(layer_index, 0))
         if end > self.frontier:
-            layer.cycles += end - self.frontier
             self.frontier, self.last = end, job.unit
+
+    def _settle(self) -> None:
+        """Give the time since the last barrier to the layers at work: to earlier ones first, as they would take it."""
+        for index in sorted(self.unsettled):
+            gained = max(0, self.unsettled[index] - self.settled)
+            self.layers[index].cycles += gained
+            self.settled += gained
+        self.unsettled.clear()
 
     # --- copies ---
 

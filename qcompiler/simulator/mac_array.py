@@ -29,6 +29,10 @@ _POOLS = ("max_pool", "average_pool", "lookup", "requantize", "resize_nearest", 
 """Operations of the pooling unit; those that only rescale or look up run as pools of one element."""
 _SPLIT_DEPTH = 16
 """Channels a block's depth is a multiple of unless it holds all of them (V OFMSplitDepth)."""
+_IMAGE_DEPTH = 4
+"""Shallower feature maps are images, which arrive as the host stores them, without bricks."""
+_SOFTMAX_MAP_PASSES, _SOFTMAX_ROW_PASSES = 4, 21
+"""Elementwise passes on int32 of V's softmax: over the map, and over one value a row."""
 _ENCODED_SCALE_BYTES = 10
 """Bias, multiplier and shift of one channel as the array reads them."""
 
@@ -53,7 +57,7 @@ def mac_array(shape: Shape, array: MacArray, feed: Feed) -> Work:
         groups = shape.groups
         return Work(one.cycles * groups, one.ifm_bytes * groups, one.weight_bytes * groups, one.ofm_bytes * groups)
     if shape.op == "softmax":
-        return _softmax(shape, array)
+        return _softmax(shape, array, feed)
     if shape.op in _ELEMENTWISE:
         return _elementwise(shape, array, feed)
     return _blocked(shape, array, feed)
@@ -297,21 +301,40 @@ def _elementwise(shape: Shape, array: MacArray, feed: Feed) -> Work:
     )
 
 
-def _softmax(shape: Shape, array: MacArray) -> Work:
-    """The six full-size passes V decomposes a softmax into; those over one value a row are left out."""
-    out = array.output_cycles
-    # Maximum, subtraction with the exponential's table, shift, sum, multiplication, shift.
-    per_element = out[_MAX_POOL] + 3 * out[_BINARY_INT32] + out[_OTHER] + out[_MUL_INT32]
+def _softmax(shape: Shape, array: MacArray, feed: Feed) -> Work:
+    """Softmax as V decomposes it (V ethosu/regor/compiler/softmax.cpp): passes over the map and over one value a row.
+
+    Over the map: maximum, difference with the exponential's table, shift, sum, product, a copy of the shift, shift.
+    Over the rows' sums: their leading zeros, and three Newton-Raphson steps towards the reciprocal.
+    """
+    (height, width, depth), unit = shape.ofm, (1, 1)
+    rows = height * width
+    brick = (height, width, max(1, array.brick_depth))  # a value a row fills a brick
+
+    def binary(dims: Dims, bits: int) -> Work:
+        return _elementwise(Shape("add", dims, dims, unit, unit, unit, 1, bits, 32, 0, 1, dims), array, feed)
+
+    maximum = Shape("max_pool", (rows, 1, 1), (rows, depth, 1), (1, depth), unit, unit, 1, 8, 8, 0, 1)
+    total = Shape("conv", (height, width, 1), (height, width, depth), unit, unit, unit, 1, 32, 32, 0, 1)
+    passes = [
+        _blocked(maximum, array, feed),
+        binary(shape.ofm, 8),
+        _blocked(total, array, feed),
+        *[binary(shape.ofm, 32)] * _SOFTMAX_MAP_PASSES,
+        *[binary(brick, 32)] * _SOFTMAX_ROW_PASSES,
+    ]
     return Work(
-        ceil(per_element * shape.ofm_elements),
-        ifm_bytes=shape.ifm_elements * shape.ifm_bits / 8 * 6,
+        sum(one.cycles for one in passes),
+        ifm_bytes=sum(one.ifm_bytes for one in passes),
         weight_bytes=0,
-        ofm_bytes=shape.ofm_elements * shape.ofm_bits / 8 * 6,
+        ofm_bytes=sum(one.ofm_bytes for one in passes),
     )
 
 
 def _output_cycles(shape: Shape, array: MacArray) -> float:
     """Of one element in the output stage."""
+    if shape.ifm_bits == 32 and shape.op in _ELEMENTWISE:
+        return array.output_cycles[_BINARY_INT32]
     match shape.op:
         case "add":
             return array.output_cycles[_ADD]
@@ -387,7 +410,7 @@ def _on_bus(size: int, run: int, port: Port) -> int:
 
 
 def _is_bricked(dims: Dims, array: MacArray) -> bool:
-    return 0 < array.brick_depth <= dims[2]
+    return array.brick_depth > 0 and dims[2] >= _IMAGE_DEPTH
 
 
 def _stored_depth(dims: Dims, array: MacArray) -> int:

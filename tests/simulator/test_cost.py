@@ -173,14 +173,14 @@ def test_mac_array_one_micro_block() -> None:
     # One 1x2x8 micro-block, one 1x1 step over 32 channels: the weight stream takes 4 * 8 cycles, more than the
     # array's 4, and a lone micro-block waits 2. Then 16 outputs at half a cycle each, or 10 bytes of scales for
     # 8 channels at 32 cycles a 256 bytes, or the issue of blocks at a quarter of 34 and 10: 11. Before, 64 bytes of
-    # input are fetched; after, 16 are written, as a burst of 32: each after 32 cycles, at 8 bytes a cycle.
+    # input are fetched; after, 16 are written, in bricks of 16 channels: each after 32 cycles, at 8 bytes a cycle.
     work = engines.work(
         Shape("conv", (1, 2, 8), (1, 2, 32), (1, 1), (1, 1), (1, 1), 1, 8, 8, 8, 1),
         ARM.npu.engines["mac"],
         "int8*int8",
         Feed(SRAM, SRAM, SRAM),
     )
-    assert work.cycles == 32 + 2 + 11 + (32 + 64 // 8) + (32 + 32 // 8)
+    assert work.cycles == 32 + 2 + 11 + (32 + 64 // 8) + (32 + 16 // 8)
     assert (work.ifm_bytes, work.weight_bytes, work.ofm_bytes) == (64, 256, 32)
 
 
@@ -207,7 +207,6 @@ def test_mac_array_depthwise_uses_one_channel_in_eight() -> None:
     [
         (isa.ADD, (0, 1, 0, 1, 0, 1, 0, 1), 1.5),
         (isa.MUL, (), 0.75),
-        (isa.SOFTMAX, (0, 0, 1), 0.25 + 3 * 1.25 + 0.5 + 0.75),
     ],
 )
 def test_mac_array_output_stage(opcode: isa.Opcode, arguments: tuple[int, ...], per_element: float) -> None:
@@ -228,6 +227,17 @@ def test_mac_array_rescales_and_looks_up_as_pools_of_one(opcode: isa.Opcode, arg
     command = only(price(words, edited(ARM, sram="4096 B/cycle")))
     # Sixteen cycles a micro-block of 1x2x8, whatever the output stage could do.
     assert command.end - command.start == pytest.approx(14 * 32 * 32, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("target", "classes", "vela"),
+    [("ethos-u55-128", 12, 807), ("ethos-u55-32", 1001, 22341), ("ethos-u55-128", 1001, 13842)],
+)
+def test_mac_array_softmax_takes_as_long_as_its_passes_in_vela(target: str, classes: int, vela: int) -> None:
+    """ethos-u-vela 5.2.0: NPU cycles of a softmax's operators in its debug database, for [1, classes]."""
+    words = [*maps((1, 1, classes), (1, 1, classes)), *word(isa.SOFTMAX, 0, 0, 1)]
+    command = only(price(words, load_target(target)))
+    assert command.end - command.start == pytest.approx(vela, rel=0.05)
 
 
 def test_two_cores_and_larger_arrays_are_faster() -> None:
