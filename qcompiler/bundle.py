@@ -380,9 +380,10 @@ def _tensor(value: "ir.Value", border: "ir.Node | None") -> Tensor:
 
 def write_weights(file: Path, arrays: Sequence[np.ndarray]) -> None:
     """Constants in order, as safetensors, whose bytes depend on nothing else."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file({f"{index:06}": np.ascontiguousarray(array) for index, array in enumerate(arrays)}, file)
+    # Written here rather than by save_file, whose file only its owner can read.
+    file.write_bytes(save({f"{index:06}": np.ascontiguousarray(array) for index, array in enumerate(arrays)}))
 
 
 def read_weights(file: Path) -> list[np.ndarray]:

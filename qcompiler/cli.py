@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 from zipfile import BadZipFile
@@ -18,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -41,6 +42,7 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join(
         "qcompile model.onnx -t my-chip.yaml -c photos/ --resize 224 --mean 123.7,116.3,103.5 --std 58.4",
         "qcompile run model.qc --input in.npz --output out.npz",
         "qcompile explain model.onnx --target systolic-npu",
+        "qcompile model.onnx --target cortex-m55 --emit c -o firmware/model",
         "qcompile targets check my-chip.yaml",
     )
 )
@@ -146,8 +148,33 @@ def compile_command(
     std: Std = "1",
     layout: Layout = "NCHW",
     color: Color = "rgb",
+    emit: Annotated[
+        Literal["c"] | None, typer.Option(help="For microcontrollers: write a folder of C that make builds.")
+    ] = None,
 ) -> None:
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
+    if emit == "c":
+        with _mistakes(as_json), _console_progress() as progress:
+            from qcompiler.emit_c import emit_c
+
+            emitted = emit_c(
+                model,
+                target,
+                output or Path(f"{model.stem}.c"),
+                calibration=calibration,
+                input_shapes=_input_shapes(input_shape or []),
+                dump=dump,
+                method=method,
+                samples=samples,
+                images=_image_options(resize, mean, std, layout, color),
+                progress=progress,
+            )
+            progress.finish()
+        if as_json:
+            _print_json({**asdict(emitted), "path": str(emitted.path)})
+        else:
+            _stdout().print(Text(emitted.summary()))
+        return
     with _mistakes(as_json), _console_progress() as progress:
         from qcompiler.compile import compile
 
@@ -420,7 +447,7 @@ class ConsoleProgress:
 
     def advance(self, done: int, total: int) -> None:
         if self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
+            self._bar.update(self._task, description=f"{self._stage} {done}/{total}", completed=done, total=total)
 
     def finish(self) -> dict[str, float]:
         """Seconds by stage."""

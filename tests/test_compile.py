@@ -102,6 +102,10 @@ def test_manifest_describes_the_interface(digits: Bundle) -> None:
     assert image.quantization.scale * 255 == pytest.approx(16, rel=0.3)
 
 
+def test_every_file_is_as_readable_as_the_others(digits: Bundle) -> None:
+    assert len({file.stat().st_mode for file in digits.path.iterdir() if file.suffix != ".so"}) == 1
+
+
 def test_onnx_files_in_the_bundle(digits: Bundle) -> None:
     """The QDQ model is standard and computes what the bundle computes, up to the rounding of its variant."""
     images, _ = _test_data()
