@@ -469,7 +469,6 @@ def _console_progress() -> Iterator[ConsoleProgress]:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
     with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
