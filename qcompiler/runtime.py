@@ -18,6 +18,7 @@ import tvm_ffi
 from tvm_ffi.libinfo import load_lib_ctypes
 
 from qcompiler.errors import QCompilerError
+from qcompiler.simulator.machine import Log
 
 _CPU, _DEVICE, _POOLED_ALLOCATOR = 1, 0, 2
 """DLPack's kDLCPU, its first device, and the VM's AllocatorType::kPooled."""
@@ -114,37 +115,32 @@ class NpuLog:
     words: np.ndarray
     """int32: the commands, as `simulator.isa` spells them."""
     regions: tuple[tuple[int, int], ...]
-    """(region number, index of its first word), one per region that ran."""
+    """(region number, index of its first word), in the order they ran."""
     scratchpad_peak: int
     """Bytes reserved at once, at most."""
 
 
 class Simulator:
-    """The NPU simulator linked into a compiled library; one log a process."""
+    """The NPU simulator linked into a compiled library; one log a process, shared by all who load the library."""
 
     def __init__(self, library: Path) -> None:
         """Raises QCompilerError if `library` holds no simulator: nothing in the model runs on an NPU."""
-        with _fresh_name(library) as path:
-            shared = ctypes.CDLL(str(path))
         try:
-            self._data, self._size = shared.qrt_log_data, shared.qrt_log_size
+            with _fresh_name(library) as path:
+                self._log = Log(path)
         except AttributeError as error:
             raise QCompilerError(f"{library} has no NPU simulator: nothing in this model runs on an NPU") from error
-        self._regions, self._region_count = shared.qrt_log_regions, shared.qrt_log_region_count
-        self._peak, self._reset = shared.qrt_log_scratchpad_peak, shared.qrt_log_reset
-        self._data.restype = ctypes.POINTER(ctypes.c_int32)
-        self._regions.restype = ctypes.POINTER(ctypes.c_int64)
-        for count in (self._size, self._region_count, self._peak):
-            count.restype = ctypes.c_int64
-        self._reset.restype = None
 
     def reset(self) -> None:
-        self._reset()
+        """Forget what was logged so far."""
+        self._log.reset()
 
     def log(self) -> NpuLog:
         """A copy of the log."""
-        size, regions = self._size(), self._region_count()
-        # An empty log has no memory behind its pointer.
-        words = np.ctypeslib.as_array(self._data(), (size,)).copy() if size else np.empty(0, np.int32)
-        pairs = np.ctypeslib.as_array(self._regions(), (regions, 2)).tolist() if regions else []
-        return NpuLog(words, tuple((region, first) for region, first in pairs), self._peak())
+        words, runs = self._log.words(), self._log.regions()
+        first = len(words) - sum(len(run) for _, run in runs)
+        regions: list[tuple[int, int]] = []
+        for number, run in runs:
+            regions.append((number, first))
+            first += len(run)
+        return NpuLog(words, tuple(regions), self._log.scratchpad_peak())

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from qcompiler.backends.base import HostCode, Kernel, NpuFunction, View, host_co
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import Shape, const_of, dtype_of, shape_of, value_name
 from qcompiler.partition import Partition, Region
+from qcompiler.simulator.machine import compile_simulator
 from qcompiler.target import Host, Target
 
 # TVM's annotations are too narrow for what its functions take.
@@ -213,9 +213,6 @@ _PIPELINE: tuple[tvm.ir.transform.Pass, ...] = (
 _PASS_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """Loops are cut where `te.inside` conditions change; without it Concat tests every element."""
 
-_SIMULATOR_FLAGS = ("-c", "-O3", "-std=c11", "-fPIC", "-ffp-contract=off")
-"""Without -ffp-contract=off a compiler may fuse a float multiply and add, and the results would differ."""
-
 
 def build(lowered: Lowered, host: Host, library: Path) -> None:
     """Compile a lowered model to the shared library `library`, the NPU simulator linked in if it is needed.
@@ -234,7 +231,7 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
     # Relative names in a fresh folder: object files carry their names into the library's symbol table.
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         work = Path(folder)
-        addons = [str(_simulator_object(compiler, work))] if lowered.uses_npu else []
+        addons = [str(compile_simulator(work))] if lowered.uses_npu else []
         executable.export_library(
             str(work / "model.so"),
             fcompile=lambda output, objects, **_: _link(compiler, work, output, objects),
@@ -266,12 +263,6 @@ def c_compiler(host: Host) -> tuple[str, ...]:
         f"no C compiler found to link the compiled model (looked for {names}); "
         + (f"install one for {triple}." if foreign else "install gcc or clang, or set CC to the one to use.")
     )
-
-
-def _simulator_object(compiler: Sequence[str], work: Path) -> Path:
-    with as_file(files("qcompiler.runtime_stubs")) as stubs:
-        _run([*compiler, *_SIMULATOR_FLAGS, f"-I{stubs}", "-o", "npu_sim.o", str(stubs / "npu_sim.c")], work)
-    return work / "npu_sim.o"
 
 
 def _link(compiler: Sequence[str], work: Path, output: str, objects: Sequence[str]) -> None:

@@ -55,11 +55,6 @@ def compute(shape: Sequence[int], element: Callable[..., Expr], name: str) -> Te
     return _te.compute(tuple(shape), element, name)
 
 
-def computes(shape: Sequence[int], elements: Callable[..., tuple[Expr, ...]], name: str) -> tuple[Tensor, ...]:
-    """Several tensors of one shape, computed together."""
-    return tuple(_te.compute(tuple(shape), elements, name))
-
-
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     untyped: Any = tensor
     return tuple(int(dim) for dim in untyped.shape)
