@@ -1,0 +1,187 @@
+"""TIR functions as plain C functions: pointers in, nothing out, no runtime, no heap.
+
+TVM's own pipeline ends in the packed calling convention, whose functions take tagged arguments, check them and
+raise errors through the runtime, and allocate what they need through it. Here the same passes run up to there; then
+each buffer argument becomes a bare pointer, and temporaries too large for the stack move into a workspace that
+the caller passes as the last argument.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import s_tir, tirx
+from tvm.ir import PointerType, PrimType
+
+from qcompiler.backends.npu_memory import aligned
+
+STACK_LIMIT = 512
+"""Bytes of one temporary that may live on the stack; accumulators, which LLVM then keeps in registers, are smaller."""
+
+WORKSPACE_ALIGNMENT = 16
+
+# TVM's annotations are too narrow for what its functions take.
+_tirx: Any = tirx
+_STIR: Any = s_tir.transform
+_TIRX: Any = tirx.transform
+
+_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+"""As `relax.build`: loops are cut where `te.inside` conditions change."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One pointer."""
+
+    name: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class RawFunction:
+    """A function with C linkage: ``void name(arguments…[, uint8_t* workspace])``."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+    workspace: int
+    """Bytes of the workspace, aligned to `WORKSPACE_ALIGNMENT`; 0 if the function takes none."""
+
+
+@dataclass(frozen=True)
+class RawModule:
+    """Lowered functions, ready for a code generator, and their signatures in the order they were given."""
+
+    module: tvm.IRModule
+    functions: tuple[RawFunction, ...]
+
+
+def _until_calling_convention(*, vectors: bool) -> tuple[Any, ...]:
+    """`tvm.s_tir.pipeline.default_s_tir_pipeline` before its calling convention, less what is for GPUs."""
+    return (
+        _STIR.CanonicalizeLoop(),
+        _STIR.LowerInitBlock(),
+        _STIR.PlanAndUpdateBufferAllocationLocation(),
+        _STIR.ConvertBlocksToOpaque(),
+        _STIR.CompactBufferAllocation(),
+        _STIR.LowerMatchBuffer(),
+        _STIR.StmtSimplify(),
+        _STIR.AnnotateIrregularLoop(),
+        _STIR.LowerOpaqueBlock(),
+        _TIRX.FlattenBuffer(),
+        _TIRX.NarrowDataType(32),
+        _STIR.LoopPartition(),
+        _TIRX.VectorizeLoop(vectors),
+        _TIRX.StorageRewrite(),
+        _STIR.HoistIfThenElse(),
+        _TIRX.UnrollLoop(),
+        _STIR.RenormalizeSplitPattern(),
+        _TIRX.StmtSimplify(),
+        _TIRX.RemoveNoOp(),
+        _STIR.RewriteUnsafeSelect(),
+        _TIRX.CommonSubexprElim(),
+    )
+
+
+def lower_functions(functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> RawModule:
+    """Lower scheduled functions for a CPU.
+
+    Args:
+        functions: by the names they will have in C.
+        target: an "llvm" or "c" target.
+    """
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name) for name, function in functions.items()})
+    passes = [_TIRX.BindTarget(target.with_host(target)), *_until_calling_convention(vectors=is_llvm(target))]
+    with tvm.transform.PassContext(config=_CONFIG):
+        module = tvm.transform.Sequential(passes)(module)
+        bare = {name: _Bare(name, module[name]) for name in functions}
+        module = tvm.IRModule({name: item.function for name, item in bare.items()})
+        module = tvm.transform.Sequential([_TIRX.LowerTVMBuiltin(), _TIRX.LowerIntrin()])(module)
+    return RawModule(module, tuple(item.signature for item in bare.values()))
+
+
+def is_llvm(target: tvm.target.Target) -> bool:
+    """Whether TVM writes machine code for a target, not C."""
+    return _kind(target) == "llvm"
+
+
+def _kind(target: Any) -> str:
+    return str(target.kind.name)
+
+
+def generate(module: tvm.IRModule, target: tvm.target.Target) -> Any:
+    """TVM's code generator on lowered functions: a module to write to a file or to ask for its source."""
+    return tvm.get_global_func(f"target.build.{_kind(target)}")(module, target)
+
+
+def c_source(module: Any, functions: Sequence[RawFunction]) -> str:
+    """The portable C of a "c" target's module, without TVM's headers."""
+    source = str(module.inspect_source())
+    kept = [line for line in source.splitlines() if not line.startswith(('#include "tvm/', "void* __tvm_ffi__library"))]
+    text = "\n".join(["#include <stdint.h>", "#define TVM_DLL", *kept, ""])
+    assert "TVM" not in text.replace("TVM_DLL", "").replace("TVM_EXPORTS", ""), "the runtime is needed after all"
+    assert all(f" {function.name}(" in text for function in functions)
+    return text
+
+
+class _Bare:
+    """One function with pointers for buffers and its large temporaries in the workspace."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        self._used = 0
+        self._workspace = _tirx.Var("workspace", _pointer("uint8"))
+        pointers = [_tirx.Var(buffer.name, _pointer(str(buffer.dtype))) for buffer in function.params]
+        views = [
+            _tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in zip(function.params, pointers, strict=True)
+        ]
+        body = self._moved(function.body)
+        parameters = [*pointers, *([self._workspace] if self._used else [])]
+        self.function = _tirx.PrimFunc(parameters, _tirx.SeqStmt([*views, body]), attrs=function.attrs)
+        arguments = tuple(Argument(buffer.name, str(buffer.dtype)) for buffer in function.params)
+        self.signature = RawFunction(name, arguments, self._used)
+
+    def _moved(self, statement: Any) -> Any:
+        """The statement with large allocations replaced by places in the workspace."""
+        if isinstance(statement, tirx.AllocBuffer):
+            return self._place(statement)
+        if isinstance(statement, tirx.SeqStmt):
+            return _tirx.SeqStmt([self._moved(part) for part in statement.seq])
+        if isinstance(statement, tirx.For):
+            loop: Any = statement
+            return _tirx.For(
+                loop.loop_var,
+                loop.min,
+                loop.extent,
+                loop.kind,
+                self._moved(loop.body),
+                loop.thread_binding,
+                loop.annotations,
+            )
+        if isinstance(statement, tirx.IfThenElse):
+            otherwise = None if statement.else_case is None else self._moved(statement.else_case)
+            return _tirx.IfThenElse(statement.condition, self._moved(statement.then_case), otherwise)
+        if isinstance(statement, tirx.AttrStmt):
+            return _tirx.AttrStmt(statement.node, statement.attr_key, statement.value, self._moved(statement.body))
+        return statement
+
+    def _place(self, statement: Any) -> Any:
+        buffer = statement.buffer
+        size = int(np.prod([int(dim) for dim in buffer.shape])) * _element_bytes(str(buffer.dtype))
+        if size <= STACK_LIMIT:
+            return statement
+        offset, self._used = self._used, self._used + aligned(size, WORKSPACE_ALIGNMENT)
+        data = _tirx.call_intrin(
+            _pointer(str(buffer.dtype)), "tirx.handle_add_byte_offset", self._workspace, np.int32(offset)
+        )
+        return _tirx.DeclBuffer(buffer, data=data)
+
+
+def _pointer(dtype: str) -> Any:
+    return PointerType(PrimType(dtype), "global")
+
+
+def _element_bytes(dtype: str) -> int:
+    """Of a scalar or of a vector such as int32x4."""
+    scalar, _, lanes = dtype.partition("x")
+    return np.dtype(scalar).itemsize * int(lanes or 1)
