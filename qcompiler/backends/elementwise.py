@@ -42,9 +42,8 @@ def elementwise(
 
     def element(*index: Expr) -> Expr:
         loads = [tensor[_broadcast_index(index, s)] for tensor, s in zip(tensors, shapes, strict=True)]
-        return expression(*loads, *constants_after)
+        return expression(*loads, *parameters[len(arrays) :])
 
-    constants_after = list(constants)
     result = te.compute(shape, element, "output")
     function = te.prim_func([*inputs, *parameters, result])
     widest = max(dtype_of(value).itemsize for value in [*values, output])
