@@ -30,7 +30,7 @@ from qcompiler.quant.arithmetic import RequantizeVariant, wrap_int32
 
 
 @dataclass(frozen=True)
-class _Epilogue:
+class Epilogue:
     """How accumulators become outputs; arrays are per output channel."""
 
     bias: np.ndarray
@@ -43,7 +43,7 @@ class _Epilogue:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """A convolution, a transposed one being a convolution of the input with `dilate - 1` zeros between pixels."""
 
     x_shape: Shape
@@ -59,13 +59,25 @@ class _Problem:
     """Rows above and columns left of the input; may be negative for transposed convolutions."""
     out_size: tuple[int, int]
     group: int
-    epilogue: _Epilogue
+    epilogue: Epilogue
 
 
 def conv(node: ir.Node, host: HostCode) -> Kernel:
+    return _lower(conv_problem(node), data_input(node), host)
+
+
+def conv_transpose(node: ir.Node, host: HostCode) -> Kernel:
+    return _lower(conv_transpose_problem(node), data_input(node), host)
+
+
+def gemm(node: ir.Node, host: HostCode) -> Kernel:
+    return _lower(gemm_problem(node), data_input(node), host)
+
+
+def conv_problem(node: ir.Node) -> Problem:
     op = QConv.of(node)
     y = shape_of(node.outputs[0])
-    problem = _Problem(
+    return Problem(
         x_shape=shape_of(data_input(node)),
         x_dtype=str(dtype_of(data_input(node))),
         x_zero_point=op.x_zero_point,
@@ -79,14 +91,13 @@ def conv(node: ir.Node, host: HostCode) -> Kernel:
         group=op.group,
         epilogue=_epilogue(node, op),
     )
-    return _lower(problem, data_input(node), host)
 
 
-def conv_transpose(node: ir.Node, host: HostCode) -> Kernel:
+def conv_transpose_problem(node: ir.Node) -> Problem:
     op = QConvTranspose.of(node)
     y = shape_of(node.outputs[0])
     kernel, dilations = op.kernel_shape, op.dilations
-    problem = _Problem(
+    return Problem(
         x_shape=shape_of(data_input(node)),
         x_dtype=str(dtype_of(data_input(node))),
         x_zero_point=op.x_zero_point,
@@ -100,14 +111,13 @@ def conv_transpose(node: ir.Node, host: HostCode) -> Kernel:
         group=op.group,
         epilogue=_epilogue(node, op),
     )
-    return _lower(problem, data_input(node), host)
 
 
-def gemm(node: ir.Node, host: HostCode) -> Kernel:
+def gemm_problem(node: ir.Node) -> Problem:
     op = QGemm.of(node)
     rows, depth = shape_of(data_input(node))
     weights = constant_input(node, 1)
-    problem = _Problem(
+    return Problem(
         x_shape=(1, 1, rows, depth),
         x_dtype=str(dtype_of(data_input(node))),
         x_zero_point=op.x_zero_point,
@@ -121,11 +131,10 @@ def gemm(node: ir.Node, host: HostCode) -> Kernel:
         group=1,
         epilogue=_epilogue(node, op),
     )
-    return _lower(problem, data_input(node), host)
 
 
-def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> _Epilogue:
-    return _Epilogue(
+def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> Epilogue:
+    return Epilogue(
         bias=constant_input(node, 2),
         multiplier=constant_input(node, 3),
         shift=constant_input(node, 4),
@@ -136,14 +145,14 @@ def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> _Epilogue:
     )
 
 
-def _lower(problem: _Problem, x: ir.Value, host: HostCode) -> Kernel:
+def _lower(problem: Problem, x: ir.Value, host: HostCode) -> Kernel:
     out_channels, _, _, depth = problem.weights.shape
     if depth == 1 and out_channels == problem.group:
         return _depthwise_convolution(problem, x, host)
-    return _dot_convolution(_flattened(problem), x, host)
+    return _dot_convolution(flattened(problem), x, host)
 
 
-def _flattened(problem: _Problem) -> _Problem:
+def flattened(problem: Problem) -> Problem:
     """A 1x1 convolution without strides or padding sees its pixels as one row."""
     n, h, w, c = problem.x_shape
     plain = (
@@ -160,7 +169,7 @@ def _flattened(problem: _Problem) -> _Problem:
 
 
 @dataclass(frozen=True)
-class _Folded:
+class Folded:
     """The problem in x' and w' of the module's docstring."""
 
     x_offset: int
@@ -172,7 +181,7 @@ class _Folded:
     bias: np.ndarray
 
 
-def _fold_zero_points(problem: _Problem, x_dtype: str) -> _Folded:
+def fold_zero_points(problem: Problem, x_dtype: str) -> Folded:
     x_offset = {("int8", "uint8"): 128, ("uint8", "int8"): -128}.get((problem.x_dtype, x_dtype), 0)
     weights = problem.weights.astype(np.int64) - problem.w_zero_point
     w_zero_point = 0
@@ -182,7 +191,7 @@ def _fold_zero_points(problem: _Problem, x_dtype: str) -> _Folded:
     x_zero_point = problem.x_zero_point + x_offset
     terms = weights[0].size
     bias = problem.epilogue.bias - x_zero_point * weights.sum(axis=(1, 2, 3)) + terms * x_zero_point * w_zero_point
-    return _Folded(
+    return Folded(
         x_offset, x_dtype, x_zero_point, weights.astype(np.int8), w_zero_point, wrap_int32(bias).astype(np.int32)
     )
 
@@ -194,16 +203,16 @@ def _shifted(x: Expr, offset: int, dtype: str) -> Expr:
 # --- the template with a dot product -----------------------------------------------------------------------
 
 
-def _round_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Kernel:
+def _dot_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel:
     dot = dot_product(host)
     quad = QUAD if dot else 1
     lanes = dot.lanes if dot else host.vector_bytes // 4
     x_dtype = problem.x_dtype if dot is None else "uint8" if dot.unsigned else "int8"
-    folded = _fold_zero_points(problem, x_dtype)
+    folded = fold_zero_points(problem, x_dtype)
     n, h, w, c = problem.x_shape
     (oh, ow), group = problem.out_size, problem.group
     out_channels, kh, kw, depth = folded.weights.shape
@@ -211,13 +220,13 @@ def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Ke
 
     # A window row of adjacent pixels is one run of bytes: if the depth does not fill quads, reduce over the run.
     run = depth % quad != 0 and dx == 1 and group == 1
-    padded_depth = depth if run else _round_up(depth, quad)
+    padded_depth = depth if run else round_up(depth, quad)
     pitch = group * padded_depth
     taps, run_length = (1, kw * depth) if run else (kw, padded_depth)
     quads = -(-run_length // quad)
     blocks = -(-(out_channels // group) // lanes)
     tile = schedule.conv_tile(ow, blocks, registers=32 if host.vector_bytes == 64 else 16)
-    wide = _round_up(ow, tile.pixels)
+    wide = round_up(ow, tile.pixels)
 
     rows = (oh - 1) * sy + (kh - 1) * dy + 1
     row_bytes = max((wide - 1) * sx * pitch + (taps - 1) * dx * pitch + (group - 1) * padded_depth + quads * quad, 1)
@@ -230,7 +239,7 @@ def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Ke
         and row_bytes <= w * c
     )
     x = placeholder(x_value, (n, h, w * c))
-    staged = x if as_is else _stage(x, problem, folded, (rows, row_bytes), (pitch, padded_depth, depth))
+    staged = x if as_is else stage(x, problem, folded, (rows, row_bytes), (pitch, padded_depth, depth))
 
     packed = _pack(folded.weights, group, blocks, lanes, quads, quad, run=run)
     arrays = [
@@ -283,8 +292,8 @@ def _dot_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Ke
     return Kernel(scheduled, (x_value,), tuple(arrays[:3] if epilogue.variant == "float32" else arrays))
 
 
-def _stage(
-    x: te.Tensor, problem: _Problem, folded: _Folded, size: tuple[int, int], layout: tuple[int, int, int]
+def stage(
+    x: te.Tensor, problem: Problem, folded: Folded, size: tuple[int, int], layout: tuple[int, int, int]
 ) -> te.Tensor:
     """The input as x' with padding, dilation and every group's depth filled up; [N, rows, row bytes]."""
     n, h, w, c = problem.x_shape
@@ -308,7 +317,7 @@ def _stage(
     return te.compute((n, *size), element, "staged")
 
 
-def _window_sum(staged: te.Tensor, problem: _Problem, folded: _Folded, layout: tuple[int, int, int]) -> te.Tensor:
+def _window_sum(staged: te.Tensor, problem: Problem, folded: Folded, layout: tuple[int, int, int]) -> te.Tensor:
     """Σ x' under each window and group, for weights whose zero point is not 0."""
     wide, pitch, padded_depth = layout
     _, kh, kw, depth = folded.weights.shape
@@ -350,8 +359,8 @@ def _per_lane(arrays: list[np.ndarray], group: int, blocks: int, lanes: int) -> 
 # --- depthwise ---------------------------------------------------------------------------------------------
 
 
-def _depthwise_convolution(problem: _Problem, x_value: ir.Value, host: HostCode) -> Kernel:
-    folded = _fold_zero_points(problem, problem.x_dtype)
+def _depthwise_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel:
+    folded = fold_zero_points(problem, problem.x_dtype)
     n, h, w, c = problem.x_shape
     oh, ow = problem.out_size
     _, kh, kw, _ = folded.weights.shape
@@ -360,7 +369,7 @@ def _depthwise_convolution(problem: _Problem, x_value: ir.Value, host: HostCode)
 
     x = placeholder(x_value, (n, h, w * c))
     as_is = problem.pad == (0, 0) and problem.dilate == (1, 1) and rows <= h and columns <= w
-    staged = x if as_is else _stage(x, problem, folded, (rows, columns * c), (c, 1, 1))
+    staged = x if as_is else stage(x, problem, folded, (rows, columns * c), (c, 1, 1))
 
     epilogue = problem.epilogue
     arrays = [
