@@ -149,7 +149,11 @@ def compile_command(
     layout: Layout = "NCHW",
     color: Color = "rgb",
     emit: Annotated[
-        Literal["c"] | None, typer.Option(help="For microcontrollers: write a folder of C that make builds.")
+        Literal["c", "tflite", "vela"] | None,
+        typer.Option(
+            help="c: for microcontrollers, write a folder of C that make builds. Others: put the accelerator's part "
+            "into the bundle as TFLite, or as an Ethos-U command stream that Arm's Vela makes."
+        ),
     ] = None,
 ) -> None:
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
@@ -188,6 +192,7 @@ def compile_command(
             method=method,
             samples=samples,
             images=_image_options(resize, mean, std, layout, color),
+            emit=emit,
             progress=progress,
         )
         report = bundle.report

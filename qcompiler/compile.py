@@ -7,7 +7,7 @@ TVM.
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from qcompiler.backends.npu import NpuProgram
     from qcompiler.backends.relax import Lowered, NpuLowering
+    from qcompiler.emit.regions import EmitFormat
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
     from qcompiler.partition import Partition, Region
-    from qcompiler.report import Report, SelfCheck
+    from qcompiler.report import Report, SelfCheck, VelaReport
     from qcompiler.selfcheck import Arrays
     from qcompiler.target import Target
 
@@ -73,6 +74,7 @@ def compile(
     method: RangeMethod = "mse",
     samples: int | None = None,
     images: "ImageOptions | None" = None,
+    emit: "EmitFormat | None" = None,
     progress: Progress = SILENT,
 ) -> Bundle:
     """Compile an ONNX model to INT8 for a target and write a bundle.
@@ -88,12 +90,20 @@ def compile(
         method: how activation ranges are chosen from what calibration saw.
         samples: use the first so many calibration samples.
         images: preprocessing, if `calibration` is a folder of images.
+        emit: also write the accelerator's regions for other compilers into the bundle: as TFLite, or as
+            TFLite together with what Arm's Vela makes of it, whose estimate then stands in the report beside ours.
         progress: told of stages as they begin.
 
     Raises:
         QCompilerError: anything wrong with what was given; nothing is written then.
     """
     from qcompiler.backends import relax
+
+    if emit is not None:
+        from qcompiler.emit.regions import check_emission
+        from qcompiler.target_loader import load_target
+
+        check_emission(load_target(target), emit)
 
     keep = TemporaryDirectory(prefix="qcompiler-") if output is None else None
     folder = Path(keep.name) / f"{Path(model).stem}.qc" if keep else Path(output or "")
@@ -102,6 +112,10 @@ def compile(
         chip = placed.target
         progress.stage("schedule")
         programs = schedule(placed)
+        vela: tuple[VelaReport, ...] = ()
+        if emit is not None:
+            progress.stage("emit")
+            vela = _emit(placed, programs, emit, stage)
         progress.stage("lower")
         lowered = relax.lower(placed.integer, placed.partition, chip, _drivers(placed.partition, programs))
         progress.stage("build")
@@ -110,6 +124,7 @@ def compile(
         check = _check(placed, stage / bundle.LIBRARY, lowered)
         progress.stage("report")
         report = _report(placed, programs, sum(array.nbytes for array in lowered.parameters), check)
+        report = replace(report, vela=vela)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     return bundle.load(folder, keep)
 
@@ -260,6 +275,16 @@ def _open_data(
         return synthetic(inputs, SYNTHETIC_SAMPLES)
     source = calibration if isinstance(calibration, Mapping) else Path(calibration)
     return load_dataset(source, inputs, images, samples)
+
+
+def _emit(
+    placed: Placed, programs: "Mapping[str, NpuProgram]", form: "EmitFormat", folder: Path
+) -> "tuple[VelaReport, ...]":
+    from qcompiler.costs import region_cost
+    from qcompiler.emit.regions import emit_regions
+
+    costs = {name: region_cost(program, placed.target) for name, program in programs.items()}
+    return emit_regions(placed.partition, costs, placed.target, form, folder)
 
 
 def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]") -> "NpuLowering":

@@ -31,6 +31,12 @@ class Costs:
     totals: Totals
 
 
+def region_cost(program: NpuProgram, target: Target) -> RegionCost:
+    """The command words of one accelerator region, priced."""
+    assert target.npu is not None
+    return price(words(program), target, {program.bases.blob: target.npu.weight_memory})
+
+
 def cost(
     partition: Partition, programs: Mapping[str, NpuProgram], target: Target, weights: int, names: Mapping[str, str]
 ) -> Costs:
@@ -51,8 +57,7 @@ def cost(
             layers += [_host_layer(node, target, names[_name(node)]) for node in region.nodes]
         else:
             assert target.npu is not None
-            program = programs[region.name]
-            priced = price(words(program), target, {program.bases.blob: target.npu.weight_memory})
+            priced = region_cost(programs[region.name], target)
             layers += [*_npu_layers(region, priced, engines, names), _hand_over(region, target.npu)]
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
     return Costs(tuple(layers), _totals(layers, target, npu_cycles, peak, weights))

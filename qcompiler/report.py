@@ -119,6 +119,27 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class VelaReport:
+    """One accelerator region as Arm's Vela compiler sees it, beside our own estimate."""
+
+    region: str
+    accelerator: str
+    operators: int
+    """Of ours in the region."""
+    npu_operators: int
+    """Of Vela's, after its rewrites."""
+    cpu_operators: int
+    """What Vela leaves to the CPU, though the target's rules placed it on the accelerator."""
+    refusals: tuple[str, ...]
+    """Vela's reasons for those."""
+    cycles: int
+    vela_cycles: int
+    scratchpad: int
+    """Most bytes of scratchpad in use at one time."""
+    vela_scratchpad: int
+
+
+@dataclass(frozen=True)
 class Report:
     model: str
     target: str
@@ -130,6 +151,8 @@ class Report:
     self_check: SelfCheck | None
     """None if nothing was built (`qcompile explain`)."""
     warnings: tuple[str, ...]
+    vela: tuple[VelaReport, ...] = ()
+    """Empty unless the regions went through Vela (`--emit vela`)."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
@@ -164,6 +187,8 @@ def render(report: Report) -> RenderableType:
     if report.self_check is not None:
         parts += [Text(), _heading(f"Self-check on {_count(report.self_check.samples, 'sample')}")]
         parts.append(_check_table(report.self_check))
+    if report.vela:
+        parts += [Text(), _heading("Our estimate beside Vela's"), _vela_table(report.vela)]
     if report.calibration is not None:
         parts += [Text(), _calibration(report.calibration)]
     parts += [Text.assemble(("warning: ", "yellow"), warning) for warning in report.warnings]
@@ -256,6 +281,27 @@ def _check_table(check: SelfCheck) -> Table:
             "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}",
         )
     return table
+
+
+def _vela_table(regions: Sequence[VelaReport]) -> RenderableType:
+    table = _table(
+        ("region", False), ("accelerator", False), ("cycles", True), ("Vela's", True), ("SRAM", True),
+        ("Vela's", True), ("operators", True), ("Vela: NPU", True), ("Vela: CPU", True),
+    )  # fmt: skip
+    for item in regions:
+        table.add_row(
+            item.region,
+            item.accelerator,
+            f"{item.cycles:,}",
+            f"{item.vela_cycles:,}",
+            byte_count(item.scratchpad),
+            byte_count(item.vela_scratchpad),
+            str(item.operators),
+            str(item.npu_operators),
+            str(item.cpu_operators),
+        )
+    refusals = [Text(f"Vela leaves to the CPU: {refusal}") for item in regions for refusal in item.refusals]
+    return Group(table, *refusals)
 
 
 def _calibration(calibration: Calibration) -> Text:

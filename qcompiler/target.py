@@ -611,6 +611,21 @@ class Npu(Spec):
         return next(memory for memory in self.memories.values() if memory.kind == "external")
 
 
+class VelaConfig(Spec):
+    """How Arm's Vela compiler knows the chip. The names are those of its own options and of its Arm/vela.ini."""
+
+    accelerator: str
+    """`--accelerator-config`, "ethos-u55-128" for one."""
+    system_config: str
+    memory_mode: str
+
+
+class Emit(Spec):
+    """Other compilers that make code for the accelerator (`qcompile --emit`)."""
+
+    vela: VelaConfig | None = None
+
+
 class Target(Spec):
     """One chip: a host CPU and, usually, an accelerator."""
 
@@ -621,6 +636,7 @@ class Target(Spec):
     quantization: Quantization
     host: Host
     npu: Npu | None = None
+    emit: Emit = Emit()
 
     def match(self, facts: OpFacts) -> Match | Refusal:
         """Which rule of the accelerator takes an operator, or why none does."""

@@ -87,8 +87,7 @@ def tflite_of(region: Region) -> bytes:
 def refusal(node: ir.Node, reason: str) -> QCompilerError:
     """Why a node cannot be written as TFLite."""
     return QCompilerError(
-        f"{node.name!r} ({node.op_type}) cannot be written as TFLite with the same arithmetic: {reason}. Emit TOSA "
-        "(--emit tosa), which carries every rescale explicitly"
+        f"{node.name!r} ({node.op_type}) cannot be written as TFLite with the same arithmetic: {reason}"
     )
 
 
@@ -669,10 +668,34 @@ def _split(emitter: _Emitter, node: ir.Node) -> None:
 def _strided_slice(
     emitter: _Emitter, tensor: Tensor, begin: Sequence[int], strides: Sequence[int], output: Tensor
 ) -> None:
-    """The elements from `begin` on, `strides` apart, as many as the output holds."""
+    """The elements from `begin` on, `strides` apart, as many as the output holds.
+
+    Along height and width of a map in one go; Vela takes strides along no other axis, so those are brought there.
+    """
+    strided = [axis for axis, stride in enumerate(strides) if stride > 1]
+    if len(tensor.shape) != 4 or not set(strided) <= {1, 2}:
+        for axis in strided:
+            tensor, begin, strides = _take_every(emitter, tensor, axis, begin, strides, output.shape[axis])
+    if tensor.shape == output.shape:
+        emitter.reshape(tensor, output)
+        return
     end = [first + (count - 1) * step + 1 for first, count, step in zip(begin, output.shape, strides, strict=True)]
     inputs = [tensor, emitter.numbers(begin, "begin"), emitter.numbers(end, "end"), emitter.numbers(strides, "strides")]
     emitter.add(_OP.STRIDED_SLICE, inputs, output, _OPTIONS.StridedSliceOptions, schema.StridedSliceOptionsT())
+
+
+def _take_every(
+    emitter: _Emitter, tensor: Tensor, axis: int, begin: Sequence[int], strides: Sequence[int], count: int
+) -> tuple[Tensor, list[int], list[int]]:
+    """Slice one axis as the width of a map; what remains to slice comes back with the result."""
+    shape = tensor.shape
+    as_map = (1, element_count(shape[:axis]), shape[axis], element_count(shape[axis + 1 :]))
+    source = emitter.reshaped(tensor, as_map, "strided.map")
+    taken = emitter.temporary(tensor, (*as_map[:2], count, as_map[3]), "strided.taken")
+    _strided_slice(emitter, source, (0, 0, begin[axis], 0), (1, 1, strides[axis], 1), taken)
+    result = emitter.reshaped(taken, (*shape[:axis], count, *shape[axis + 1 :]), "strided")
+    rest = [(0, 1) if other == axis else (begin[other], strides[other]) for other in range(len(shape))]
+    return result, [first for first, _ in rest], [step for _, step in rest]
 
 
 def _pad(emitter: _Emitter, node: ir.Node) -> None:

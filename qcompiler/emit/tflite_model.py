@@ -61,10 +61,8 @@ class TfliteModel:
 
     def constant(self, name: str, array: np.ndarray, fmt: TensorFormat | None = None, *, axis: int = 0) -> Tensor:
         """A constant; `axis` is the one its scales run along."""
-        buffer = schema.BufferT()
         little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        buffer.data = np.frombuffer(little_endian.tobytes(), np.uint8)
-        self._buffers.append(buffer)
+        self._buffers.append(schema.BufferT(data=np.frombuffer(little_endian.tobytes(), np.uint8)))
         return self._add(name, array.shape, str(array.dtype), fmt, axis=axis, buffer=len(self._buffers) - 1)
 
     def operator(
@@ -78,25 +76,31 @@ class TfliteModel:
         """Append an operator; `options` is the table that `options_type` names."""
         if operation not in self._codes:
             self._codes.append(operation)
-        made = schema.OperatorT()
-        made.opcodeIndex = self._codes.index(operation)
-        made.inputs = [tensor.index for tensor in inputs]
-        made.outputs = [tensor.index for tensor in outputs]
-        made.builtinOptionsType = options_type
-        made.builtinOptions = options
+        made = schema.OperatorT(
+            opcodeIndex=self._codes.index(operation),
+            inputs=[tensor.index for tensor in inputs],
+            outputs=[tensor.index for tensor in outputs],
+            builtinOptionsType=options_type,
+            builtinOptions=options,
+        )
         self._operators.append(made)
 
     def serialize(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bytes:
         """The file, with these tensors as the subgraph's inputs and outputs."""
-        subgraph = schema.SubGraphT()
-        subgraph.name = "main"
-        subgraph.tensors, subgraph.operators = self._tensors, self._operators
-        subgraph.inputs = [tensor.index for tensor in inputs]
-        subgraph.outputs = [tensor.index for tensor in outputs]
-        model = schema.ModelT()
-        model.version, model.description = _SCHEMA_VERSION, self._description
-        model.subgraphs, model.buffers = [subgraph], self._buffers
-        model.operatorCodes = [_operator_code(operation) for operation in self._codes]
+        subgraph = schema.SubGraphT(
+            name="main",
+            tensors=self._tensors,
+            operators=self._operators,
+            inputs=[tensor.index for tensor in inputs],
+            outputs=[tensor.index for tensor in outputs],
+        )
+        model = schema.ModelT(
+            version=_SCHEMA_VERSION,
+            description=self._description,
+            subgraphs=[subgraph],
+            buffers=self._buffers,
+            operatorCodes=[_operator_code(operation) for operation in self._codes],
+        )
         builder = flatbuffers.Builder(1024)
         builder.Finish(model.Pack(builder), b"TFL3")
         return bytes(builder.Output())
@@ -104,14 +108,14 @@ class TfliteModel:
     def _add(
         self, name: str, shape: Sequence[int], dtype: str, fmt: TensorFormat | None, *, axis: int, buffer: int
     ) -> Tensor:
-        made = schema.TensorT()
-        made.name = self._unused(name)
-        made.shape, made.type, made.buffer = list(shape), _TYPES[dtype], buffer
+        quantization = None
         if fmt is not None:
-            made.quantization = schema.QuantizationParametersT()
-            made.quantization.scale = list(fmt.scales)
-            made.quantization.zeroPoint = [fmt.zero_point] * len(fmt.scales)
-            made.quantization.quantizedDimension = axis
+            quantization = schema.QuantizationParametersT(
+                scale=list(fmt.scales), zeroPoint=[fmt.zero_point] * len(fmt.scales), quantizedDimension=axis
+            )
+        made = schema.TensorT(
+            name=self._unused(name), shape=list(shape), type=_TYPES[dtype], buffer=buffer, quantization=quantization
+        )
         self._tensors.append(made)
         return Tensor(len(self._tensors) - 1, tuple(shape), dtype, fmt)
 
@@ -126,7 +130,8 @@ class TfliteModel:
 
 
 def _operator_code(operation: Operation) -> schema.OperatorCodeT:
-    code = schema.OperatorCodeT()
-    code.builtinCode, code.version = operation.code, operation.version
-    code.deprecatedBuiltinCode = min(operation.code, _LAST_SHORT_CODE)
-    return code
+    return schema.OperatorCodeT(
+        builtinCode=operation.code,
+        version=operation.version,
+        deprecatedBuiltinCode=min(operation.code, _LAST_SHORT_CODE),
+    )

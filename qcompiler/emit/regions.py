@@ -1,0 +1,90 @@
+"""Write the accelerator's regions of a compiled model for other compilers, and have Vela compile them."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from qcompiler.emit.vela import compile_network, require_vela
+from qcompiler.errors import QCompilerError
+from qcompiler.partition import Partition, Region
+from qcompiler.report import VelaReport
+from qcompiler.simulator.cost import RegionCost
+from qcompiler.target import Target, VelaConfig
+
+EmitFormat = Literal["tflite", "vela"]
+
+
+def check_emission(target: Target, form: EmitFormat) -> None:
+    """Refuse what cannot work, before time is spent on the model.
+
+    Raises:
+        QCompilerError: the target has no accelerator, its spec does not say how to run Vela, or a tool is missing.
+    """
+    if target.npu is None:
+        raise QCompilerError(f"--emit {form} writes the accelerator's part, and {target.name} has no accelerator")
+    if form == "vela":
+        _vela_config(target)
+        require_vela()
+    if find_spec("ai_edge_litert") is None:
+        raise QCompilerError("writing .tflite needs ai-edge-litert; pip install 'qcompiler[ethosu]'")
+
+
+def emit_regions(
+    partition: Partition, costs: Mapping[str, RegionCost], target: Target, form: EmitFormat, folder: Path
+) -> tuple[VelaReport, ...]:
+    """Write REGION.tflite for every accelerator region, and with `vela` what Vela makes of it.
+
+    Args:
+        partition: of the integer graph.
+        costs: our own estimates, by region name.
+        target: passed `check_emission`.
+        form: what to write.
+        folder: receives the files.
+
+    Returns:
+        Vela's estimate beside ours, region by region; empty unless `form` is vela.
+
+    Raises:
+        QCompilerError: an operator has no form that computes the same, or Vela fails.
+    """
+    regions = [region for region in partition.regions if region.backend == "npu"]
+    if form == "vela":
+        return tuple(_through_vela(region, costs[region.name], _vela_config(target), folder) for region in regions)
+    for region in regions:
+        write_tflite(region, folder)
+    return ()
+
+
+def write_tflite(region: Region, folder: Path) -> Path:
+    """REGION.tflite."""
+    from qcompiler.emit.tflite import tflite_of
+
+    file = folder / f"{region.name}.tflite"
+    file.write_bytes(tflite_of(region))
+    return file
+
+
+def _through_vela(region: Region, ours: RegionCost, config: VelaConfig, folder: Path) -> VelaReport:
+    result = compile_network(write_tflite(region, folder), config, folder)
+    return VelaReport(
+        region=region.name,
+        accelerator=config.accelerator,
+        operators=len(region.nodes),
+        npu_operators=result.npu_operators,
+        cpu_operators=result.cpu_operators,
+        refusals=result.refusals,
+        cycles=round(ours.cycles),
+        vela_cycles=result.cycles,
+        scratchpad=ours.peak_scratchpad,
+        vela_scratchpad=result.scratchpad,
+    )
+
+
+def _vela_config(target: Target) -> VelaConfig:
+    if target.emit.vela is None:
+        raise QCompilerError(
+            f"{target.name} is no Ethos-U that Vela knows; a spec that extends one of those, or that has an "
+            "emit.vela section, can be compiled with --emit vela"
+        )
+    return target.emit.vela
