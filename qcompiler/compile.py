@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from qcompiler.backends.npu import NpuProgram
     from qcompiler.backends.relax import Lowered, NpuLowering
-    from qcompiler.emit.regions import EmitFormat
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
+    from qcompiler.emit.regions import EmitFormat
     from qcompiler.partition import Partition, Region
     from qcompiler.report import Report, SelfCheck, VelaReport
     from qcompiler.selfcheck import Arrays
