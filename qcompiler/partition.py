@@ -6,7 +6,8 @@ inputs, or the next one where the backend changes. So every edge stays in its re
 one, which rules out cycles; and every region reads from the one before it, so that merging two of one backend would
 make a cycle with what lies between.
 
-An island on the accelerator that costs more to reach than it saves goes back to the CPU.
+An island on the accelerator that costs more to reach than it saves goes back to the CPU, and so does an operator at
+the edge of a region that the CPU runs faster, such as the transpose of an NCHW input.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -81,6 +82,8 @@ def partition(
     if target.npu is not None and not keep_islands:
         while (island := _worst_island(judged, target, target.npu)) is not None:
             judged.update({node: _give_back(judged[node], island) for node in island.nodes})
+        while (edge := _losing_edge(judged, target, target.npu)) is not None:
+            judged.update(edge)
     placements = tuple(item.placement for item in judged.values())
     return Partition(_regions(judged), placements)
 
@@ -224,6 +227,27 @@ def _island(
         for node in nodes
     )
     return _Island(nodes, crossing, saving)
+
+
+def _losing_edge(judged: Mapping[ir.Node, _Judged], target: Target, npu: Npu) -> dict[ir.Node, _Judged] | None:
+    """The first operator that the CPU could run before or after its region, faster, with what crosses counted."""
+    for node, item in judged.items():
+        if item.backend == "cpu":
+            continue
+        before = [value for value in node.inputs if value is not None and const_of(value) is None]
+        first = all((made_by := value.producer()) is None or judged[made_by].backend == "cpu" for value in before)
+        last = all(judged[use.node].backend == "cpu" for value in node.outputs for use in value.uses())
+        if first == last:  # inside its region, or an island of its own, which is judged as such
+            continue
+        grown = sum(map(tensor_bytes, node.outputs)) - sum(map(tensor_bytes, before))
+        crossing = (grown if first else -grown) / npu.crossing.bandwidth.per_cycle(npu.clock) / npu.clock
+        there = npu_seconds(node, item.facts, item.placement.engine, npu)
+        here = host_seconds(node, item.facts, target, npu) + crossing
+        if here < there:
+            reason = f"supported, but takes {there * 1e6:.1f} µs there and {here * 1e6:.1f} µs on the CPU beside it"
+            placement = replace(item.placement, backend="cpu", engine=_CPU, reason=reason)
+            return {node: replace(item, placement=placement)}
+    return None
 
 
 def _components(nodes: tuple[ir.Node, ...]) -> list[tuple[ir.Node, ...]]:

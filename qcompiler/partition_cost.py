@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qcompiler.graph import Shape as TensorShape
-from qcompiler.graph import const_of, element_count, shape_of
+from qcompiler.graph import const_of, element_count, ints, is_op, shape_of
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
 from qcompiler.simulator.workload import Feed, OpClass, Port, Shape
@@ -57,13 +57,26 @@ def npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> fl
     if kind is None:
         path = npu.path_between(npu.memory_name("external"), npu.memory_name("scratchpad"))
         assert path is not None
-        moved = 0 if facts.op in _FREE else tensor_bytes(node.outputs[0])
+        moved = 0 if facts.op in _FREE else _bytes_in_bursts(node, npu)
         return moved / npu.dma[path].bandwidth.per_cycle(npu.clock) / npu.clock
     memory = npu.memories[npu.weight_memory]
     inside = Port.of(npu.scratchpad, npu.clock)
     feed = Feed(ifm=inside, ofm=inside, scales=Port.of(memory, npu.clock))
     busy = work(_shape(node, facts, kind), engine, facts.precision, feed).cycles + engine.issue.cycles(npu.clock)
     return max(busy, _weight_bytes(node) / memory.bandwidth.per_cycle(npu.clock)) / npu.clock
+
+
+def _bytes_in_bursts(node: ir.Node, npu: Npu) -> int:
+    """What moving the output takes from the scratchpad: a transpose reads every run of kept elements as a burst."""
+    moved = tensor_bytes(node.outputs[0])
+    if not is_op(node, "Transpose"):
+        return moved
+    shape, order = shape_of(node.outputs[0]), ints(node, "perm")
+    kept = len(order)
+    while kept and order[kept - 1] == kept - 1:
+        kept -= 1
+    run = element_count(shape[kept:])
+    return max(moved, moved // run * npu.scratchpad.burst)
 
 
 def multiplications(node: ir.Node, facts: OpFacts) -> int:

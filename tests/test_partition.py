@@ -204,3 +204,22 @@ def test_large_convolution_stays() -> None:
 def test_every_bundled_accelerator_prices_a_convolution(name: str) -> None:
     parts = partition(conv_model(32, 32), load_target(name))
     assert [region.backend for region in parts.regions] == ["npu"]
+
+
+def test_the_transpose_of_an_nchw_input_stays_on_the_cpu() -> None:
+    model = conv_model(32, 32)
+    (x,) = model.graph.inputs
+    source, moved = value("nchw", (1, 32, 32, 32)), value("nhwc", (1, 32, 32, 32))
+    transpose = make_node("Transpose", [source], [moved], {"perm": [0, 2, 3, 1]}, name="to_nhwc")
+    x.replace_all_uses_with(moved)
+    model.graph.inputs[0] = source
+    model.graph.insert_before(model.graph[0], transpose)
+    target = load_target("arm-npu")
+    placement, conv = partition(model, target).placements
+    assert (placement.backend, conv.backend) == ("cpu", "npu")
+    match = re.fullmatch(
+        r"supported, but takes ([\d.]+) µs there and ([\d.]+) µs on the CPU .*", placement.reason or ""
+    )
+    assert match is not None and float(match.group(1)) > float(match.group(2))
+    kept = partition(model, target, keep_islands=True).placements
+    assert [item.backend for item in kept] == ["npu", "npu"]
