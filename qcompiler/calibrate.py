@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qcompiler.errors import QCompilerError
-from qcompiler.graph import const_of, data_input, is_op, value_name
+from qcompiler.graph import const_of, data_input, integer, is_op, only_user, value_name
 from qcompiler.quant.bias_correction import input_channel_axis
 from qcompiler.quant.operators import MAC_OPS, inherits_format, interior_values, is_activation
 from qcompiler.quant.ranges import Histogram, mse_range, observed_range
@@ -44,7 +44,7 @@ def calibrate(
         model: float model with static shapes and batch 1.
         dataset: the samples; each is run once.
         method: "minmax" spans all values seen; "mse" clips outliers where that lowers the expected squared
-            error of the format described by `bits` and `symmetric`.
+            error of the format described by `bits` and `symmetric`; what only a Softmax reads, weighted by probability.
         progress: told after each sample.
         bits: width of the activation format.
         symmetric: whether the activation format has its zero point in the middle.
@@ -57,8 +57,10 @@ def calibrate(
     """
     ranged = [value_name(value) for value in observed_values(model)]
     products = {} if dataset.synthetic else _products(model)
+    logits = _logits(model) if method == "mse" else {}
     fed = {value_name(value) for value in model.graph.inputs}
-    computed = [name for name in dict.fromkeys([*ranged, *(name for name, _ in products.values())]) if name not in fed]
+    seen_elsewhere = [name for name, _ in (*products.values(), *logits.values())]
+    computed = [name for name in dict.fromkeys([*ranged, *seen_elsewhere]) if name not in fed]
     session = _session(model, computed) if computed else None
     histograms = {name: Histogram() for name in ranged}
     sums: dict[tuple[str, int], np.ndarray] = {}
@@ -67,7 +69,11 @@ def calibrate(
         outputs = session.run(computed, dict(sample)) if session is not None else []
         tensors = {name: np.asarray(output) for name, output in zip(computed, outputs, strict=True)} | dict(sample)
         for name, histogram in histograms.items():
-            histogram.add(tensors[name], histogram=method == "mse")
+            if name in logits:
+                moved, axis = logits[name]
+                histogram.add(tensors[moved], histogram=True, weights=_softmax_weights(tensors[moved], axis))
+            else:
+                histogram.add(tensors[name], histogram=method == "mse")
             if np.isnan(histogram.low):
                 raise QCompilerError(
                     f"calibration sample {seen - 1} makes the tensor {name!r} NaN in the float model; "
@@ -90,6 +96,30 @@ def calibrate(
         synthetic=dataset.synthetic,
         channel_means={node: mean for node, mean in means.items() if np.isfinite(mean).all()},
     )
+
+
+_REARRANGING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
+
+
+def _logits(model: ir.Model) -> dict[str, tuple[str, int]]:
+    """Tensors that only a Softmax reads, perhaps rearranged first: what it reads, and along which axis it runs."""
+    found: dict[str, tuple[str, int]] = {}
+    for node in model.graph:
+        value = data_input(node) if is_op(node, "Softmax") else None
+        if value is None or not is_activation(value):
+            continue
+        root, only = value, only_user(value) is not None
+        while only and is_op(root.producer(), *_REARRANGING):
+            root = data_input(root.producer() or node)
+            only = only_user(root) is not None
+        if only:
+            found[value_name(root)] = (value_name(value), integer(node, "axis", -1))
+    return found
+
+
+def _softmax_weights(logits: np.ndarray, axis: int) -> np.ndarray:
+    """How much an error in each logit matters: as much as the probability it stands for, relative to the largest."""
+    return np.exp(logits - logits.max(axis=axis, keepdims=True))
 
 
 def _products(model: ir.Model) -> dict[str, tuple[str, int]]:

@@ -80,6 +80,26 @@ def test_symmetric_formats_get_symmetric_ranges():
     assert chosen.high < 500 and chosen.low == pytest.approx(max(chosen.observed_low, -chosen.high))
 
 
+def test_logits_spend_their_steps_where_probability_is():
+    """What lies far below the largest logit of its row has no probability, so that a Softmax's input may clip it."""
+
+    class Logits(Data):
+        def __iter__(self):
+            for sample in super().__iter__():
+                sample["x"][:, 0] += 12
+                sample["x"][:, 2] = -40 + sample["x"][:, 2]
+                yield sample
+
+    softmax = "{ t = Transpose<perm=[0,2,3,1]>(x)  y = Softmax<axis=3>(t) }"
+    chosen = calibrate(_model(f"g (float[1,3,20,20] x) => (y) {softmax}"), Logits(4), "mse").by_name["x"]
+    plain = calibrate(_model("g (float[1,3,20,20] x) => (y) { y = Relu(x) }"), Logits(4), "mse").by_name["x"]
+    assert plain.low < -38 and chosen.low > -10 and chosen.high == plain.high
+    # Another reader needs every value.
+    shared = softmax.replace("}", " z = Sigmoid(x) }")
+    both = calibrate(_model(f"g (float[1,3,20,20] x) => (y, z) {shared}"), Logits(4), "mse").by_name["x"]
+    assert both == plain
+
+
 def test_channel_means_feed_the_bias_correction():
     data = Data(4)
     means = calibrate(_model(), data).channel_means

@@ -28,14 +28,18 @@ class Histogram:
     high: float = 0.0
     limit: float = 0.0
     """Bins span [-limit, limit]; 0 while only zeros were seen."""
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS))
+    """Elements in each bin, or the sum of their weights."""
     zeros: int = 0
     """Exact zeros, which are in no bin: every format represents them exactly."""
     finite: bool = True
     """False once an infinity was seen; it enters `low` or `high` but no bin."""
 
-    def add(self, values: np.ndarray, *, histogram: bool) -> None:
-        """Take one sample's tensor in; only its extremes unless `histogram`. NaN makes `low` NaN."""
+    def add(self, values: np.ndarray, *, histogram: bool, weights: np.ndarray | None = None) -> None:
+        """Take one sample's tensor in; only its extremes unless `histogram`. NaN makes `low` NaN.
+
+        `weights`, of the tensor's shape, say how much an error in each element matters; all alike by default.
+        """
         low, high = float(values.min()), float(values.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -44,20 +48,22 @@ class Histogram:
             self.low = math.nan if math.isnan(low) else self.low
             return
         if histogram and self.finite:
-            self._count(values.reshape(-1), max(-low, high))
+            self._count(values.reshape(-1), weights.reshape(-1) if weights is not None else None, max(-low, high))
 
-    def _count(self, flat: np.ndarray, extreme: float) -> None:
+    def _count(self, flat: np.ndarray, weights: np.ndarray | None, extreme: float) -> None:
         # An odd step does not fall in with the rows of feature maps, whose sizes are mostly even.
         step = -(-flat.size // SUBSAMPLE) | 1
-        flat = flat[::step] if flat.size > SUBSAMPLE else flat
+        if flat.size > SUBSAMPLE:
+            flat, weights = flat[::step], weights[::step] if weights is not None else None
         self._grow(extreme)
-        nonzero = flat[flat != 0]
+        kept = flat != 0
+        nonzero = flat[kept]
         self.zeros += flat.size - nonzero.size
         if nonzero.size:
             # Scaling by a power of two is exact, so that bins merge as if the final limit had been known.
             position = np.floor(nonzero * np.float32(BINS / 2 / self.limit)).astype(np.int32)
             index = np.minimum(position + BINS // 2, BINS - 1)
-            self.counts += np.bincount(index, minlength=BINS)
+            self.counts += np.bincount(index, weights[kept] if weights is not None else None, minlength=BINS)
 
     def _grow(self, extreme: float) -> None:
         if extreme <= self.limit:
@@ -67,7 +73,7 @@ class Histogram:
         while self.limit < extreme:
             quarter = BINS // 4
             merged = self.counts.reshape(BINS // 2, 2).sum(axis=1)
-            self.counts = np.concatenate([np.zeros(quarter, np.int64), merged, np.zeros(quarter, np.int64)])
+            self.counts = np.concatenate([np.zeros(quarter), merged, np.zeros(quarter)])
             self.limit *= 2
 
     @property
@@ -115,7 +121,7 @@ def mse_range(histogram: Histogram, bits: int, *, symmetric: bool) -> Range:
 def _beyond(centers: np.ndarray, counts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each end: Σ (x - end)² over the values above it, and how many values are not above it."""
     order = slice(None) if centers[0] < centers[-1] else slice(None, None, -1)
-    x, n = centers[order], counts[order].astype(np.float64)
+    x, n = centers[order], counts[order]
     zeroth, first, second = (np.append(np.cumsum((n * x**power)[::-1])[::-1], 0.0) for power in (0, 1, 2))
     start = np.searchsorted(x, ends, side="right")
     squares = second[start] - 2 * ends * first[start] + ends**2 * zeroth[start]
