@@ -98,20 +98,21 @@ def lookup_region(node: ir.Node) -> tuple[ir.Node, ...]:
     x * Sigmoid(x) is such a region, and Add(x, 3) → Clip → Mul(x) → Div(6). Only its last output is read outside.
     Nodes come in execution order.
     """
-    region, best = {node}, ()
+    region: tuple[ir.Node, ...] = (node,)
+    best: tuple[ir.Node, ...] = ()
     if not _may_look_up(node):
         return ()
     while True:
         frontier = dict.fromkeys(value for member in region for value in member.inputs if is_activation(value))
         outside = [value for value in frontier if value is not None and value.producer() not in region]
         if len(outside) == 1:
-            best = tuple(region)
+            best = region
         growth = next((value for value in outside if _may_join(value, region)), None)
         if growth is None:
             break
         maker = growth.producer()
         assert maker is not None
-        region = {maker, *region}
+        region = (maker, *region)
     order = {member: index for index, member in enumerate(node.graph or ())} if len(best) > 1 else {}
     return tuple(sorted(best, key=lambda member: order.get(member, 0)))
 
@@ -129,7 +130,7 @@ def _may_look_up(node: ir.Node) -> bool:
     return is_op(node, *_ARITHMETIC) and all(constant is None or constant.size == 1 for constant in constants)
 
 
-def _may_join(value: ir.Value, region: set[ir.Node]) -> bool:
+def _may_join(value: ir.Value, region: tuple[ir.Node, ...]) -> bool:
     maker = value.producer()
     return (
         maker is not None
@@ -137,7 +138,7 @@ def _may_join(value: ir.Value, region: set[ir.Node]) -> bool:
         and not (is_fused_clamp(maker) and not _may_look_up(_host(maker)))
         and not value.is_graph_output()
         and all(reader in region for reader in users(value))
-        and shape_of(value) == shape_of(next(iter(region)).outputs[0])
+        and shape_of(value) == shape_of(region[-1].outputs[0])
     )
 
 
