@@ -54,7 +54,11 @@ def mul(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value 
         return None
     a, b = operands
     op = ops.QMul(a.format.zero_point, b.format.zero_point, out.format.zero_point, *out.clamp, builder.variant)
-    factors = builder.encoded(builder.factor([a.format.scale, b.format.scale], out.format.scale), out.name)
+    factor = builder.factor([a.format.scale, b.format.scale], out.format.scale)
+    if builder.variant == "tflite":
+        # TFLite's mul.cc, unlike its other kernels, computes the factor in float32.
+        factor = np.atleast_1d(a.format.scale * b.format.scale / out.format.scale).astype(np.float64)
+    factors = builder.encoded(factor, out.name)
     return builder.operator(op, [a.value, b.value, *factors], out.shape, out.format.dtype, out.name)
 
 
