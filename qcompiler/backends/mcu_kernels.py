@@ -1,12 +1,24 @@
-"""The kernels a microcontroller runs: the CPU backend's, their temporaries kept small."""
+"""The kernels a microcontroller runs: its own where it has an instruction for them, else the CPU backend's."""
+
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from qcompiler.backends import cpu
+from qcompiler.backends import cpu, cpu_conv, mcu_conv
 from qcompiler.backends.base import HostCode, Lowering
+from qcompiler.graph import QCOMPILER_DOMAIN, data_input
+
+_PROBLEMS: Mapping[str, Callable[[ir.Node], cpu_conv.Problem]] = {
+    "QConv": cpu_conv.conv_problem,
+    "QConvTranspose": cpu_conv.conv_transpose_problem,
+    "QGemm": cpu_conv.gemm_problem,
+}
 
 
 def lower_node(node: ir.Node, host: HostCode) -> Lowering:
     """Code for one node. As `cpu.lower_node`."""
-    lowering = cpu.lower_node(node, host)
-    return lowering
+    if node.domain == QCOMPILER_DOMAIN and node.op_type in _PROBLEMS:
+        kernel = mcu_conv.convolution(_PROBLEMS[node.op_type](node), data_input(node), host)
+        if kernel is not None:
+            return kernel
+    return cpu.lower_node(node, host)

@@ -1,0 +1,221 @@
+"""Convolutions and fully connected layers on microcontrollers.
+
+Three templates. `_dot_convolution` reduces by instructions that add several products into one register
+(`schedules.reducing_dot`): in NHWC a row of a window is one run of kernel width times channels adjacent bytes, and the
+template reduces over runs, as many bytes at a time as the instruction takes. `_lane_convolution` is for vector units
+that multiply by a scalar: output channels in lanes. `_depthwise_convolution` keeps channels in lanes.
+
+The input, where it is padded or would be read past its end, is copied a window's rows at a time. Zero points are folded
+as in `cpu_conv`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.backends import te, te_arithmetic
+from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
+from qcompiler.backends.cpu_conv import Epilogue, Folded, Problem, flattened, fold_zero_points, round_up
+from qcompiler.backends.schedules import mcu as schedule
+from qcompiler.backends.schedules.reducing_dot import ReducingDot, reducing_dot
+from qcompiler.backends.te import Expr
+from qcompiler.graph import Shape
+
+
+def convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel | None:
+    """The kernel, or None where no template here fits and the CPU backend's must do."""
+    out_channels, _, _, depth = problem.weights.shape
+    folded = fold_zero_points(problem, "int8")
+    if folded.w_zero_point != 0:
+        return None
+    if depth == 1 and out_channels == problem.group == problem.x_shape[3]:
+        return _depthwise_convolution(problem, folded, x_value, host)
+    if problem.group > 1 or problem.dilations[1] > 1:
+        return None
+    dot, lanes = reducing_dot(host), schedule.scalar_multiply_lanes(host, out_channels)
+    if dot is not None:
+        return _dot_convolution(flattened(problem), folded, x_value, dot, host)
+    return _lane_convolution(flattened(problem), folded, x_value, lanes, host) if lanes > 1 else None
+
+
+# --- the input ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What a template reads: int8 [N, rows, row bytes], and whether it is a copy."""
+
+    x: te.Tensor
+    tensor: te.Tensor
+    staged: bool
+
+
+def _input(problem: Problem, folded: Folded, x_value: ir.Value, run: int) -> _Input:
+    """The input for windows whose rows are read `run` bytes at a time."""
+    n, h, w, c = problem.x_shape
+    (sy, sx), dy = problem.strides, problem.dilations[0]
+    rows = (problem.out_size[0] - 1) * sy + (folded.weights.shape[1] - 1) * dy + 1
+    row_bytes = (problem.out_size[1] - 1) * sx * c + run
+    x = placeholder(x_value, (n, h, w * c))
+    plain = folded.x_offset == 0 and problem.pad == (0, 0) and problem.dilate == (1, 1)
+    if plain and rows <= h and row_bytes <= w * c:
+        return _Input(x, x, staged=False)
+    return _Input(x, _stage(x, problem, folded, (n, rows, row_bytes)), staged=True)
+
+
+def _stage(x: te.Tensor, problem: Problem, folded: Folded, shape: Shape) -> te.Tensor:
+    """The input as int8 with padding and, for transposed convolutions, zeros between."""
+    _, h, w, c = problem.x_shape
+    (top, left), (up_y, up_x) = problem.pad, problem.dilate
+    zero = te.const(folded.x_zero_point, "int8")
+
+    def element(b: Expr, i: Expr, column: Expr) -> Expr:
+        y, before = i - top, column - left * c
+        if up_x == 1:
+            source, inside = before, [before >= 0, before < w * c]
+        else:
+            pixel, channel = column // c - left, column % c
+            source = pixel // up_x * c + channel
+            inside = [pixel >= 0, pixel < (w - 1) * up_x + 1, pixel % up_x == 0]
+        load = x[b, y // up_y, source]
+        if folded.x_offset:
+            load = (load.astype("int32") + folded.x_offset).astype("int8")
+        rows = [y >= 0, y < (h - 1) * up_y + 1, *([y % up_y == 0] if up_y > 1 else [])]
+        # Columns are marked, one by one as LoopPartition wants them: what remains are copies and fills. Marked rows would
+        # triple the code, as all of a row's work is in one loop.
+        for condition in reversed(inside):
+            load = te.if_then_else(te.inside(condition), load, zero)
+        return te.if_then_else(te.all_of(*rows), load, zero)
+
+    return te.compute(shape, element, "staged")
+
+
+# --- the output --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Bias and requantization: parameters by output channel, and what follows the sums."""
+
+    arrays: tuple[np.ndarray, ...]
+    epilogue: Epilogue
+    high: bool
+    """Whether the high half of the product suffices."""
+
+
+def _finish(folded: Folded, epilogue: Epilogue) -> _Finish:
+    """Where every channel shifts its product by more than 32 bits, the low half of the product cannot matter.
+
+    For `tosa`, (a m + 2^(t-1)) >> t with t > 32 is ((a m >> 32) + 2^(t-33)) >> (t - 32): one high multiply.
+    """
+    total = 31 - epilogue.shift.astype(np.int64)
+    if epilogue.variant == "tosa" and total.min() > 32 and total.max() < 63:
+        rounding = (1 << (total - 33)).astype(np.int32)
+        return _Finish((folded.bias, epilogue.multiplier, rounding, (total - 32).astype(np.int32)), epilogue, high=True)
+    shift = [] if epilogue.variant == "float32" else [epilogue.shift]
+    return _Finish((folded.bias, epilogue.multiplier, *shift), epilogue, high=False)
+
+
+def _outputs(accumulator: te.Tensor, finish: _Finish, parameters: Sequence[te.Tensor]) -> te.Tensor:
+    """The blocks `total` and `output` behind sums [N, OH, OW, O]."""
+    bias, multiplier, *rest = parameters
+    epilogue, shape = finish.epilogue, te.shape_of(accumulator)
+    total = te.compute(shape, lambda b, i, j, o: accumulator[b, i, j, o] + bias[o], "total")
+
+    def output(b: Expr, i: Expr, j: Expr, o: Expr) -> Expr:
+        acc = total[b, i, j, o]
+        if not finish.high:
+            shift = rest[0][o] if rest else multiplier[o]
+            return te_arithmetic.requantize(
+                acc, multiplier[o], shift, epilogue.variant, epilogue.zero_point, epilogue.limits, epilogue.dtype
+            )
+        rounding, shift = rest
+        product = acc.astype("int64") * multiplier[o].astype("int64")
+        upper = te.shift_right(product, te.const(32, "int64")).astype("int32")
+        scaled = te.shift_right(upper + rounding[o], shift[o])
+        return te_arithmetic.saturate(scaled, epilogue.zero_point, epilogue.limits, epilogue.dtype)
+
+    return te.compute(shape, output, "output")
+
+
+# --- sums by dot products ----------------------------------------------------------------------------------
+
+
+def _dot_convolution(problem: Problem, folded: Folded, x_value: ir.Value, dot: ReducingDot, host: HostCode) -> Kernel:
+    out_channels, kh, kw, c = folded.weights.shape
+    (sy, sx), dy = problem.strides, problem.dilations[0]
+    steps = -(-kw * c // dot.length)
+    width = problem.out_size[1]
+    tile = next(tile for tile in dot.tiles if width % tile[0] == 0 and out_channels % tile[1] == 0)
+    source, finish = _input(problem, folded, x_value, steps * dot.length), _finish(folded, problem.epilogue)
+    arrays = (_pack_runs(folded.weights, tile[1], dot.length), *finish.arrays)
+    weights, *parameters = parameters_of(arrays)
+    ky, s, r = te.reduce_axis(kh, "ky"), te.reduce_axis(steps, "s"), te.reduce_axis(dot.length, "r")
+
+    def product(b: Expr, i: Expr, j: Expr, o: Expr) -> Expr:
+        pixel = source.tensor[b, i * sy + ky * dy, j * (sx * c) + s * dot.length + r].astype("int32")
+        return te.reduce_sum(pixel * weights[o // tile[1], ky, s, o % tile[1], r].astype("int32"), axis=[ky, s, r])
+
+    shape = (problem.x_shape[0], *problem.out_size, out_channels)
+    output = _outputs(te.compute(shape, product, "accumulator"), finish, parameters)
+    function = te.prim_func([source.x, weights, *parameters, output])
+    scheduled = schedule.schedule_dot_convolution(function, dot, tile, host, staged=source.staged)
+    return Kernel(scheduled, (x_value,), arrays)
+
+
+def _pack_runs(weights: np.ndarray, channels: int, length: int) -> np.ndarray:
+    """[O, KH, KW, C] to [O / channels, KH, steps, channels, length], zeros at the ends of runs."""
+    out_channels, kh, kw, c = weights.shape
+    filled = np.zeros((out_channels, kh, round_up(kw * c, length)), np.int8)
+    filled[:, :, : kw * c] = weights.reshape(out_channels, kh, kw * c)
+    split = filled.reshape(out_channels // channels, channels, kh, -1, length)
+    return np.ascontiguousarray(split.transpose(0, 2, 3, 1, 4))
+
+
+# --- output channels in lanes ------------------------------------------------------------------------------
+
+
+def _lane_convolution(problem: Problem, folded: Folded, x_value: ir.Value, lanes: int, host: HostCode) -> Kernel:
+    out_channels, kh, kw, c = folded.weights.shape
+    (sy, sx), dy = problem.strides, problem.dilations[0]
+    source, finish = _input(problem, folded, x_value, kw * c), _finish(folded, problem.epilogue)
+    packed = folded.weights.reshape(out_channels // lanes, lanes, kh, kw * c).transpose(0, 2, 3, 1)
+    arrays = (np.ascontiguousarray(packed), *finish.arrays)
+    weights, *parameters = parameters_of(arrays)
+    ky, r = te.reduce_axis(kh, "ky"), te.reduce_axis(kw * c, "r")
+
+    def product(b: Expr, i: Expr, j: Expr, o: Expr) -> Expr:
+        # Two int8 make an int16, a widening multiply; the accumulation widens again.
+        pixel = source.tensor[b, i * sy + ky * dy, j * (sx * c) + r].astype("int16")
+        term = pixel * weights[o // lanes, ky, r, o % lanes].astype("int16")
+        return te.reduce_sum(term.astype("int32"), axis=[ky, r])
+
+    shape = (problem.x_shape[0], *problem.out_size, out_channels)
+    output = _outputs(te.compute(shape, product, "accumulator"), finish, parameters)
+    function = te.prim_func([source.x, weights, *parameters, output])
+    scheduled = schedule.schedule_lane_convolution(function, lanes, host, staged=source.staged)
+    return Kernel(scheduled, (x_value,), arrays)
+
+
+# --- depthwise ---------------------------------------------------------------------------------------------
+
+
+def _depthwise_convolution(problem: Problem, folded: Folded, x_value: ir.Value, host: HostCode) -> Kernel:
+    channels, kh, kw, _ = folded.weights.shape
+    (sy, sx), (dy, dx) = problem.strides, problem.dilations
+    source = _input(problem, folded, x_value, ((kw - 1) * dx + 1) * channels)
+    finish = _finish(folded, problem.epilogue)
+    arrays = (np.ascontiguousarray(folded.weights[..., 0].transpose(1, 2, 0)), *finish.arrays)
+    weights, *parameters = parameters_of(arrays)
+    ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
+
+    def product(b: Expr, i: Expr, j: Expr, o: Expr) -> Expr:
+        pixel = source.tensor[b, i * sy + ky * dy, (j * sx + kx * dx) * channels + o].astype("int32")
+        return te.reduce_sum(pixel * weights[ky, kx, o].astype("int32"), axis=[ky, kx])
+
+    shape = (problem.x_shape[0], *problem.out_size, channels)
+    output = _outputs(te.compute(shape, product, "accumulator"), finish, parameters)
+    function = te.prim_func([source.x, weights, *parameters, output])
+    return Kernel(schedule.schedule_depthwise(function, host, staged=source.staged), (x_value,), arrays)
