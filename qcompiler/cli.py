@@ -149,10 +149,10 @@ def compile_command(
     layout: Layout = "NCHW",
     color: Color = "rgb",
     emit: Annotated[
-        Literal["c", "tflite", "vela"] | None,
+        Literal["c", "tflite", "tosa", "vela"] | None,
         typer.Option(
             help="c: for microcontrollers, write a folder of C that make builds. Others: put the accelerator's part "
-            "into the bundle as TFLite, or as an Ethos-U command stream that Arm's Vela makes."
+            "into the bundle as TFLite or TOSA, or as an Ethos-U command stream that Arm's Vela makes."
         ),
     ] = None,
 ) -> None:

@@ -90,7 +90,7 @@ def compile(
         method: how activation ranges are chosen from what calibration saw.
         samples: use the first so many calibration samples.
         images: preprocessing, if `calibration` is a folder of images.
-        emit: also write the accelerator's regions for other compilers into the bundle: as TFLite, or as
+        emit: also write the accelerator's regions for other compilers into the bundle: as TFLite, as TOSA, or as
             TFLite together with what Arm's Vela makes of it, whose estimate then stands in the report beside ours.
         progress: told of stages as they begin.
 

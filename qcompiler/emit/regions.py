@@ -12,7 +12,7 @@ from qcompiler.report import VelaReport
 from qcompiler.simulator.cost import RegionCost
 from qcompiler.target import Target, VelaConfig
 
-EmitFormat = Literal["tflite", "vela"]
+EmitFormat = Literal["tflite", "tosa", "vela"]
 
 
 def check_emission(target: Target, form: EmitFormat) -> None:
@@ -26,14 +26,18 @@ def check_emission(target: Target, form: EmitFormat) -> None:
     if form == "vela":
         _vela_config(target)
         require_vela()
-    if find_spec("ai_edge_litert") is None:
+    if form == "tosa":
+        from qcompiler.emit.tosa import tosa_program
+
+        tosa_program("tosa-opt")
+    elif find_spec("ai_edge_litert") is None:
         raise QCompilerError("writing .tflite needs ai-edge-litert; pip install 'qcompiler[ethosu]'")
 
 
 def emit_regions(
     partition: Partition, costs: Mapping[str, RegionCost], target: Target, form: EmitFormat, folder: Path
 ) -> tuple[VelaReport, ...]:
-    """Write REGION.tflite for every accelerator region, and with `vela` what Vela makes of it.
+    """Write REGION.tflite, or REGION.mlir and REGION.tosa, for every accelerator region; with `vela` Vela's files too.
 
     Args:
         partition: of the integer graph.
@@ -52,7 +56,7 @@ def emit_regions(
     if form == "vela":
         return tuple(_through_vela(region, costs[region.name], _vela_config(target), folder) for region in regions)
     for region in regions:
-        write_tflite(region, folder)
+        (write_tflite if form == "tflite" else write_tosa)(region, folder)
     return ()
 
 
@@ -63,6 +67,15 @@ def write_tflite(region: Region, folder: Path) -> Path:
     file = folder / f"{region.name}.tflite"
     file.write_bytes(tflite_of(region))
     return file
+
+
+def write_tosa(region: Region, folder: Path) -> Path:
+    """REGION.mlir, and REGION.tosa serialized from it."""
+    from qcompiler.emit.tosa import serialize, tosa_of
+
+    text = folder / f"{region.name}.mlir"
+    text.write_text(tosa_of(region), "utf-8", newline="\n")
+    return serialize(text)
 
 
 def _through_vela(region: Region, ours: RegionCost, config: VelaConfig, folder: Path) -> VelaReport:
