@@ -36,7 +36,9 @@ def convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel |
         return None
     dot, lanes = reducing_dot(host), schedule.scalar_multiply_lanes(host, out_channels)
     if dot is not None:
-        return _dot_convolution(flattened(problem), folded, x_value, dot, host)
+        # A whole image in one row would be copied whole.
+        copied = depth % dot.length != 0 or folded.x_offset != 0
+        return _dot_convolution(problem if copied else flattened(problem), folded, x_value, dot, host)
     return _lane_convolution(flattened(problem), folded, x_value, lanes, host) if lanes > 1 else None
 
 
@@ -83,8 +85,8 @@ def _stage(x: te.Tensor, problem: Problem, folded: Folded, shape: Shape) -> te.T
         if folded.x_offset:
             load = (load.astype("int32") + folded.x_offset).astype("int8")
         rows = [y >= 0, y < (h - 1) * up_y + 1, *([y % up_y == 0] if up_y > 1 else [])]
-        # Columns are marked, one by one as LoopPartition wants them: what remains are copies and fills. Marked rows would
-        # triple the code, as all of a row's work is in one loop.
+        # Columns are marked, one by one as LoopPartition wants them: what remains are copies and fills. Marked rows
+        # would triple the code, as all of a row's work is in one loop.
         for condition in reversed(inside):
             load = te.if_then_else(te.inside(condition), load, zero)
         return te.if_then_else(te.all_of(*rows), load, zero)

@@ -138,7 +138,9 @@ class _Bare:
         body = self._moved(function.body)
         parameters = [*pointers, *([self._workspace] if self._used else [])]
         self.function = _tirx.PrimFunc(parameters, _tirx.SeqStmt([*views, body]), attrs=function.attrs)
-        arguments = tuple(Argument(buffer.name, str(buffer.dtype)) for buffer in function.params)
+        arguments = tuple(
+            Argument(f"{buffer.name}_{index}", str(buffer.dtype)) for index, buffer in enumerate(function.params)
+        )
         self.signature = RawFunction(name, arguments, self._used)
 
     def _moved(self, statement: Any) -> Any:

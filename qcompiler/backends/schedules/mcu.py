@@ -8,6 +8,9 @@ from qcompiler.backends.base import HostCode
 from qcompiler.backends.schedules.loops import open_schedule
 from qcompiler.backends.schedules.reducing_dot import ReducingDot
 
+_ACCUMULATORS = 64
+"""int32 in half of 32 registers of 128 bits."""
+
 _UNROLLED_TAPS = 9
 """Windows of at most so many taps are unrolled."""
 
@@ -58,17 +61,14 @@ def schedule_dot_convolution(
     return s.mod["main"]
 
 
-def schedule_lane_convolution(
-    function: tirx.PrimFunc, lanes: int, host: HostCode, *, staged: bool, registers: int = 16
-) -> tirx.PrimFunc:
+def schedule_lane_convolution(function: tirx.PrimFunc, lanes: int, host: HostCode, *, staged: bool) -> tirx.PrimFunc:
     """A few pixels times one vector of channels accumulate in registers; the output stage follows at once."""
     s = open_schedule(function)
     accumulator, total, output = (s.get_sblock(name) for name in ("accumulator", "total", "output"))
     n, y, x, o = s.get_loops(output)
     row = s.fuse(n, y)
-    pixels = next(
-        size for size in (5, 4, 3, 2, 1) if size * lanes <= 4 * registers and int(s.get(x).extent) % size == 0
-    )
+    width = int(s.get(x).extent)
+    pixels = next(size for size in (5, 4, 3, 2, 1) if size * lanes <= _ACCUMULATORS and width % size == 0)
     strip, pixel = s.split(x, [None, pixels])
     block, lane = s.split(o, [None, lanes])
     s.reorder(row, strip, block, pixel, lane)
