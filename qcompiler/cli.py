@@ -107,6 +107,17 @@ Mean = Annotated[str, typer.Option(metavar="M[,M,M]", help="Images: subtract fro
 Std = Annotated[str, typer.Option(metavar="S[,S,S]", help="Images: then divide by.")]
 Layout = Annotated[Literal["NCHW", "NHWC"], typer.Option(help="Images: order of axes.")]
 Color = Annotated[Literal["rgb", "bgr", "gray"], typer.Option(help="Images: channels.")]
+KeepFloat = Annotated[
+    list[str] | None, typer.Option("--float", metavar="LAYER", help="Keep this operator in float; may be repeated.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the target spec, for example memories.sram.size=512KiB; may be repeated.",
+    ),
+]
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -148,6 +159,8 @@ def compile_command(
     std: Std = "1",
     layout: Layout = "NCHW",
     color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
         typer.Option(
@@ -171,6 +184,8 @@ def compile_command(
                 method=method,
                 samples=samples,
                 images=_image_options(resize, mean, std, layout, color),
+                keep_float=keep_float or (),
+                overrides=overrides or (),
                 progress=progress,
             )
             progress.finish()
@@ -193,6 +208,8 @@ def compile_command(
             samples=samples,
             images=_image_options(resize, mean, std, layout, color),
             emit=emit,
+            keep_float=keep_float or (),
+            overrides=overrides or (),
             progress=progress,
         )
         report = bundle.report
@@ -221,6 +238,8 @@ def explain(
     std: Std = "1",
     layout: Layout = "NCHW",
     color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -238,6 +257,8 @@ def explain(
             method=method,
             samples=samples,
             images=_image_options(resize, mean, std, layout, color),
+            keep_float=keep_float or (),
+            overrides=overrides or (),
             progress=progress,
         )
         progress.finish()

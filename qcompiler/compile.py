@@ -6,7 +6,7 @@ TVM.
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
     from qcompiler.emit.regions import EmitFormat
     from qcompiler.partition import Partition, Region
+    from qcompiler.pipeline import Dumper
+    from qcompiler.quant.types import QuantPlan
     from qcompiler.report import Report, SelfCheck, VelaReport
     from qcompiler.selfcheck import Arrays
     from qcompiler.target import Target
@@ -75,6 +77,8 @@ def compile(
     samples: int | None = None,
     images: "ImageOptions | None" = None,
     emit: "EmitFormat | None" = None,
+    keep_float: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> Bundle:
     """Compile an ONNX model to INT8 for a target and write a bundle.
@@ -92,6 +96,8 @@ def compile(
         images: preprocessing, if `calibration` is a folder of images.
         emit: also write the accelerator's regions for other compilers into the bundle: as TFLite, as TOSA, or as
             TFLite together with what Arm's Vela makes of it, whose estimate then stands in the report beside ours.
+        keep_float: names of operators to leave in float.
+        overrides: changes to the target spec, such as "memories.sram.size=512KiB".
         progress: told of stages as they begin.
 
     Raises:
@@ -103,12 +109,15 @@ def compile(
         from qcompiler.emit.regions import check_emission
         from qcompiler.target_loader import load_target
 
-        check_emission(load_target(target), emit)
+        check_emission(load_target(target, overrides), emit)
 
     keep = TemporaryDirectory(prefix="qcompiler-") if output is None else None
     folder = Path(keep.name) / f"{Path(model).stem}.qc" if keep else Path(output or "")
     with bundle.staging(folder) as stage:
-        placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
+        placed = place(
+            model, target, calibration, input_shapes, dump, method, samples, images, progress,
+            keep_float=keep_float, overrides=overrides,
+        )  # fmt: skip
         chip = placed.target
         progress.stage("schedule")
         programs = schedule(placed)
@@ -139,10 +148,15 @@ def explain(
     method: RangeMethod = "mse",
     samples: int | None = None,
     images: "ImageOptions | None" = None,
+    keep_float: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> "Report":
     """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
-    placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
+    placed = place(
+        model, target, calibration, input_shapes, dump, method, samples, images, progress,
+        keep_float=keep_float, overrides=overrides,
+    )  # fmt: skip
     progress.stage("schedule")
     programs = schedule(placed)
     constants = (value.const_value for value in placed.integer.graph.initializers.values())
@@ -165,6 +179,75 @@ class Placed:
     layers: Mapping[str, str]
     """Names of layers in the user's model, by node name of the integer graph."""
     warnings: tuple[str, ...]
+    kept_float: frozenset[str]
+    """Operators of the float model that the user wants in float."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model legalized for its target, and the plan to quantize it by."""
+
+    source: Path
+    target: "Target"
+    samples: "Dataset"
+    graph: "ir.Model"
+    """Float, or QDQ if the model arrived quantized."""
+    ranges: Ranges | None
+    """None if the model arrived quantized, as is `plan`."""
+    plan: "QuantPlan | None"
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    calibration: CalibrationSource | None,
+    input_shapes: InputShapes | None,
+    dumper: "Dumper | None",
+    method: RangeMethod,
+    samples: int | None,
+    images: "ImageOptions | None",
+    progress: Progress,
+    *,
+    keep_float: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> Prepared:
+    """Every stage up to planning the quantization. Arguments as in `compile`; a dumper in place of a folder."""
+    from qcompiler.calibrate import calibrate
+    from qcompiler.dataset import input_specs, lint
+    from qcompiler.importer import import_onnx
+    from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
+    from qcompiler.quant.plan import plan
+    from qcompiler.target_loader import load_target
+
+    source = Path(model)
+    run = partial(run_passes, dumper=dumper)
+    with _Warnings(source) as warnings:
+        chip = load_target(target, overrides)
+        if (reason := _foreign(chip)) is not None:
+            warnings.messages.append(f"the bundle cannot be checked on this machine: {reason}")
+        progress.stage("import")
+        graph = import_onnx(source, input_shapes)
+        if dumper is not None:
+            dumper.dump(graph, "import")
+        data = _open_data(calibration, input_specs(graph), samples, images)
+        progress.stage("simplify")
+        graph = run(graph, SIMPLIFY, stage="simplify")
+        graph = run(graph, legalize(chip), stage="legalize")
+        _refuse_unsupported(source, graph)
+        progress.stage("read samples")
+        warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
+        ranges = formats = None
+        if not _is_quantized(graph):
+            progress.stage("calibrate")
+            ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
+            formats = plan(graph, ranges, chip, keep_float)
+        elif keep_float:
+            raise QCompilerError(
+                f"{source} arrived quantized, so its scales stand and --float {keep_float[0]} cannot be heeded; "
+                "compile the float model it was made from."
+            )
+    return Prepared(source, chip, data, graph, ranges, formats, tuple(warnings.messages))
 
 
 def place(
@@ -177,21 +260,19 @@ def place(
     samples: int | None,
     images: "ImageOptions | None",
     progress: Progress,
+    *,
+    keep_float: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> Placed:
     """Every stage up to partitioning. Arguments as in `compile`."""
     from qcompiler.backends.npu import can_run
-    from qcompiler.calibrate import calibrate
-    from qcompiler.dataset import input_specs, lint
-    from qcompiler.importer import import_onnx
     from qcompiler.integer.realize import realize
     from qcompiler.layer_names import layer_names
     from qcompiler.partition import partition
-    from qcompiler.pipeline import LAYOUT, SIMPLIFY, Dumper, harmonize, legalize, run_passes
-    from qcompiler.quant.plan import plan
+    from qcompiler.pipeline import LAYOUT, Dumper, harmonize, run_passes
+    from qcompiler.quant.plan import ON_REQUEST
     from qcompiler.quant.quantize import quantize
-    from qcompiler.target_loader import load_target
 
-    source = Path(model)
     dumper = Dumper(Path(dump)) if dump is not None else None
     run = partial(run_passes, dumper=dumper)
 
@@ -200,25 +281,15 @@ def place(
             dumper.dump(model, stage)
         return model
 
+    prepared = prepare(
+        model, target, calibration, input_shapes, dumper, method, samples, images, progress,
+        keep_float=keep_float, overrides=overrides,
+    )  # fmt: skip
+    source, chip, graph = prepared.source, prepared.target, prepared.graph
     with _Warnings(source) as warnings:
-        chip = load_target(target)
-        if (reason := _foreign(chip)) is not None:
-            warnings.messages.append(f"the bundle cannot be checked on this machine: {reason}")
-        progress.stage("import")
-        graph = dumped(import_onnx(source, input_shapes), "import")
-        data = _open_data(calibration, input_specs(graph), samples, images)
-        progress.stage("simplify")
-        graph = run(graph, SIMPLIFY, stage="simplify")
-        graph = run(graph, legalize(chip), stage="legalize")
-        _refuse_unsupported(source, graph)
-        progress.stage("read samples")
-        warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
-        ranges = None
-        if not _is_quantized(graph):
-            progress.stage("calibrate")
-            ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
+        if prepared.plan is not None:
             progress.stage("quantize")
-            graph = dumped(quantize(graph, plan(graph, ranges, chip)), "quantize")
+            graph = dumped(quantize(graph, prepared.plan), "quantize")
         graph = run(graph, harmonize(chip), stage="harmonize")
         quantized = graph.clone()
         progress.stage("realize")
@@ -227,9 +298,12 @@ def place(
         progress.stage("partition")
         _refuse_unsupported(source, graph)
         parts = partition(graph, chip, can_run=partial(can_run, target=chip) if chip.npu is not None else None)
+    reasons = prepared.plan.float_nodes if prepared.plan is not None else {}
+    kept_float = (name for name, reason in reasons.items() if reason == ON_REQUEST)
     return Placed(
-        source, chip, data, ranges, quantized, graph, parts, layer_names(quantized, graph), tuple(warnings.messages)
-    )
+        source, chip, prepared.samples, prepared.ranges, quantized, graph, parts, layer_names(quantized, graph),
+        (*prepared.warnings, *warnings.messages), frozenset(kept_float),
+    )  # fmt: skip
 
 
 def schedule(placed: Placed) -> "dict[str, NpuProgram]":
@@ -334,6 +408,7 @@ def _foreign(target: "Target") -> str | None:
 
 def _report(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int, check: "SelfCheck | None") -> "Report":
     from qcompiler.costs import cost
+    from qcompiler.quant.plan import ON_REQUEST
     from qcompiler.report import Calibration, PlacementReport, Report
 
     costs = cost(placed.partition, programs, placed.target, weights, placed.layers)
@@ -343,7 +418,13 @@ def _report(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int, 
         target=placed.target.name,
         placements=tuple(
             PlacementReport(
-                placed.layers[item.node], item.node, item.op, item.backend, item.engine, item.precision, item.reason
+                placed.layers[item.node],
+                item.node,
+                item.op,
+                item.backend,
+                item.engine,
+                item.precision,
+                ON_REQUEST if item.node in placed.kept_float else item.reason,
             )
             for item in placed.partition.placements
         ),

@@ -1,7 +1,7 @@
 """`qcompile MODEL --target cortex-m55 --emit c`: a folder of C for a chip without an operating system."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,6 +57,8 @@ def emit_c(
     method: RangeMethod = "mse",
     samples: int | None = None,
     images: "ImageOptions | None" = None,
+    keep_float: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     progress: Progress = SILENT,
     vectors: int = TEST_VECTORS,
 ) -> Emitted:
@@ -71,7 +73,10 @@ def emit_c(
         QCompilerError: anything wrong with what was given, or a target that says nothing of bare metal.
     """
     with bundle.staging(Path(output)) as stage:
-        placed = place(model, target, calibration, input_shapes, dump, method, samples, images, progress)
+        placed = place(
+            model, target, calibration, input_shapes, dump, method, samples, images, progress,
+            keep_float=keep_float, overrides=overrides,
+        )  # fmt: skip
         program = write_placed(stage, placed, islice(placed.samples, vectors), progress)
     return Emitted(
         path=Path(output),

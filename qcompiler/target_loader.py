@@ -1,11 +1,12 @@
 """Read target specs: YAML with inheritance into a `Target`, or an error that says file, line and column.
 
 The file format is described in docs/target-specs.md. A spec `extends` another by name or by path; mappings
-merge key by key, everything else replaces what it inherits, and `null` removes it.
+merge key by key, everything else replaces what it inherits, and `null` removes it. Overrides
+("memories.sram.size=512KiB") come last, one value each.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -18,7 +19,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qcompiler.errors import QCompilerError
-from qcompiler.target import Target
+from qcompiler.target import Npu, Target, did_you_mean
 
 Scalar = str | int | float | bool | None
 Plain = Scalar | list["Plain"] | dict[str, "Plain"]
@@ -39,14 +40,14 @@ class TargetSummary:
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands, counted from 1."""
+    """Where something stands, counted from 1; line 0 stands for all of an override."""
 
     file: str
     line: int
     column: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,13 @@ class Node:
         return None
 
 
-def load_target(name_or_path: str | os.PathLike[str]) -> Target:
+def load_target(name_or_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Target:
     """The target of a bundled name ("arm-npu") or of a YAML file.
+
+    Args:
+        name_or_path: a bundled target, or a path.
+        overrides: KEY=VALUE, such as "memories.sram.size=512KiB": dots lead into the spec, `npu.` may be left out, the
+            value is YAML. They become part of the target's name.
 
     Raises:
         QCompilerError: no such target (the nearest is suggested), or anything wrong with the file, every
@@ -85,6 +91,10 @@ def load_target(name_or_path: str | os.PathLike[str]) -> Target:
     fields = dict(root.value)
     fields.setdefault("name", Node(file.stem, root.place, root.place))
     spec = Node(fields, root.place, root.key)
+    for override in overrides:
+        spec = _override(spec, override)
+    if overrides:
+        spec = _renamed(spec, overrides)
     _report(_unknown_operators(spec))
     try:
         return Target.model_validate(spec.plain())
@@ -188,6 +198,66 @@ def _join_sources(base: Node, root: Node, merged: Node) -> Node:
         return merged
     joined = Node((*new.value, *old.value), new.place, new.key)
     return Node({**merged.value, "sources": joined}, merged.place, merged.key)
+
+
+# --- overriding ----------------------------------------------------------------------------------------------
+
+
+def _override(spec: Node, text: str) -> Node:
+    """The spec with one value replaced."""
+    place = Place(f"--set {text}", 0, 0)
+    key, equals, value = text.partition("=")
+    steps = tuple(key.strip().split("."))
+    if not equals or not all(steps):
+        raise QCompilerError(f"--set {text}: write KEY=VALUE, such as memories.sram.size=512KiB")
+    try:
+        parsed = YAML(typ="rt").load(value)
+    except YAMLError:
+        raise QCompilerError(f"--set {text}: the value is not valid YAML") from None
+    if steps[0] not in Target.model_fields:
+        has_npu = spec.child("npu") is not None
+        known = (*Target.model_fields, *(Npu.model_fields if has_npu else ()))
+        if steps[0] not in known:
+            _report([Problem(steps[:1], f"unknown key{did_you_mean(steps[0], known)}", place)])
+        steps = ("npu", *steps)
+    return _replaced(spec, steps, (), _at(_node(parsed, "", place, place), place), place)
+
+
+def _replaced(node: Node, steps: tuple[str, ...], path: tuple[str, ...], value: Node, place: Place) -> Node:
+    """`node` with `value` below it. Only the last step may be new; whether it means anything the model judges."""
+    step, rest = steps[0], steps[1:]
+    below = node.child(int(step) if step.isdecimal() and isinstance(node.value, tuple) else step)
+    if below is None and (rest or not isinstance(node.value, Mapping)):
+        where = ".".join(path) or "the spec"
+        known = tuple(node.value) if isinstance(node.value, Mapping) else ()
+        hint = did_you_mean(step, known) if known else ""
+        _report([Problem((*path, step), f"{where} has no {step!r}{hint}", place)])
+    item = value if not rest or below is None else _replaced(below, rest, (*path, step), value, place)
+    if isinstance(node.value, tuple):
+        items = list(node.value)
+        items[int(step)] = item
+        return Node(tuple(items), node.place, node.key)
+    assert isinstance(node.value, Mapping)
+    if item.value is None:
+        return _without(node, (step,))
+    return Node({**node.value, step: item}, node.place, node.key)
+
+
+def _at(node: Node, place: Place) -> Node:
+    """The node with one place for all of it: an override's lines and columns are nobody's file."""
+    if isinstance(node.value, Mapping):
+        return Node({key: _at(item, place) for key, item in node.value.items()}, place, place)
+    if isinstance(node.value, tuple):
+        return Node(tuple(_at(item, place) for item in node.value), place, place)
+    return Node(node.value, place, place)
+
+
+def _renamed(spec: Node, overrides: Sequence[str]) -> Node:
+    """A report or a bundle of a changed chip must not look like one of the chip itself."""
+    name = spec.child("name")
+    assert name is not None and isinstance(spec.value, Mapping)
+    text = f"{name.value} with {', '.join(override.replace(' ', '') for override in overrides)}"
+    return Node({**spec.value, "name": Node(text, name.place, name.key)}, spec.place, spec.key)
 
 
 # --- reading --------------------------------------------------------------------------------------------------

@@ -332,3 +332,47 @@ def test_the_documents_quick_start_loads(tmp_path: Path) -> None:
 def test_the_document_names_every_constraint() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert [field for field in RULE_FIELDS if f"`{field}`" not in text] == []
+
+
+# --- overrides ------------------------------------------------------------------------------------------------
+
+
+def test_overrides_replace_single_values() -> None:
+    plain = load_target("arm-npu")
+    changed = load_target("arm-npu", ["memories.sram.size=512KiB", "npu.clock = 1 GHz", "host.threads=3"])
+    assert plain.npu is not None and changed.npu is not None
+    assert changed.npu.scratchpad.size == 512 * 1024 and changed.npu.clock == 1e9 and changed.host.threads == 3
+    assert changed.name == "arm-npu with memories.sram.size=512KiB, npu.clock=1GHz, host.threads=3"
+    # What is not named stays as it was.
+    assert changed.npu.scratchpad.bandwidth == plain.npu.scratchpad.bandwidth
+    assert changed.npu.rules == plain.npu.rules and changed.quantization == plain.quantization
+
+
+def test_overrides_reach_into_lists_and_set_what_the_spec_leaves_out() -> None:
+    changed = load_target("arm-npu", ["rules.0.note=tried", "channel_alignment=16"])
+    assert changed.npu is not None
+    assert changed.npu.rules[0].note == "tried" and changed.npu.channel_alignment == 16
+    assert changed.npu.rules[1:] == (load_target("arm-npu").npu or changed.npu).rules[1:]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memories.srm.size=512KiB", "npu.memories.srm: npu.memories has no 'srm', did you mean 'sram'?"),
+        ("memories.sram.siz=512KiB", "npu.memories.sram.siz: unknown key, did you mean 'size'?"),
+        ("memories.sram.size=512KB", "npu.memories.sram.size: 'KB' is not a unit of this figure (B, KiB, MiB, GiB)"),
+        ("clocks=1 MHz", "clocks: unknown key, did you mean 'clock'?"),
+        ("rules.0.ops=[Cov]", "npu.rules[0].ops[0]: there is no operator 'Cov', did you mean 'Conv'?"),
+        ("rules.99.ops=[Conv]", "npu.rules.99: npu.rules has no '99'"),
+    ],
+)
+def test_a_wrong_override_is_placed_at_its_key(override: str, message: str) -> None:
+    with pytest.raises(QCompilerError) as caught:
+        load_target("arm-npu", [override])
+    assert str(caught.value) == f"{message} (--set {override})"
+
+
+@pytest.mark.parametrize("override", ["memories.sram.size", "=1", "a..b=1", "clock=["])
+def test_an_override_that_is_none(override: str) -> None:
+    with pytest.raises(QCompilerError, match=r"write KEY=VALUE|not valid YAML"):
+        load_target("arm-npu", [override])

@@ -7,13 +7,15 @@ is quantized: activations, pools, softmax, and movement of data between them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.errors import QCompilerError
 from qcompiler.graph import (
     const_of,
     data_input,
@@ -26,6 +28,7 @@ from qcompiler.graph import (
     value_name,
 )
 from qcompiler.integer.facts import LOOKUP_FUNCTIONS, facts_of_float
+from qcompiler.layer_names import JOINT
 from qcompiler.quant import operators
 from qcompiler.quant.bias_correction import bias_shift
 from qcompiler.quant.formats import (
@@ -46,7 +49,10 @@ SHARING_LIMIT = 2.0
 """How much wider than its own a tensor's range may become by sharing: a factor of two costs one bit."""
 
 
-def plan(model: ir.Model, ranges: Ranges, target: Target) -> QuantPlan:
+ON_REQUEST = "kept in float on request"
+
+
+def plan(model: ir.Model, ranges: Ranges, target: Target, keep_float: Sequence[str] = ()) -> QuantPlan:
     """Choose formats for a simplified float model.
 
     Args:
@@ -54,11 +60,34 @@ def plan(model: ir.Model, ranges: Ranges, target: Target) -> QuantPlan:
         ranges: from `calibrate`.
         target: its `quantization` says which formats there are and which operators need one scale, its rules
             decide about the tail.
+        keep_float: names of nodes to leave in float, with what is fused with them; a layer of several nodes goes by
+            their names joined with " + ", as in reports.
 
     Returns:
         Formats by value, initializer and node name, and the reason for each node that stays in float.
+
+    Raises:
+        QCompilerError: no node has a name in `keep_float`.
     """
-    return _Planner(model.graph, ranges, target).run()
+    return _Planner(model.graph, ranges, target).run(_named(list(model.graph), keep_float))
+
+
+def _named(nodes: list[ir.Node], names: Sequence[str]) -> set[ir.Node]:
+    """The nodes of these names, and those each of them is one integer operator with."""
+    by_name = {node.name or "": node for node in nodes}
+    lasts = {member: last for last, region in operators.lookup_regions(nodes).items() for member in region}
+    found: set[ir.Node] = set()
+    for name in names:
+        parts = [name] if name in by_name else name.split(JOINT)
+        for part in parts:
+            node = by_name.get(part)
+            if node is None:
+                near = get_close_matches(part, list(by_name), n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else "`qcompile explain` lists them."
+                raise QCompilerError(f"--float {name}: the simplified model has no operator {part!r}; {hint}")
+            host = data_input(node).producer() if operators.is_fused_clamp(node) else None
+            found |= {lasts.get(node, node), host or node}
+    return found
 
 
 @dataclass
@@ -96,9 +125,11 @@ class _Planner:
         """A value whose format is another's, to that other one; follow until a value that is not here."""
         self.groups: dict[ir.Value, _Group] = {}
 
-    def run(self) -> QuantPlan:
+    def run(self, keep_float: set[ir.Node]) -> QuantPlan:
         for node in self.nodes:
-            if (reason := self._own_reason(node)) is not None:
+            if node in keep_float:
+                self.float_reasons[node] = ON_REQUEST
+            elif (reason := self._own_reason(node)) is not None:
                 self.float_reasons[node] = reason
         self._spread()
         self._drop_islands()

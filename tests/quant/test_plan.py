@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from qcompiler.calibrate import calibrate
-from qcompiler.quant.plan import plan
+from qcompiler.errors import QCompilerError
+from qcompiler.quant.plan import ON_REQUEST, plan
 from qcompiler.quant.types import Range, Ranges
 from qcompiler.target_loader import load_target
 
@@ -215,3 +216,30 @@ def test_a_bias_shared_by_two_convolutions_has_two_formats(parse, npu):
 def test_models_without_products_are_quantized_too(make, npu):
     made = make("g (float[1,4,8,8] x) => (y) { a = Add(x, x)  y = Relu(a) }", {}, npu)
     assert not made.float_nodes and set(made.activations) == {"x", "y"}
+
+
+def test_named_layers_stay_in_float_whole(make, npu, parse, samples):
+    text = (
+        "g (float[1,4,8,8] x) => (float[1,4,8,8] y)"
+        "{ c = Conv(x, w, bias)  r = Relu(c)  s = Conv(r, w)  t = Relu(s)  y = Conv(t, w) }"
+    )
+    model = parse(text, CONV)
+    names = {node.outputs[0].name: node.name for node in model.graph}
+    ranges = calibrate(model, samples(model, 4))
+    together = {names["s"], names["t"]}
+    for wanted in (names["s"], names["t"], f"{names['s']} + {names['t']}"):
+        made = plan(model, ranges, npu, [wanted])
+        assert made.float_nodes == dict.fromkeys(together, ON_REQUEST)
+        assert set(made.biases) == {names["c"], names["y"]}
+    # A table of several nodes is one operator too.
+    gate = parse("g (float[1,4] x) => (float[1,4] y) { s = Sigmoid(x)  y = Mul(x, s) }", {})
+    first, last = gate.graph
+    assert set(plan(gate, calibrate(gate, samples(gate, 4)), npu, [first.name]).float_nodes) == {first.name, last.name}
+
+
+def test_an_unknown_name_suggests_the_nearest(npu, parse, samples):
+    model = parse("g (float[1,4,8,8] x) => (float[1,4,8,8] y) { y = Conv(x, w) }", CONV)
+    (node,) = model.graph
+    node.name = "backbone/conv1"
+    with pytest.raises(QCompilerError, match=r"--float backbone/conv_1: .*did you mean 'backbone/conv1'\?"):
+        plan(model, calibrate(model, samples(model, 4)), npu, ["backbone/conv_1"])
