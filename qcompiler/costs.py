@@ -12,7 +12,7 @@ from qcompiler.integer.facts import facts_of_integer
 from qcompiler.partition import Partition, Region
 from qcompiler.partition_cost import multiplications, tensor_bytes
 from qcompiler.report import LayerReport, Totals
-from qcompiler.simulator.cost import RegionCost, Traffic, crossing_cost, host_cost, price
+from qcompiler.simulator.cost import RegionCost, Traffic, crossing_cost, host_cost, host_rate, price
 from qcompiler.target import Npu, Target
 
 PICO = 1e-12
@@ -77,8 +77,7 @@ def _host_layer(node: ir.Node, target: Target, layer: str) -> LayerReport:
         elements = moved = 0
     priced = host_cost(target.host, precision=facts.precision, macs=macs, elements=elements, transferred=moved)
     cycles = priced.seconds * target.host.clock
-    rates = target.host.rates()
-    peak = rates.get(facts.precision, rates["float32"]) * target.host.threads
+    peak = host_rate(target.host, facts.precision) * target.host.threads
     return LayerReport(
         layer=layer,
         node=_name(node),

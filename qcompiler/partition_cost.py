@@ -131,7 +131,7 @@ def _shape(node: ir.Node, facts: OpFacts, kind: OpClass) -> Shape:
         groups=_whole(facts, "group", 1),
         ifm_bits=_BITS,
         ofm_bits=_BITS,
-        weight_bits=_BITS,
+        weight_bits=4 if facts.precision.endswith("*int4") else _BITS,
         upsampling=_whole(facts, "stride_h", 1) * _whole(facts, "stride_w", 1) if facts.op == "ConvTranspose" else 1,
     )
 

@@ -23,7 +23,7 @@ enum {
     CONV = 20, CONV_TRANSPOSE = 21, MAX_POOL = 22, AVERAGE_POOL = 23, ADD = 24, MUL = 25, REQUANTIZE = 26,
     LOOKUP = 27, SOFTMAX = 28, RESIZE_NEAREST = 29, RESIZE_LINEAR = 30
 };
-enum { INT8 = 0, UINT8 = 1 };
+enum { INT8 = 0, UINT8 = 1, INT4 = 4 };
 enum { SCRATCHPAD = 0 };
 enum { RECORD_BYTES = 12, POISON = 0xA5 };
 
@@ -351,7 +351,7 @@ int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stri
 
 int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point) {
     BEGIN(WEIGHTS, "weights", base, offset, dtype, zero_point);
-    if (dtype != INT8 && dtype != UINT8) fail("dtype %d is not implemented for weights", dtype);
+    if (dtype != INT8 && dtype != UINT8 && dtype != INT4) fail("dtype %d is not implemented for weights", dtype);
     weights = (weight_block){base, offset, dtype, zero_point};
     return 0;
 }
@@ -414,10 +414,20 @@ static int16_t *padded_ifm(const uint8_t *data, int32_t height, int32_t width, i
     return padded;
 }
 
-static int16_t *wide_weights(int64_t count) {
-    const uint8_t *bytes = touch_run("the weights", weights.base, weights.offset, count);
-    int16_t *wide = arena(FILTERS, count * (int64_t)sizeof(int16_t));
-    widen(bytes, wide, count, weights.dtype, weights.zero_point);
+/* The weights as int16 without their zero point: `outputs` filters of `taps`. */
+static int16_t *wide_weights(int64_t outputs, int64_t taps) {
+    int64_t filter_bytes = weights.dtype == INT4 ? (taps + 1) / 2 : taps;
+    const uint8_t *bytes = touch_run("the weights", weights.base, weights.offset, outputs * filter_bytes);
+    int16_t *wide = arena(FILTERS, outputs * taps * (int64_t)sizeof(int16_t));
+    if (weights.dtype != INT4) {
+        widen(bytes, wide, outputs * taps, weights.dtype, weights.zero_point);
+        return wide;
+    }
+    for (int64_t o = 0; o < outputs; ++o)
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            int32_t nibble = bytes[o * filter_bytes + tap / 2] >> (tap % 2 ? 4 : 0) & 15;
+            wide[o * taps + tap] = (int16_t)((nibble ^ 8) - 8 - weights.zero_point);
+        }
     return wide;
 }
 
@@ -531,7 +541,7 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     int32_t groups = group_count(ifm_group_depth, ofm_group_depth);
     int64_t taps = (int64_t)kernel.height * kernel.width * ifm_group_depth;
     const record *records = read_records(ofm.depth);
-    int16_t *filters = wide_weights(ofm.depth * taps);
+    int16_t *filters = wide_weights(ofm.depth, taps);
     int32_t width = covered(ofm.width, kernel.stride_x, kernel.width, kernel.dilation_x);
     int64_t row = (int64_t)width * ifm[0].depth;
     const int16_t *padded = padded_ifm(in, covered(ofm.height, kernel.stride_y, kernel.height, kernel.dilation_y),
@@ -563,7 +573,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     int32_t groups = group_count(ifm_group_depth, ofm_group_depth);
     int64_t taps = (int64_t)kernel.height * kernel.width * ifm_group_depth;
     const record *records = read_records(ofm.depth);
-    const int16_t *filters = wide_weights(ofm.depth * taps);
+    const int16_t *filters = wide_weights(ofm.depth, taps);
     const int16_t *wide = padded_ifm(in, ifm[0].height, ifm[0].width, 0, 0);
     int32_t *sums = arena(SUMS, (int64_t)ofm.height * ofm.width * ofm.depth * (int64_t)sizeof(int32_t));
     for (int64_t pixel = 0; pixel < (int64_t)ofm.height * ofm.width; ++pixel)

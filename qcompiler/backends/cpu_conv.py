@@ -15,10 +15,11 @@ the bias; the last is computed only if zw' is not 0.
 
 from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.backends import te, te_arithmetic
+from qcompiler.backends import nibbles, te, te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_elementwise import constant_input, variant
 from qcompiler.backends.schedules import conv as schedule
@@ -51,7 +52,7 @@ class Problem:
     x_zero_point: int
     dilate: tuple[int, int]
     weights: np.ndarray
-    """[O, KH, KW, C/group], int8 or uint8."""
+    """[O, KH, KW, C/group], int4, int8 or uint8."""
     w_zero_point: int
     strides: tuple[int, int]
     dilations: tuple[int, int]
@@ -179,6 +180,8 @@ class Folded:
     """int8 [O, KH, KW, C/group]."""
     w_zero_point: int
     bias: np.ndarray
+    four_bits: bool
+    """Whether the weights are stored two to a byte."""
 
 
 def fold_zero_points(problem: Problem, x_dtype: str) -> Folded:
@@ -192,7 +195,14 @@ def fold_zero_points(problem: Problem, x_dtype: str) -> Folded:
     terms = weights[0].size
     bias = problem.epilogue.bias - x_zero_point * weights.sum(axis=(1, 2, 3)) + terms * x_zero_point * w_zero_point
     return Folded(
-        x_offset, x_dtype, x_zero_point, weights.astype(np.int8), w_zero_point, wrap_int32(bias).astype(np.int32)
+        x_offset,
+        x_dtype,
+        x_zero_point,
+        weights.astype(np.int8),
+        w_zero_point,
+        wrap_int32(bias).astype(np.int32),
+        # A zero point would take 4-bit weights out of their range.
+        four_bits=problem.weights.dtype == ml_dtypes.int4 and problem.w_zero_point == 0,
     )
 
 
@@ -243,10 +253,11 @@ def _dot_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Ker
 
     packed = _pack(folded.weights, group, blocks, lanes, quads, quad, run=run)
     arrays = [
-        packed,
+        nibbles.pack_runs(packed) if folded.four_bits else packed,
         *_per_lane([folded.bias, problem.epilogue.multiplier, problem.epilogue.shift], group, blocks, lanes),
     ]
-    weights, bias, multiplier, shift = parameters_of(arrays)
+    stored, bias, multiplier, shift = parameters_of(arrays)
+    weights = nibbles.unpacked(stored, packed.shape) if folded.four_bits else stored
 
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(taps, "kx")
     q, r = te.reduce_axis(quads, "q"), te.reduce_axis(quad, "r")
@@ -286,9 +297,11 @@ def _dot_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Ker
         result = te.compute((n, oh, ow, out_channels), crop, "cropped")
     else:
         result = output
-    arguments = [x, weights, bias, multiplier, *([] if epilogue.variant == "float32" else [shift]), result]
+    arguments = [x, stored, bias, multiplier, *([] if epilogue.variant == "float32" else [shift]), result]
     function = te.prim_func(arguments)
     scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=host.threads)
+    if folded.four_bits:
+        scheduled = nibbles.schedule_unpacking(scheduled, packed.shape, threads=host.threads)
     return Kernel(scheduled, (x_value,), tuple(arrays[:3] if epilogue.variant == "float32" else arrays))
 
 
@@ -372,14 +385,16 @@ def _depthwise_convolution(problem: Problem, x_value: ir.Value, host: HostCode) 
     staged = x if as_is else stage(x, problem, folded, (rows, columns * c), (c, 1, 1))
 
     epilogue = problem.epilogue
+    taps = np.ascontiguousarray(folded.weights[..., 0].transpose(1, 2, 0))
     arrays = [
-        np.ascontiguousarray(folded.weights[..., 0].transpose(1, 2, 0)),
+        nibbles.pack_runs(taps) if folded.four_bits else taps,
         folded.bias,
         epilogue.multiplier,
         *([] if epilogue.variant == "float32" else [epilogue.shift]),
     ]
     placeholders = parameters_of(arrays)
-    weights, bias, multiplier, shift = (*placeholders, placeholders[-1])[:4]
+    stored, bias, multiplier, shift = (*placeholders, placeholders[-1])[:4]
+    weights = nibbles.unpacked(stored, taps.shape) if folded.four_bits else stored
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
 
     def pixel(b: Expr, i: Expr, j: Expr, k: Expr, tap_y: Expr | int, tap_x: Expr | int) -> Expr:
@@ -405,4 +420,7 @@ def _depthwise_convolution(problem: Problem, x_value: ir.Value, host: HostCode) 
     )
     function = te.prim_func([x, *placeholders, output])
     lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
-    return Kernel(schedule.schedule_depthwise(function, lanes, threads=host.threads), (x_value,), tuple(arrays))
+    scheduled = schedule.schedule_depthwise(function, lanes, threads=host.threads)
+    if folded.four_bits:
+        scheduled = nibbles.schedule_unpacking(scheduled, taps.shape, threads=host.threads)
+    return Kernel(scheduled, (x_value,), tuple(arrays))

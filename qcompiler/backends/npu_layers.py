@@ -7,6 +7,7 @@ expressed is answered with a reason.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -173,6 +174,14 @@ def _bytes(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
+def _weight_stream(weights: np.ndarray) -> Stream:
+    """Weights [O, …] as `isa.WEIGHTS` reads them."""
+    rows = weights.reshape(weights.shape[0], -1)
+    if rows.dtype == ml_dtypes.int4:
+        rows = arithmetic.pack_int4(rows)
+    return Stream(_bytes(rows), rows.nbytes // rows.shape[0])
+
+
 def _records(multiplier: np.ndarray, shift: np.ndarray, bias: np.ndarray | None = None) -> bytes:
     """Scale records: bias, multiplier (or the bits of a float32), shift, int32 each, per entry."""
     bits = multiplier.astype(np.float32).view(np.int32) if multiplier.dtype.kind == "f" else multiplier
@@ -262,7 +271,7 @@ def _convolution(
         op.y_zero_point,
         (op.clamp_min, op.clamp_max),
         (MapOperand(0, ifm, y, x, c, _dtype_index(data_input(node)), op.x_zero_point),),
-        (Stream(_bytes(weights), weights.size // weights.shape[0]), scales),
+        (_weight_stream(weights), scales),
         issue,
         group=out_depth if op.group > 1 else 1,
     )

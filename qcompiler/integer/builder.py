@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -126,9 +127,9 @@ def constant_of(value: ir.Value | None) -> Constant | None:
         return None
     array, scale = const_of(data_input(dequantize)), const_of(input_of(dequantize, 1))
     zero_point = const_of(input_of(dequantize, 2))
-    if array is None or scale is None or array.dtype not in (np.int8, np.uint8, np.int32):
+    if array is None or scale is None or array.dtype not in (ml_dtypes.int4, np.int8, np.uint8, np.int32):
         return None
-    zero_point = np.zeros(scale.shape, array.dtype) if zero_point is None else zero_point
+    zero_point = np.zeros(scale.shape, np.int32) if zero_point is None else zero_point.astype(np.int32)
     axis = integer(dequantize, "axis", 1) % max(array.ndim, 1) if scale.size > 1 else None
     return Constant(array, scale.astype(np.float32), zero_point, axis)
 

@@ -209,6 +209,27 @@ def dequantize(q: IntArray, scale: npt.ArrayLike, zero_point: npt.ArrayLike) -> 
     return difference.astype(np.float32) * np.asarray(scale, np.float32)
 
 
+def pack_int4(values: npt.NDArray[np.generic]) -> np.ndarray:
+    """Two numbers of the last axis to a byte, the first in the low nibble; a row of odd length ends in a zero nibble.
+
+    Args:
+        values: integers of [-8, 7], any integer dtype, [..., n].
+
+    Returns:
+        uint8 [..., ceil(n / 2)]
+    """
+    nibbles = values.astype(np.int8).view(np.uint8) & 15
+    if nibbles.shape[-1] % 2:
+        nibbles = np.concatenate([nibbles, np.zeros((*nibbles.shape[:-1], 1), np.uint8)], axis=-1)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> np.ndarray:
+    """The inverse of `pack_int4`: int8 [..., count]."""
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
+    return (nibbles.astype(np.int8) ^ 8) - np.int8(8)
+
+
 def softmax_tables(scale_x: float, scale_y: float) -> tuple[np.ndarray, int]:
     """(exponentials, inverse output scale) for `softmax`.
 

@@ -149,15 +149,24 @@ def host_cost(host: Host, *, precision: str, macs: int, elements: int, transferr
     """One operator on the CPU, all threads: its MACs at their precision's rate, then its outputs.
 
     Args:
-        precision: a pair such as "int8*int8", or "float32"; a pair the host has no rate for counts as float32.
+        precision: as for `host_rate`.
         macs: multiply-accumulates.
         elements: outputs, or inputs if there are more.
         transferred: bytes read and written.
     """
-    rates = host.rates()
-    cycles = macs / rates.get(precision, rates["float32"]) + elements / host.element_rate
+    cycles = macs / host_rate(host, precision) + elements / host.element_rate
     energy = macs * host.mac_energy + transferred * host.byte_energy
     return HostCost(cycles / (host.clock * host.threads), energy)
+
+
+def host_rate(host: Host, precision: str) -> float:
+    """MACs per cycle and thread for a pair such as "int8*int8", or "float32".
+
+    int4 weights without a rate of their own count as int8, to which the CPU's code unpacks them; any other pair
+    without one counts as float32.
+    """
+    rates = host.rates()
+    return rates.get(precision) or rates.get(precision.replace("*int4", "*int8")) or rates["float32"]
 
 
 def crossing_cost(npu: Npu, transferred: int) -> HostCost:
@@ -198,7 +207,8 @@ _KERNEL = _picker(isa.KERNEL, "height", "width", "stride_y", "stride_x", "dilati
 _WEIGHTS = _picker(isa.WEIGHTS, "base", "dtype")
 _GROUPS = _picker(isa.CONV, "ifm_group_depth", "ofm_group_depth")
 
-_BITS: tuple[int, ...] = tuple(np.dtype(name).itemsize * 8 for name in isa.DTYPES)
+_BITS: tuple[int, ...] = (8, 8, 16, 32, 4)
+"""Of one element, by index of `isa.DTYPES`."""
 
 _OPERATORS: Mapping[int, tuple[str, ...]] = {
     isa.CONV.code: ("Conv", "Gemm", "MatMul"),

@@ -86,7 +86,8 @@ KERNEL = Opcode(
 `pad_left` are negative where a tile's windows start inside its IFM. A transposed convolution's output (y, x)
 gathers pixels with ``y + pad_top == iy * stride_y + ky * dilation_y``."""
 WEIGHTS = Opcode(13, "weights", ("base", "offset", "dtype", "zero_point"))
-"""[OFM depth, kernel height, kernel width, IFM depth per group], dense."""
+"""[OFM depth, kernel height, kernel width, IFM depth per group], dense. int4: two to a byte, the first in the low
+nibble; every OFM channel starts at a whole byte (`arithmetic.pack_int4`)."""
 SCALES = Opcode(14, "scales", ("base", "offset", "variant"))
 """One record a channel: bias int32, multiplier (int32, or the bits of a float32), shift int32."""
 CONV = Opcode(20, "conv", ("ifm_group_depth", "ofm_group_depth"))
@@ -116,8 +117,8 @@ OPCODES: tuple[Opcode, ...] = (
 BY_CODE: dict[int, Opcode] = {opcode.code: opcode for opcode in OPCODES}
 
 SCRATCHPAD = 0
-DTYPES: tuple[str, ...] = ("int8", "uint8", "int16", "int32")
-"""`dtype` arguments index this."""
+DTYPES: tuple[str, ...] = ("int8", "uint8", "int16", "int32", "int4")
+"""`dtype` arguments index this. Only weights are int4."""
 VARIANTS: tuple[str, ...] = ("float32", "tflite", "tosa", "shift")
 """`variant` arguments index this."""
 

@@ -6,6 +6,7 @@ All cases of a test are nodes of one graph, so that TVM compiles once.
 from collections.abc import Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -67,7 +68,7 @@ def factors(
 
 
 def zero_point(rng: np.random.Generator, dtype: str) -> int:
-    info = np.iinfo(dtype)
+    info = ml_dtypes.iinfo(dtype)
     return int(rng.integers(info.min, info.max + 1))
 
 
@@ -85,7 +86,9 @@ def windows(padded: Pair, kernel: Pair, strides: Pair, dilations: Pair) -> list[
     return [(size - (k - 1) * d - 1) // s + 1 for size, k, s, d in sizes]
 
 
-def add_conv(bench, variant: RequantizeVariant, *, transposed: bool = False) -> None:
+def add_conv(
+    bench, variant: RequantizeVariant, *, transposed: bool = False, w_dtypes: Sequence[str] = ("int8", "int8", "uint8")
+) -> None:
     rng = bench.rng
     group = pick(rng, 1, 1, 1, 2, 3)
     depthwise = rng.random() < 0.25
@@ -106,14 +109,14 @@ def add_conv(bench, variant: RequantizeVariant, *, transposed: bool = False) -> 
         out = windows((h + pads[0] + pads[2], w + pads[1] + pads[3]), kernel, strides, dilations)
     x_dtype, w_dtype, y_dtype = (
         pick(rng, "int8", "uint8"),
-        pick(rng, "int8", "int8", "uint8"),
+        pick(rng, *w_dtypes),
         pick(rng, "int8", "uint8"),
     )
     w_zero = zero_point(rng, w_dtype) if w_dtype == "uint8" or rng.random() < 0.3 else 0
     y_zero, low, high = out_range(rng, y_dtype)
     cls = ops.QConvTranspose if transposed else ops.QConv
     op = cls(kernel, strides, pads, dilations, group, zero_point(rng, x_dtype), w_zero, y_zero, low, high, variant)
-    info = np.iinfo(w_dtype)
+    info = ml_dtypes.iinfo(w_dtype)
     inputs = [
         bench.random((n, h, w, channels), x_dtype),
         bench.constant(rng.integers(info.min, info.max + 1, (outs, *kernel, depth)).astype(w_dtype)),
@@ -137,6 +140,41 @@ def test_transposed_convolution(workbench, run_on_cpu, tmp_path) -> None:
     for variant in REQUANTIZE_VARIANTS * 2:
         add_conv(bench, variant, transposed=True)
     check(bench, run_on_cpu, tmp_path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_four_bit_weights(workbench, run_on_cpu, tmp_path, target: str) -> None:
+    bench = workbench(seed=15)
+    for index in range(12):
+        add_conv(bench, REQUANTIZE_VARIANTS[index % 4], transposed=index % 6 == 5, w_dtypes=("int4",))
+    for m, k, n in ((1, 129, 33), (7, 64, 10)):
+        op = ops.QGemm(zero_point(bench.rng, "int8"), 0, *out_range(bench.rng, "int8"), "float32")
+        inputs = [
+            bench.random((m, k), "int8"),
+            bench.constant(bench.rng.integers(-8, 8, (n, k)).astype(ml_dtypes.int4)),
+            bench.constant(bench.rng.integers(-30000, 30000, n).astype(np.int32)),
+            *map(bench.constant, factors(bench.rng, n, "float32", k)),
+        ]
+        bench.integer(op, inputs, (m, n), "int8")
+    check(bench, run_on_cpu, tmp_path, target)
+
+
+def test_four_bit_weights_take_half_the_memory(workbench) -> None:
+    bench, host = workbench(seed=16), host_code(load_target("x86-cpu").host)
+    sizes = []
+    for dtype in (np.dtype(np.int8), np.dtype(ml_dtypes.int4)):
+        op = ops.QConv((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 0, 0, 0, -128, 127, "float32")
+        inputs = [
+            bench.random((1, 8, 8, 32), "int8"),
+            bench.constant(np.ones((32, 3, 3, 32), dtype)),
+            bench.constant(np.zeros(32, np.int32)),
+            *map(bench.constant, factors(bench.rng, 32, "float32", 288)),
+        ]
+        bench.integer(op, inputs, (1, 8, 8, 32), "int8")
+        kernel = lower_node(bench.nodes[-1], host)
+        assert isinstance(kernel, Kernel)
+        sizes.append(kernel.parameters[0].nbytes)
+    assert sizes == [32 * 9 * 32, 32 * 9 * 32 // 2]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -25,7 +26,7 @@ from qcompiler.simulator.machine import Log, compile_simulator
 from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
-INT8, UINT8 = ir.DataType.INT8, ir.DataType.UINT8
+INT4, INT8, UINT8 = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT8
 Shape = tuple[int, ...]
 
 
@@ -46,9 +47,12 @@ def with_scratchpad(size: int, variant: RequantizeVariant = "tflite") -> Target:
 class Net:
     """Builds an integer graph node by node."""
 
-    def __init__(self, seed: int, variant: RequantizeVariant = "tflite") -> None:
+    def __init__(
+        self, seed: int, variant: RequantizeVariant = "tflite", weights: Sequence[ir.DataType] = (INT8, UINT8)
+    ) -> None:
         self.rng = np.random.default_rng(seed)
         self.variant: RequantizeVariant = variant
+        self.weights = weights
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": 21, QCOMPILER_DOMAIN: 1}, name="net")
         self._names = count()
 
@@ -65,6 +69,9 @@ class Net:
 
     def dtype(self) -> ir.DataType:
         return INT8 if self.rng.integers(2) else UINT8
+
+    def weight_dtype(self) -> ir.DataType:
+        return self.weights[int(self.rng.integers(len(self.weights)))]
 
     def zero_point(self, dtype: ir.DataType) -> int:
         low, high = limits(dtype)
@@ -152,7 +159,7 @@ class Net:
         dilations: tuple[int, int],
         group: int,
     ) -> ir.Value:
-        depth, w_dtype, y_dtype = shape[-1], self.dtype(), self.dtype()
+        depth, w_dtype, y_dtype = shape[-1], self.weight_dtype(), self.dtype()
         in_group = shape_of(x)[-1] // group
         weights = self.constant(self.random((depth, *kernel, in_group), w_dtype))
         bias = self.constant(self.rng.integers(-2000, 2000, depth).astype(np.int32))
@@ -166,7 +173,7 @@ class Net:
 
     def gemm(self, x: ir.Value, depth: int) -> ir.Value:
         m, k = shape_of(x)
-        w_dtype, y_dtype = self.dtype(), self.dtype()
+        w_dtype, y_dtype = self.weight_dtype(), self.dtype()
         weights = self.constant(self.random((depth, k), w_dtype))
         bias = self.constant(self.rng.integers(-2000, 2000, depth).astype(np.int32))
         assert x.dtype is not None
@@ -323,7 +330,7 @@ def pair(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
 
 
 def limits(dtype: ir.DataType) -> tuple[int, int]:
-    info = np.iinfo(dtype.numpy())
+    info = ml_dtypes.iinfo(dtype.numpy())
     return int(info.min), int(info.max)
 
 
@@ -452,6 +459,36 @@ def test_depthwise_convolutions(check: Check) -> None:
     net.conv(net.input(1, 9, 9, 8), 24, group=8)
     all_cases += cases("multiplier 3", net.done())
     check(all_cases)
+
+
+def test_four_bit_weights(check: Check) -> None:
+    """Odd filters leave half a byte unused; tiles of channels start at whole bytes all the same."""
+    all_cases: list[Case] = []
+    for seed, variant in enumerate(REQUANTIZE_VARIANTS):
+        net = Net(70 + seed, variant, weights=(INT4,))
+        x = net.conv(net.input(1, 9, 8, 5), 11, strides=pair(net.rng, 1, 3))
+        x = net.conv(net.conv(x, 11, group=11), 22, kernel=(1, 3), group=11)
+        net.conv_transpose(x, 7, (3, 3), (2, 2), (1, 1, 1, 1))
+        net.gemm(net.input(3, 33), 21)
+        all_cases += cases(f"int4 {variant}", net.done(), variant)
+    check(all_cases)
+    assert any(counts[3] > 1 for counts in tilings(all_cases))
+
+
+def test_four_bit_weights_cost_half_the_bytes() -> None:
+    """On the wire and in the cost model alike."""
+    moved, sizes = [], []
+    for dtype in (INT8, INT4):
+        net = Net(75, "tosa", weights=(dtype,))
+        net.conv(net.input(1, 6, 6, 32), 64)
+        target = load_target("systolic-npu")
+        program = npu.compile_region(whole(net.done()), target)
+        sizes.append(len(program.blob))
+        memory = target.npu.weight_memory if target.npu is not None else ""
+        priced = price(npu.words(program), target, {program.bases.blob: memory})
+        moved.append(sum(entry.read for entry in priced.traffic if entry.memory == memory))
+    saved = 64 * 9 * 32 // 2
+    assert sizes[0] - sizes[1] == moved[0] - moved[1] == saved
 
 
 def test_windows_wholly_in_the_padding(check: Check) -> None:

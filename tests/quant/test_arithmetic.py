@@ -5,6 +5,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -263,3 +264,18 @@ def test_softmax_runs_along_the_last_axis_and_takes_uint8():
     row = arithmetic.softmax(x[1, 2], table, inverse, 0, (0, 255), "uint8")
     np.testing.assert_array_equal(got[1, 2], row)
     assert got.dtype == np.uint8 and (got.astype(int).sum(axis=-1) > 240).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
+def test_four_bit_packing(count: int) -> None:
+    values = np.random.default_rng(count).integers(-8, 8, (3, 5, count)).astype(np.int8)
+    packed = arithmetic.pack_int4(values)
+    assert packed.dtype == np.uint8 and packed.shape == (3, 5, -(-count // 2))
+    np.testing.assert_array_equal(arithmetic.unpack_int4(packed, count), values)
+
+
+def test_four_bit_packing_is_onnx_packing() -> None:
+    """Two's complement, the first number in the low nibble."""
+    values = np.arange(-8, 8)
+    onnx = ir.tensor(values.astype(np.int8), dtype=ir.DataType.INT4)
+    assert arithmetic.pack_int4(values).tobytes() == onnx.tobytes()
