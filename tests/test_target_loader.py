@@ -77,7 +77,8 @@ def test_list_targets_names_every_bundled_spec() -> None:
     summaries = {summary.name: summary.description for summary in list_targets()}
     assert set(summaries) >= {
         "arm-cpu", "arm-npu", "ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256",
-        "ethos-u65-512", "systolic-npu", "x86-cpu", "x86-avx512vnni", "x86-avx2", "x86-plain",
+        "ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024", "ethos-u85-2048",
+        "systolic-npu", "x86-cpu", "x86-avx512vnni", "x86-avx2", "x86-plain",
     }  # fmt: skip
     assert all(summaries.values())
     assert list(summaries) == sorted(summaries)
@@ -199,8 +200,8 @@ def test_yaml_anchors_and_merge_keys(tmp_path: Path) -> None:
         ("requantize: tosa", "requantize: tfl", "quantization.requantize",
          "'tfl' is not one of 'float32', 'tflite', 'tosa' or 'shift'", "tfl"),
         ("kind: simd", "kind: vector", "npu.engines.vpu.geometry", "kind 'vector' is not one of", "{kind: vector"),
-        ("{kind: simd, lanes", "{lanes", "npu.engines.vpu.geometry", "needs a kind (mac_array, systolic or simd)",
-         "{lanes"),
+        ("{kind: simd, lanes", "{lanes", "npu.engines.vpu.geometry",
+         "needs a kind (mac_array, systolic, dot_array or simd)", "{lanes"),
         ("stride_h: 1..2", "strideh: 1..2", "npu.rules[0].where.strideh",
          "unknown constraint, did you mean 'stride_h'?", "strideh"),
         ("stride_h: 1..2", "stride_h: 3..2", "npu.rules[0].where.stride_h", "3..2 admits nothing", "3..2"),
