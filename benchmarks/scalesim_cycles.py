@@ -12,9 +12,9 @@ import sys
 import time
 
 import numpy as np
-from scalesim.compute.systolic_compute_os import systolic_compute_os
-from scalesim.compute.systolic_compute_ws import systolic_compute_ws
-from scalesim.scale_config import scale_config
+from scalesim.compute.systolic_compute_os import systolic_compute_os  # pyright: ignore[reportMissingImports]
+from scalesim.compute.systolic_compute_ws import systolic_compute_ws  # pyright: ignore[reportMissingImports]
+from scalesim.scale_config import scale_config  # pyright: ignore[reportMissingImports]
 
 # Output pixels, window times input channels, output channels, groups; at 224x224.
 LAYERS: dict[str, tuple[tuple[int, int, int, int], ...]] = {

@@ -232,6 +232,18 @@ class Systolic(Spec):
     dataflow: Literal["weight_stationary", "output_stationary"]
 
 
+class DotArray(Spec):
+    """Dot products side by side: every cycle, `channels` inputs of one pixel with `kernels` filters (NVDLA, VTA)."""
+
+    kind: Literal["dot_array"]
+    channels: int = Field(ge=1)
+    """Input channels of one dot product."""
+    kernels: int = Field(ge=1)
+    """Output channels at a time."""
+    image_channels: int = Field(default=0, ge=0)
+    """Input channels up to which a kernel row counts as one pixel of more channels, as images are laid out."""
+
+
 class Simd(Spec):
     """A vector unit: elementwise, pooling, lookup, softmax."""
 
@@ -241,7 +253,7 @@ class Simd(Spec):
     """Elements per cycle by operator class: elementwise, pool, lookup, softmax, resize."""
 
 
-EngineGeometry = Annotated[MacArray | Systolic | Simd, Field(discriminator="kind")]
+EngineGeometry = Annotated[MacArray | Systolic | DotArray | Simd, Field(discriminator="kind")]
 
 
 class MacPrecision(Spec):
@@ -537,6 +549,8 @@ class Npu(Spec):
     crossing: Crossing
     channel_alignment: int = Field(default=1, ge=1)
     """Feature map depth is rounded up to this in cost estimates and in scratchpad."""
+    keeps_feature_maps: bool = True
+    """Whether feature maps may stay in the scratchpad between operators; else each goes out to external memory."""
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -570,9 +584,10 @@ class Npu(Spec):
         engine = self.engines[rule.engine]
         for position, op in enumerate(rule.ops):
             if op not in WEIGHTED_OPS:
-                if isinstance(engine.geometry, Systolic):
+                if isinstance(engine.geometry, Systolic | DotArray):
+                    kind = "systolic array" if isinstance(engine.geometry, Systolic) else "dot array"
                     raise spec_error(
-                        f"a systolic array runs {', '.join(WEIGHTED_OPS)} only, not {op}",
+                        f"a {kind} runs {', '.join(WEIGHTED_OPS)} only, not {op}",
                         "rules",
                         index,
                         "ops",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from qcompiler.target import (
     BYTE_UNITS,
     Bandwidth,
+    DotArray,
     Duration,
     Engine,
     Host,
@@ -112,6 +113,8 @@ def _geometry(engine: Engine) -> str:
             return f"{cores}MAC array, micro-block {ublock}, block up to {limit}, {array.accumulator_banks} banks"
         case Systolic() as array:
             return f"{array.rows}x{array.cols} systolic array, {array.dataflow.replace('_', ' ')}"
+        case DotArray() as array:
+            return f"{array.kernels} dot products of {array.channels} channels"
         case Simd() as unit:
             return f"{unit.lanes}-lane vector unit"
 

@@ -383,7 +383,7 @@ def _message(node: Node, details: ErrorDetails) -> str:
 
 def _tags(details: ErrorDetails) -> str:
     assert "kind" in str(details.get("ctx", {}).get("discriminator", "")), details
-    return "mac_array, systolic or simd"
+    return "mac_array, systolic, dot_array or simd"
 
 
 def _walk(spec: Node, location: tuple[str | int, ...]) -> tuple[Node, tuple[str | int, ...]]:

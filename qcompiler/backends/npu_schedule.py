@@ -141,6 +141,7 @@ class _Scheduler:
         self.region, self.recipes, self.layout = region, recipes, layout
         self.bases = bases_of(region)
         self.prices = Prices.of(npu)
+        self.keeps_feature_maps = npu.keeps_feature_maps
         self.alignment = max(npu.scratchpad.alignment, 1)
         self.capacity = npu.scratchpad.size // self.alignment * self.alignment
         self.inside = {value: index for index, node in enumerate(region.nodes) for value in node.outputs}
@@ -182,7 +183,10 @@ class _Scheduler:
 
     def run(self) -> Schedule:
         outputs = {self._root(value) for value in self.region.outputs}
-        streamed = {root for root, life in self.lives.items() if life.reads == 0 and root in outputs}
+        if self.keeps_feature_maps:
+            streamed = {root for root, life in self.lives.items() if life.reads == 0 and root in outputs}
+        else:
+            streamed = set(self.lives)
         fit = self._fit(streamed)
         return self._finish(self._improve(fit) if len(fit.evicted) > len(streamed) else fit)
 

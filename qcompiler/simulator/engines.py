@@ -1,14 +1,14 @@
 """How long one command keeps a compute engine busy, and what it moves: closed forms per kind of engine.
 
-Systolic arrays follow SCALE-Sim 3, vector units their rates; `simulator.mac_array` holds the third kind. All cycles are
-of the accelerator's clock.
+Systolic arrays follow SCALE-Sim 3, dot arrays and vector units their rates; Ethos-U-like MAC arrays are in
+`simulator.mac_array`. All cycles are of the accelerator's clock.
 """
 
 from math import ceil
 
 from qcompiler.simulator.mac_array import mac_array
 from qcompiler.simulator.workload import Feed, Shape, Work
-from qcompiler.target import Engine, MacArray, Simd, Systolic
+from qcompiler.target import DotArray, Engine, MacArray, Simd, Systolic
 
 
 def work(shape: Shape, engine: Engine, precision: str, feed: Feed) -> Work:
@@ -21,6 +21,8 @@ def work(shape: Shape, engine: Engine, precision: str, feed: Feed) -> Work:
             return mac_array(shape, engine.geometry, feed)
         case Systolic():
             return systolic(shape, engine.geometry, engine.precisions[precision].rate)
+        case DotArray():
+            return dot_array(shape, engine.geometry, engine.precisions[precision].rate)
         case Simd():
             return simd(shape, engine.geometry, engine.precisions[precision].rate if shape.has_weights else None)
 
@@ -54,6 +56,26 @@ def systolic(shape: Shape, array: Systolic, rate: float) -> Work:
         cycles,
         ifm_bytes=shape.groups * m * k * passes * shape.ifm_bits / 8,
         weight_bytes=shape.weight_elements * weight_passes * shape.weight_bits / 8,
+        ofm_bytes=shape.ofm_elements * shape.ofm_bits / 8,
+    )
+
+
+def dot_array(shape: Shape, array: DotArray, rate: float) -> Work:
+    """One pixel, kernel element and chunk of input channels for a group of output channels a cycle.
+
+    Inputs are read for every group of output channels, weights once.
+    """
+    assert shape.has_weights, f"a dot array does not run {shape.op}"
+    pixels, (rows, columns) = shape.ofm[0] * shape.ofm[1], shape.kernel
+    depth, kernels = shape.ifm[2] // shape.groups, ceil(shape.ofm[2] // shape.groups / array.kernels)
+    chunks = columns * ceil(depth / array.channels)
+    if depth <= array.image_channels:
+        chunks = ceil(columns * depth / array.channels)
+    steps = shape.groups * pixels * rows * chunks * kernels
+    return Work(
+        steps * array.channels * array.kernels / rate,
+        ifm_bytes=shape.groups * pixels * shape.window * depth * kernels * shape.ifm_bits / 8,
+        weight_bytes=shape.weight_elements * shape.weight_bits / 8,
         ofm_bytes=shape.ofm_elements * shape.ofm_bits / 8,
     )
 

@@ -165,6 +165,26 @@ def test_vector_unit_rates(
     assert command.end - command.start == ceil(12 + max(compute, memory))
 
 
+# --- dot arrays ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ifm", "ofm", "kernel", "groups", "steps"),
+    [
+        ((8, 7, 64), (6, 5, 64), 3, 1, 30 * 9 * 1 * 2),  # 64 channels at once, 32 kernels at a time
+        ((8, 7, 65), (6, 5, 33), 3, 1, 30 * 9 * 2 * 2),  # one channel and one kernel too many
+        ((9, 9, 3), (3, 3, 32), 7, 1, 9 * 7 * 1),  # an image: a kernel row of 7 x 3 values is one step
+        ((8, 8, 64), (8, 8, 64), 1, 64, 64 * 64),  # depthwise uses one product in 64 x 32
+    ],
+)
+def test_dot_array_steps(
+    ifm: tuple[int, int, int], ofm: tuple[int, int, int], kernel: int, groups: int, steps: int
+) -> None:
+    command = only(price(conv(ifm, ofm, kernel=kernel, groups=groups), load_target("nvdla-large")))
+    assert (command.unit, command.limit) == ("cmac", "compute")
+    assert command.end - command.start == steps
+
+
 # --- Ethos-U ------------------------------------------------------------------------------------------------------
 
 
