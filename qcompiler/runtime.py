@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import numpy as np
 import tvm_ffi
@@ -76,11 +77,11 @@ class Executable:
                 f"{library} cannot be loaded here ({str(error).splitlines()[-1].strip()}); "
                 "was it compiled for another machine? Compile the model again on this one."
             ) from error
-        machine = module["vm_load_executable"]()
+        self._machine = machine = module["vm_load_executable"]()
         # Once for the host and once for the device that computes, which here is the host too.
         machine["vm_initialization"](*(_CPU, _DEVICE, _POOLED_ALLOCATOR) * 2)
-        self._main = machine["main"]
         self._parameters = [_tensor(array) for array in parameters]
+        self._inputs: list[np.ndarray] = []
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run once.
@@ -91,18 +92,58 @@ class Executable:
         Returns:
             The outputs, in the order of `Lowered.outputs`.
         """
-        outputs = self._main(*(_tensor(array) for array in inputs), *self._parameters)
+        self.set_inputs(inputs)
         # Copies: an output may be a view of an input or a parameter.
-        return [np.from_dlpack(output).copy() for output in outputs]
+        return [np.from_dlpack(output).copy() for output in self.invoke()]
+
+    def set_inputs(self, inputs: Sequence[np.ndarray]) -> None:
+        """Copy the inputs, as `run` takes them, to where `invoke` reads them."""
+        if [(a.shape, a.dtype) for a in inputs] != [(a.shape, a.dtype) for a in self._inputs]:
+            self._inputs = [_aligned(array) for array in inputs]
+            # The machine keeps the arguments: hundreds of parameters passed by each call would take as long as a
+            # small model.
+            tensors = [tvm_ffi.from_dlpack(array) for array in self._inputs]
+            self._machine["save_function"]("main", "bound", True, *tensors, *self._parameters)
+            self._bound = self._machine["bound"]
+        for own, array in zip(self._inputs, inputs, strict=True):
+            own[...] = array
+
+    def invoke(self) -> Sequence[tvm_ffi.Tensor]:
+        """Run with the inputs that were set; the outputs are the machine's own."""
+        return self._bound()
+
+    def profile(self, runs: int) -> list[tuple[str, float]]:
+        """Name and seconds of every kernel, in the order they run; the fastest of so many runs of each."""
+        calls: list[list[tuple[str, float]]] = []
+        started = 0.0
+
+        def clock(_function: object, name: str, before: bool, *_arguments: object) -> int:
+            nonlocal started
+            if before:
+                started = perf_counter()
+            elif not name.startswith("vm."):
+                calls[-1].append((name, perf_counter() - started))
+            return 0
+
+        self._machine["set_instrument"](tvm_ffi.convert(clock))
+        for _ in range(runs):
+            calls.append([])
+            self.invoke()
+        self._machine["set_instrument"](None)
+        return [(same[0][0], min(seconds for _, seconds in same)) for same in zip(*calls, strict=True)]
 
 
 def _tensor(array: np.ndarray) -> tvm_ffi.Tensor:
+    return tvm_ffi.from_dlpack(_aligned(array))
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
     """A copy of an array where compiled code can use it."""
     memory = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     aligned[...] = array
-    return tvm_ffi.from_dlpack(aligned)
+    return aligned
 
 
 # --- the simulator's log -----------------------------------------------------------------------------------

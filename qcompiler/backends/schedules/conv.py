@@ -26,12 +26,13 @@ def conv_tile(width: int, blocks: int, *, registers: int) -> ConvTile:
         ConvTile(pixels, count)
         for count in (1, 2, 3)
         if blocks % count == 0
-        for pixels in range(1, min(14, (registers - 4) // count) + 1)
+        for pixels in range(1, min(16, (registers - 4) // count) + 1)
     ]
 
     def cost(tile: ConvTile) -> float:
         covered = -(-width // tile.pixels) * tile.pixels
-        return covered * (1 + 1 / tile.pixels + 1 / tile.blocks)
+        # What was computed past the end is cut off by a copy.
+        return covered * (1 + 1 / tile.pixels + 1 / tile.blocks) * (1.05 if covered > width else 1)
 
     return min(candidates, key=cost)
 
@@ -63,6 +64,9 @@ def schedule_dot_convolution(
     init_loops = s.get_loops(init)
     s.vectorize(init_loops[-1])
     s.vectorize(v)
+    if tile.blocks == 1:
+        # LLVM would vectorize the epilogue over pixels, with gathers and scatters.
+        s.unroll(pixel)
     # The rest stays rolled: unrolled it runs no faster and compiles four times slower.
     return s.mod["main"]
 
