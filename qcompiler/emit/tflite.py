@@ -34,7 +34,7 @@ from qcompiler.graph import (
     value_name,
 )
 from qcompiler.integer import ops
-from qcompiler.integer.formats import TensorFormat, formats_of
+from qcompiler.integer.formats import EIGHT_BITS, TensorFormat, formats_of
 from qcompiler.partition import Region
 from qcompiler.quant import arithmetic, tflite_functions
 
@@ -79,6 +79,8 @@ def tflite_of(region: Region) -> bytes:
         emit = _EMITTERS.get(node.op_type)
         if emit is None:
             raise refusal(node, "TFLite has no such operator on integers")
+        if (wide := next((value for value in node.outputs if value.dtype not in EIGHT_BITS), None)) is not None:
+            raise refusal(node, f"it makes {wide.dtype}, and only 8-bit tensors are written")
         emit(emitter, node)
     inputs = [emitter.of(value) for value in region.inputs]
     return emitter.model.serialize(inputs, [emitter.of(value) for value in region.outputs])

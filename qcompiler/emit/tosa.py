@@ -36,6 +36,7 @@ from qcompiler.graph import (
     string,
 )
 from qcompiler.integer import ops
+from qcompiler.integer.formats import EIGHT_BITS
 from qcompiler.partition import Region
 from qcompiler.quant.arithmetic import TFLITE_ADD_LEFT_SHIFT
 
@@ -56,6 +57,8 @@ def tosa_of(region: Region) -> str:
         emit = _EMITTERS.get(node.op_type)
         if emit is None:
             raise refusal(node, "TOSA has no such operator on integers")
+        if (wide := next((value for value in node.outputs if value.dtype not in EIGHT_BITS), None)) is not None:
+            raise refusal(node, f"it makes {wide.dtype}, and only 8-bit tensors are written")
         emit(emitter, node)
     return emitter.module(region)
 

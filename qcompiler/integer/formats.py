@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.graph import value_name
 
-_EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 _SCALE, _ZERO_POINT = "qcompiler.scale", "qcompiler.zero_point"
 
 MOVEMENT = frozenset({
@@ -90,4 +90,4 @@ def formats_of(nodes: Iterable[ir.Node]) -> Mapping[ir.Value, TensorFormat]:
 
 def _shared(node: ir.Node) -> tuple[ir.Value, ...]:
     inputs = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-    return (*(value for value in inputs if value is not None and value.dtype in _EIGHT_BITS), *node.outputs)
+    return (*(value for value in inputs if value is not None and value.dtype in EIGHT_BITS), *node.outputs)
