@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -169,9 +169,15 @@ def _load_evaluation(zoo: Path) -> ModuleType:
 
 def _measure(model: Model, target: str, executor: Executor, evaluation: ModuleType, limit: int | None) -> Row:
     original_run = _session(model.path.read_bytes())
-    original = evaluation.evaluate(model.entry, original_run, limit)
+    fed: list[Arrays] = []
+
+    def recorded(inputs: Arrays) -> list[np.ndarray]:
+        fed.append(inputs)
+        return original_run(inputs)
+
+    original = evaluation.evaluate(model.entry, recorded, limit)
     start = time.perf_counter()
-    calibration = None if model.quantized else _calibration(model, evaluation, original_run)
+    calibration = None if model.quantized else _calibration(fed)
     run = (_compiled if executor is Executor.BUNDLE else _quantized)(model, target, calibration)
     compiled_at = time.perf_counter()
     compiled = evaluation.evaluate(model.entry, run, limit)
@@ -186,16 +192,10 @@ def _measure(model: Model, target: str, executor: Executor, evaluation: ModuleTy
     )
 
 
-def _calibration(model: Model, evaluation: ModuleType, run: Runner) -> dict[str, np.ndarray]:
-    """The inputs the evaluation feeds for its first samples, by input name, samples along the first axis."""
-    fed: list[Arrays] = []
-
-    def record(inputs: Arrays) -> list[np.ndarray]:
-        fed.append(inputs)
-        return run(inputs)
-
-    evaluation.evaluate(model.entry, record, CALIBRATION_SAMPLES)
-    return {name: np.concatenate([inputs[name] for inputs in fed]) for name in fed[0]}
+def _calibration(fed: Sequence[Arrays]) -> dict[str, np.ndarray]:
+    """Of the inputs the evaluation feeds, some spread evenly over all, since data sets are often sorted by class."""
+    spread = np.linspace(0, len(fed) - 1, min(CALIBRATION_SAMPLES, len(fed))).round().astype(int)
+    return {name: np.concatenate([fed[index][name] for index in spread]) for name in fed[0]}
 
 
 def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | None) -> Runner:
@@ -233,7 +233,8 @@ def _markdown(rows: list[Row], target: str, executor: Executor) -> str:
     lines = [
         f"# Accuracy on {target}, {what}",
         "",
-        f"Float models calibrated on their first {CALIBRATION_SAMPLES} samples. Made by `benchmarks/accuracy.py`.",
+        f"Float models calibrated on {CALIBRATION_SAMPLES} samples spread evenly over the data. "
+        "Made by `benchmarks/accuracy.py`.",
         "",
         "| " + " | ".join(HEADER[:-2]) + " |",
         "|" + "---|" * len(HEADER[:-2]),
