@@ -1,9 +1,9 @@
 """Convolutions and fully connected layers on microcontrollers.
 
-Three templates. `_dot_convolution` reduces by instructions that add several products into one register
-(`schedules.reducing_dot`): in NHWC a row of a window is one run of kernel width times channels adjacent bytes, and the
-template reduces over runs, as many bytes at a time as the instruction takes. `_lane_convolution` is for vector units
-that multiply by a scalar: output channels in lanes. `_depthwise_convolution` keeps channels in lanes.
+Three templates. `_dot_convolution` reduces by instructions that add several products into one register, where there
+are such (`schedules.reducing_dot`): in NHWC a row of a window is one run of kernel width times channels adjacent bytes,
+and the template reduces over runs, as many bytes at a time as the instruction takes. `_lane_convolution` is for vector
+units that multiply by a scalar: output channels in lanes. `_depthwise_convolution` keeps channels in lanes.
 
 The input, where it is padded or would be read past its end, is copied a window's rows at a time. Zero points are folded
 as in `cpu_conv`.
@@ -34,12 +34,13 @@ def convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel |
         return _depthwise_convolution(problem, folded, x_value, host)
     if problem.group > 1 or problem.dilations[1] > 1:
         return None
-    dot, lanes = reducing_dot(host), schedule.scalar_multiply_lanes(host, out_channels)
-    if dot is not None:
-        # A whole image in one row would be copied whole.
-        copied = depth % dot.length != 0 or folded.x_offset != 0
-        return _dot_convolution(problem if copied else flattened(problem), folded, x_value, dot, host)
-    return _lane_convolution(flattened(problem), folded, x_value, lanes, host) if lanes > 1 else None
+    lanes = schedule.scalar_multiply_lanes(host, out_channels)
+    if lanes > 1:
+        return _lane_convolution(flattened(problem), folded, x_value, lanes, host)
+    dot = reducing_dot(host)
+    # A whole image in one row would be copied whole.
+    copied = depth % dot.length != 0 or folded.x_offset != 0
+    return _dot_convolution(problem if copied else flattened(problem), folded, x_value, dot, host)
 
 
 # --- the input ---------------------------------------------------------------------------------------------

@@ -350,7 +350,10 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
             f"AR := {prefix}ar",
             f"SIZE := {prefix}size",
             f"EMULATOR := {' '.join(_shell_word(word) for word in chip.emulator)}",
-            f"CFLAGS := -std=gnu11 -O2 -Wall -Wextra -ffunction-sections -fdata-sections {' '.join(chip.flags)}",
+            *_needed("CC", chip.compiler_package),
+            # Integers wrap and floats round as in the reference.
+            "CFLAGS := -std=gnu11 -O2 -fwrapv -ffp-contract=off -Wall -Wextra -ffunction-sections -fdata-sections",
+            f"CFLAGS += {' '.join(chip.flags)}",
             "include board.mk",
             "",
             f"KERNELS := {kernels}",
@@ -371,6 +374,8 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
             "\t$(CC) $(CFLAGS) -c $< -o $@",
             "",
             "run: model.elf",
+            f"\t@command -v $(firstword $(EMULATOR)) >/dev/null || {{ echo '$(firstword $(EMULATOR)) is missing; "
+            f"install {chip.emulator_package} (apt-get install {chip.emulator_package})' >&2; exit 1; }}",
             "\t$(EMULATOR) ./$<",
             "",
             "size: model.elf libmodel.a",
@@ -384,6 +389,15 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
             "",
         ]
     )
+
+
+def _needed(variable: str, package: str) -> list[str]:
+    """Stop with one line if a tool is missing."""
+    return [
+        f"ifeq ($(shell command -v $({variable})),)",
+        f"$(error $({variable}) is missing; install {package} (apt-get install {package}))",
+        "endif",
+    ]
 
 
 def _shell_word(word: str) -> str:

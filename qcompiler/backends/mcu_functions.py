@@ -92,10 +92,12 @@ def lower_functions(functions: Mapping[str, tirx.PrimFunc], target: tvm.target.T
         target: an "llvm" or "c" target.
     """
     module = tvm.IRModule({name: function.with_attr("global_symbol", name) for name, function in functions.items()})
-    passes = [_TIRX.BindTarget(target.with_host(target)), *_until_calling_convention(vectors=is_llvm(target))]
+    # For a target with vectors of unknown length, VectorizeLoop would make loops of those: show it a plain one.
+    plain = tvm.target.Target({"kind": _kind(target)})
+    passes = [_TIRX.BindTarget(plain.with_host(plain)), *_until_calling_convention(vectors=is_llvm(target))]
     with tvm.transform.PassContext(config=_CONFIG):
         module = tvm.transform.Sequential(passes)(module)
-        bare = {name: _Bare(name, module[name]) for name in functions}
+        bare = {name: _Bare(name, module[name].with_attr("target", target)) for name in functions}
         module = tvm.IRModule({name: item.function for name, item in bare.items()})
         module = tvm.transform.Sequential([_TIRX.LowerTVMBuiltin(), _TIRX.LowerIntrin()])(module)
     return RawModule(module, tuple(item.signature for item in bare.values()))

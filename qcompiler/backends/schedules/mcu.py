@@ -54,7 +54,8 @@ def schedule_dot_convolution(
     if staged:
         s.compute_at(s.get_sblock("staged"), row, preserve_unit_loops=True)
     init = s.decompose_reduction(accumulator, ky)
-    s.tensorize(r, dot.name)
+    if dot.name is not None:
+        s.tensorize(r, dot.name)
     for loop in (*s.get_loops(init)[-2:], *s.get_loops(total)[-2:]):
         s.unroll(loop)
     _vectorize(s, o, lane_count(int(s.get(o).extent), host, most=4))

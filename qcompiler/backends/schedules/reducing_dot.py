@@ -20,23 +20,24 @@ from qcompiler.backends.base import HostCode
 class ReducingDot:
     """``c += Σ_{i<length} a[i] * b[i]``, all int8, c int32."""
 
-    name: str
-    """Its TensorIntrin."""
+    name: str | None
+    """Its TensorIntrin; None for a plain multiplication and addition."""
     length: int
     tiles: tuple[tuple[int, int], ...]
     """Pixels and channels whose accumulators and operands the registers hold, best first."""
 
 
-def reducing_dot(host: HostCode) -> ReducingDot | None:
-    """The longest such instruction of the CPU, or None if it has none."""
+def reducing_dot(host: HostCode) -> ReducingDot:
+    """The longest such instruction of the CPU."""
     if "mve" in host.features:
         # VMLADAVA accumulates in even core registers only: seven are free.
         return _registered(
             "qcompiler_vmladava_s8", 16, ((3, 2), (2, 3), (2, 2), (1, 4), (1, 3), (1, 2), (2, 1), (1, 1))
         )
+    tiles = ((2, 2), (1, 4), (1, 3), (1, 2), (2, 1), (1, 1))
     if "dsp" in host.features:
-        return _registered("qcompiler_smlad_s8", 4, ((2, 2), (1, 4), (1, 2), (2, 1), (1, 1)))
-    return None
+        return _registered("qcompiler_smlad_s8", 4, tiles)
+    return ReducingDot(None, 1, tiles)
 
 
 def _registered(name: str, length: int, tiles: tuple[tuple[int, int], ...]) -> ReducingDot:
