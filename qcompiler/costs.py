@@ -29,12 +29,15 @@ class Costs:
 
     layers: tuple[LayerReport, ...]
     totals: Totals
+    regions: Mapping[str, RegionCost]
+    """Of the accelerator, by name: the commands behind the rows."""
 
 
 def region_cost(program: NpuProgram, target: Target) -> RegionCost:
     """The command words of one accelerator region, priced."""
     assert target.npu is not None
-    return price(words(program), target, {program.bases.blob: target.npu.weight_memory})
+    blob = program.bases.blob
+    return price(words(program), target, {blob: target.npu.weight_memory}, {blob: program.encoded})
 
 
 def cost(
@@ -50,6 +53,7 @@ def cost(
         names: of layers in the user's model, by node name.
     """
     layers: list[LayerReport] = []
+    regions: dict[str, RegionCost] = {}
     peak = npu_cycles = 0
     engines = {placement.node: placement.engine for placement in partition.placements}
     for region in partition.regions:
@@ -57,10 +61,10 @@ def cost(
             layers += [_host_layer(node, target, names[_name(node)]) for node in region.nodes]
         else:
             assert target.npu is not None
-            priced = region_cost(programs[region.name], target)
+            priced = regions[region.name] = region_cost(programs[region.name], target)
             layers += [*_npu_layers(region, priced, engines, names), _hand_over(region, target.npu)]
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
-    return Costs(tuple(layers), _totals(layers, target, npu_cycles, peak, weights))
+    return Costs(tuple(layers), _totals(layers, target, npu_cycles, peak, weights), regions)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

@@ -1,36 +1,106 @@
-"""A region's timeline for Perfetto (ui.perfetto.dev) and chrome://tracing.
+"""Timelines for Perfetto (ui.perfetto.dev) and chrome://tracing: of one region, or of a whole inference.
 
-Format: Trace Event Format, "Complete" events on one track per engine and DMA channel, times in microseconds of the
-accelerator's clock. Barriers that waited have a track of their own; their `waited for` names the unit that was late.
+Format: Trace Event Format, "Complete" events on one track per engine and DMA channel, times in microseconds. Barriers
+that waited have a track of their own; their `waited for` names the unit that was late.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qcompiler.simulator.cost import CommandCost, RegionCost
 
-_PROCESS = 1
+_NPU, _HOST = 1, 2
+"""Processes of the trace."""
+
+Event = dict[str, object]
+
+
+@dataclass(frozen=True)
+class RegionSpan:
+    """A region of the accelerator within an inference."""
+
+    cost: RegionCost
+    layers: Mapping[int, str]
+    """Names by layer index; a layer not named is shown by its index."""
+    operators: Mapping[int, str]
+    start: float
+    """Seconds from the beginning of the inference."""
+
+
+@dataclass(frozen=True)
+class HostSpan:
+    """One operator on the CPU, or a hand-over between it and the accelerator. Times in seconds."""
+
+    layer: str
+    op: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One inference."""
+
+    regions: tuple[RegionSpan, ...]
+    host: tuple[HostSpan, ...]
+    seconds: float
 
 
 def chrome_trace(cost: RegionCost, names: Mapping[int, str], title: str = "NPU") -> str:
-    """The JSON text of a trace.
+    """The JSON text of a region's trace.
 
     Args:
         cost: a priced region.
         names: layer index to the node's name; a layer not named is shown by its index.
         title: the name of the trace's one process.
     """
-    tracks = sorted({(command.unit, command.channel) for command in cost.commands})
-    threads = {track: number for number, track in enumerate(tracks, start=1)}
-    events: list[dict[str, object]] = [
-        {"ph": "M", "pid": _PROCESS, "name": "process_name", "args": {"name": title}},
+    return _text(_npu_events((RegionSpan(cost, names, {}, 0.0),), title))
+
+
+def inference_trace(line: Timeline, title: str) -> str:
+    """The JSON text of an inference's trace: the accelerator's units as one process, the host as another."""
+    host: list[Event] = [
+        _metadata("process_name", _HOST, None, "host"),
+        _metadata("thread_name", _HOST, 1, "CPU"),
         *(
-            {"ph": "M", "pid": _PROCESS, "tid": thread, "name": "thread_name", "args": {"name": _track_name(track)}}
-            for track, thread in threads.items()
+            {
+                "ph": "X",
+                "pid": _HOST,
+                "tid": 1,
+                "name": f"{span.op} {span.layer}",
+                "cat": span.op,
+                "ts": span.start * 1e6,
+                "dur": (span.end - span.start) * 1e6,
+                "args": {"layer": span.layer},
+            }
+            for span in line.host
         ),
-        *(_event(command, threads[command.unit, command.channel], names, cost.clock) for command in cost.commands),
     ]
+    return _text([*(_npu_events(line.regions, title) if line.regions else []), *host])
+
+
+def _text(events: list[Event]) -> str:
     return json.dumps({"displayTimeUnit": "ns", "traceEvents": events}, separators=(",", ":"))
+
+
+def _npu_events(regions: tuple[RegionSpan, ...], title: str) -> list[Event]:
+    tracks = sorted({(command.unit, command.channel) for region in regions for command in region.cost.commands})
+    threads = {track: number for number, track in enumerate(tracks, start=1)}
+    return [
+        _metadata("process_name", _NPU, None, title),
+        *(_metadata("thread_name", _NPU, thread, _track_name(track)) for track, thread in threads.items()),
+        *(
+            _event(command, threads[command.unit, command.channel], region)
+            for region in regions
+            for command in region.cost.commands
+        ),
+    ]
+
+
+def _metadata(kind: str, process: int, thread: int | None, name: str) -> Event:
+    place: Event = {"ph": "M", "pid": process} if thread is None else {"ph": "M", "pid": process, "tid": thread}
+    return {**place, "name": kind, "args": {"name": name}}
 
 
 def _track_name(track: tuple[str, int]) -> str:
@@ -38,10 +108,10 @@ def _track_name(track: tuple[str, int]) -> str:
     return f"{unit} {channel}" if channel else unit
 
 
-def _event(command: CommandCost, thread: int, names: Mapping[int, str], clock: float) -> dict[str, object]:
-    microsecond = clock / 1e6
-    layer = names.get(command.layer, f"layer {command.layer}")
-    arguments: dict[str, object] = {"layer": layer, "command": command.index, "cycles": command.end - command.start}
+def _event(command: CommandCost, thread: int, region: RegionSpan) -> Event:
+    microsecond = region.cost.clock / 1e6
+    layer = region.layers.get(command.layer, f"layer {command.layer}")
+    arguments: Event = {"layer": layer, "command": command.index, "cycles": command.end - command.start}
     if command.macs:
         arguments["MACs"] = command.macs
     if command.elements:
@@ -57,11 +127,11 @@ def _event(command: CommandCost, thread: int, names: Mapping[int, str], clock: f
         arguments["waited for"] = command.waited_for
     return {
         "ph": "X",
-        "pid": _PROCESS,
+        "pid": _NPU,
         "tid": thread,
         "name": f"{command.name} {layer}",
         "cat": command.name,
-        "ts": command.start / microsecond,
+        "ts": region.start * 1e6 + command.start / microsecond,
         "dur": (command.end - command.start) / microsecond,
         "args": arguments,
     }

@@ -1,0 +1,1 @@
+"""Pictures of a compilation: the HTML report and the trace for Perfetto."""

@@ -1,0 +1,136 @@
+"""The timeline as a picture: one lane for the host and for each engine and DMA channel."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qcompiler.report import quantity
+from qcompiler.simulator.trace import Timeline
+from qcompiler.views.scales import even_ticks
+from qcompiler.views.timeline import units
+
+WIDTH, LEFT, RIGHT = 1080, 96, 16
+LANE, GAP, TOP, AXIS = 26, 8, 8, 30
+RESOLUTION = 0.5
+"""Pixels; shorter commands of a layer grow to this and neighbours join, which bounds the size of the page."""
+
+KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("product", "convolution, matrix product", ("Conv", "ConvTranspose", "Gemm", "MatMul")),
+    ("pool", "pooling", ("MaxPool", "AveragePool", "ReduceMean", "ReduceMax", "Resize")),
+    ("arithmetic", "elementwise", ("Add", "Sub", "Mul", "Div", "Requantize", "Clip", "Relu")),
+    ("function", "lookup table, softmax", ("Lookup", "Softmax")),
+    ("hand-over", "hand-over", ("hand-over",)),
+)
+"""CSS class, legend and operators; others are "other"."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """All that one layer does on one lane, as one path."""
+
+    path: str
+    kind: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class Lane:
+    label: str
+    y: float
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class TimeTick:
+    x: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Lanes:
+    lanes: tuple[Lane, ...]
+    ticks: tuple[TimeTick, ...]
+    legend: tuple[tuple[str, str], ...]
+    """CSS class and words."""
+    height: int
+    axis: float
+    width: int = WIDTH
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    lane: int = LANE
+
+
+@dataclass(frozen=True)
+class _Piece:
+    layer: str
+    op: str
+    start: float
+    end: float
+
+
+def kind_of(op: str) -> str:
+    return next((kind for kind, _, ops in KINDS if op in ops), "other")
+
+
+def lanes(line: Timeline) -> Lanes | None:
+    """Draw a timeline; None if nothing in it takes time."""
+    if line.seconds <= 0:
+        return None
+    pieces: list[tuple[str, list[_Piece]]] = []
+    if line.host:
+        pieces.append(("CPU", [_Piece(span.layer, span.op, span.start, span.end) for span in line.host]))
+    for unit, channel in units(line):
+        label = f"{unit} {channel}" if channel else unit
+        pieces.append((label, list(_commands(line, unit, channel))))
+    scale = (WIDTH - LEFT - RIGHT) / line.seconds
+    drawn = tuple(
+        Lane(label, TOP + index * (LANE + GAP), tuple(_marks(found, scale, TOP + index * (LANE + GAP))))
+        for index, (label, found) in enumerate(pieces)
+    )
+    seen = {mark.kind for lane in drawn for mark in lane.marks}
+    legend = [(kind, words) for kind, words, _ in KINDS if kind in seen]
+    axis = TOP + len(drawn) * (LANE + GAP)
+    return Lanes(
+        drawn,
+        tuple(TimeTick(LEFT + value * scale, quantity(value, "s")) for value in even_ticks(line.seconds, 8)),
+        (*legend, *([("other", "other")] if "other" in seen else [])),
+        axis + AXIS,
+        axis,
+    )
+
+
+def _commands(line: Timeline, unit: str, channel: int) -> Iterable[_Piece]:
+    for region in line.regions:
+        for command in region.cost.commands:
+            if (command.unit, command.channel) == (unit, channel):
+                yield _Piece(
+                    region.layers.get(command.layer, f"layer {command.layer}"),
+                    region.operators.get(command.layer, ""),
+                    region.start + command.start / region.cost.clock,
+                    region.start + command.end / region.cost.clock,
+                )
+
+
+def _marks(pieces: list[_Piece], scale: float, y: float) -> Iterable[Mark]:
+    by_layer: dict[tuple[str, str], list[_Piece]] = {}
+    for piece in pieces:
+        by_layer.setdefault((piece.layer, piece.op), []).append(piece)
+    for (layer, op), found in by_layer.items():
+        busy = sum(piece.end - piece.start for piece in found)
+        tip = f"{layer} ({op}): {quantity(busy, 's')} busy from {quantity(found[0].start, 's')}"
+        path = "".join(
+            f"M{start:.1f} {y:g}h{end - start:.1f}v{LANE}h{start - end:.1f}z"
+            for start, end in _joined((LEFT + piece.start * scale, LEFT + piece.end * scale) for piece in found)
+        )
+        yield Mark(path, kind_of(op), tip)
+
+
+def _joined(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Spans in pixels, each at least `RESOLUTION` wide, those closer than that made one."""
+    joined: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        wide = max(end, start + RESOLUTION)
+        if joined and start - joined[-1][1] < RESOLUTION:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], wide))
+        else:
+            joined.append((start, wide))
+    return joined

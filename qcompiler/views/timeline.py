@@ -1,0 +1,55 @@
+"""One inference from beginning to end: what the host and every unit of the accelerator do when.
+
+Regions run one after the other, as the estimate of the latency has it; within a region the accelerator's own command
+log says when each command runs.
+"""
+
+from collections.abc import Sequence
+
+from qcompiler.costs import HAND_OVER, Costs
+from qcompiler.partition import Partition
+from qcompiler.report import LayerReport
+from qcompiler.simulator.trace import HostSpan, RegionSpan, Timeline
+
+
+def timeline(partition: Partition, costs: Costs) -> Timeline:
+    """Lay the rows of the cost table and the commands behind them on one axis."""
+    rows = iter(costs.layers)
+    start = 0.0
+    regions: list[RegionSpan] = []
+    host: list[HostSpan] = []
+    for region in partition.regions:
+        if region.backend == "cpu":
+            for _ in region.nodes:
+                row = next(rows)
+                if row.seconds:
+                    host.append(_span(row, start))
+                start += row.seconds
+            continue
+        cost = costs.regions[region.name]
+        taken = [next(rows) for _ in cost.layers]
+        names = {layer.index: row.layer for layer, row in zip(cost.layers, taken, strict=True)}
+        operators = {layer.index: row.op for layer, row in zip(cost.layers, taken, strict=True)}
+        regions.append(RegionSpan(cost, names, operators, start))
+        start += cost.cycles / cost.clock
+        row = next(rows)
+        assert row.op == HAND_OVER, row
+        host.append(_span(row, start))
+        start += row.seconds
+    assert next(rows, None) is None, "a row of the cost table belongs to no region"
+    return Timeline(tuple(regions), tuple(host), start)
+
+
+def _span(row: LayerReport, start: float) -> HostSpan:
+    return HostSpan(row.layer, row.op, start, start + row.seconds)
+
+
+def units(line: Timeline) -> Sequence[tuple[str, int]]:
+    """Engines and DMA channels that do anything, engines first, as (unit, channel)."""
+    engines, copiers = dict[tuple[str, int], None](), dict[tuple[str, int], None]()
+    for region in line.regions:
+        for command in region.cost.commands:
+            if command.name == "barrier":
+                continue
+            (copiers if command.name in ("dma", "fill") else engines)[command.unit, command.channel] = None
+    return (*sorted(engines), *sorted(copiers))
