@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod
+from qcompiler.quant.types import RangeMethod, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
@@ -118,6 +118,14 @@ Overrides = Annotated[
         help="Change the target spec, for example memories.sram.size=512KiB; may be repeated.",
     ),
 ]
+Weights = Annotated[
+    WeightType,
+    typer.Option(help="int4: store weights in four bits, but for the first and last layers, if the target has them."),
+]
+LayerWeights = Annotated[
+    list[str] | None,
+    typer.Option("--layer-weights", metavar="LAYER=int4|int8", help="For this layer only; may be repeated."),
+]
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -161,6 +169,8 @@ def compile_command(
     color: Color = "rgb",
     keep_float: KeepFloat = None,
     overrides: Overrides = None,
+    weights: Weights = "int8",
+    layer_weights: LayerWeights = None,
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
         typer.Option(
@@ -186,6 +196,8 @@ def compile_command(
                 images=_image_options(resize, mean, std, layout, color),
                 keep_float=keep_float or (),
                 overrides=overrides or (),
+                weights=weights,
+                layer_weights=_layer_weights(layer_weights or []),
                 progress=progress,
             )
             progress.finish()
@@ -210,6 +222,8 @@ def compile_command(
             emit=emit,
             keep_float=keep_float or (),
             overrides=overrides or (),
+            weights=weights,
+            layer_weights=_layer_weights(layer_weights or []),
             progress=progress,
         )
         report = bundle.report
@@ -240,6 +254,8 @@ def explain(
     color: Color = "rgb",
     keep_float: KeepFloat = None,
     overrides: Overrides = None,
+    weights: Weights = "int8",
+    layer_weights: LayerWeights = None,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -259,6 +275,8 @@ def explain(
             images=_image_options(resize, mean, std, layout, color),
             keep_float=keep_float or (),
             overrides=overrides or (),
+            weights=weights,
+            layer_weights=_layer_weights(layer_weights or []),
             progress=progress,
         )
         progress.finish()
@@ -365,6 +383,18 @@ def _input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise QCompilerError(f"--input-shape {text}: write NAME=1,3,224,224, the input's name and its sizes.")
         shapes[name] = shape
     return shapes
+
+
+def _layer_weights(texts: Sequence[str]) -> dict[str, WeightType]:
+    chosen: dict[str, WeightType] = {}
+    for text in texts:
+        layer, _, dtype = text.rpartition("=")
+        if not layer or dtype not in get_args(WeightType):
+            raise QCompilerError(
+                f"--layer-weights {text}: write LAYER=int4 or LAYER=int8, the layer's name as reported."
+            )
+        chosen[layer] = cast(WeightType, dtype)
+    return chosen
 
 
 def _image_options(

@@ -18,7 +18,7 @@ import numpy as np
 from qcompiler import bundle
 from qcompiler.bundle import Bundle
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod, Ranges
+from qcompiler.quant.types import RangeMethod, Ranges, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qcompiler.target import Target
 
 SYNTHETIC_SAMPLES = 8
+EIGHT_BITS = WeightRequest()
 
 CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
 InputShapes = Mapping[str, tuple[int, ...]]
@@ -79,6 +80,8 @@ def compile(
     emit: "EmitFormat | None" = None,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    weights: WeightType = "int8",
+    layer_weights: Mapping[str, WeightType] | None = None,
     progress: Progress = SILENT,
 ) -> Bundle:
     """Compile an ONNX model to INT8 for a target and write a bundle.
@@ -98,6 +101,8 @@ def compile(
             TFLite together with what Arm's Vela makes of it, whose estimate then stands in the report beside ours.
         keep_float: names of operators to leave in float.
         overrides: changes to the target spec, such as "memories.sram.size=512KiB".
+        weights: "int4" stores the weights of all but the first and last layers in four bits, if the target has them.
+        layer_weights: single layers that differ, by name as in reports.
         progress: told of stages as they begin.
 
     Raises:
@@ -105,6 +110,8 @@ def compile(
     """
     from qcompiler.backends import relax
 
+    if emit is not None and (weights == "int4" or "int4" in (layer_weights or {}).values()):
+        raise QCompilerError(f"--emit {emit} knows 8-bit weights only; leave out --weights int4.")
     if emit is not None:
         from qcompiler.emit.regions import check_emission
         from qcompiler.target_loader import load_target
@@ -116,7 +123,7 @@ def compile(
     with bundle.staging(folder) as stage:
         placed = place(
             model, target, calibration, input_shapes, dump, method, samples, images, progress,
-            keep_float=keep_float, overrides=overrides,
+            keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
         )  # fmt: skip
         chip = placed.target
         progress.stage("schedule")
@@ -150,18 +157,20 @@ def explain(
     images: "ImageOptions | None" = None,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    weights: WeightType = "int8",
+    layer_weights: Mapping[str, WeightType] | None = None,
     progress: Progress = SILENT,
 ) -> "Report":
     """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
     placed = place(
         model, target, calibration, input_shapes, dump, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides,
+        keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
     )  # fmt: skip
     progress.stage("schedule")
     programs = schedule(placed)
     constants = (value.const_value for value in placed.integer.graph.initializers.values())
-    weights = sum(constant.nbytes for constant in constants if constant is not None)
-    return _report(placed, programs, weights, None)
+    stored = sum(constant.nbytes for constant in constants if constant is not None)
+    return _report(placed, programs, stored, None)
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,7 @@ def prepare(
     *,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    weights: WeightRequest = EIGHT_BITS,
 ) -> Prepared:
     """Every stage up to planning the quantization. Arguments as in `compile`; a dumper in place of a folder."""
     from qcompiler.calibrate import calibrate
@@ -241,7 +251,12 @@ def prepare(
         if not _is_quantized(graph):
             progress.stage("calibrate")
             ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
-            formats = plan(graph, ranges, chip, keep_float)
+            formats = plan(graph, ranges, chip, keep_float, weights)
+        elif weights != EIGHT_BITS:
+            raise QCompilerError(
+                f"{source} arrived quantized, so its weights stay as they are and --weights cannot be heeded; compile "
+                "the float model it was made from."
+            )
         elif keep_float:
             raise QCompilerError(
                 f"{source} arrived quantized, so its scales stand and --float {keep_float[0]} cannot be heeded; "
@@ -263,6 +278,7 @@ def place(
     *,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    weights: WeightRequest = EIGHT_BITS,
 ) -> Placed:
     """Every stage up to partitioning. Arguments as in `compile`."""
     from qcompiler.backends.npu import can_run
@@ -283,7 +299,7 @@ def place(
 
     prepared = prepare(
         model, target, calibration, input_shapes, dumper, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides,
+        keep_float=keep_float, overrides=overrides, weights=weights,
     )  # fmt: skip
     source, chip, graph = prepared.source, prepared.target, prepared.graph
     with _Warnings(source) as warnings:

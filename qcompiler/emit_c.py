@@ -12,7 +12,7 @@ import numpy as np
 from qcompiler import bundle
 from qcompiler.compile import SILENT, CalibrationSource, InputShapes, Placed, Progress, place
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod
+from qcompiler.quant.types import RangeMethod, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.backends.mcu import McuProgram, Port
@@ -59,6 +59,8 @@ def emit_c(
     images: "ImageOptions | None" = None,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    weights: WeightType = "int8",
+    layer_weights: Mapping[str, WeightType] | None = None,
     progress: Progress = SILENT,
     vectors: int = TEST_VECTORS,
 ) -> Emitted:
@@ -75,7 +77,7 @@ def emit_c(
     with bundle.staging(Path(output)) as stage:
         placed = place(
             model, target, calibration, input_shapes, dump, method, samples, images, progress,
-            keep_float=keep_float, overrides=overrides,
+            keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
         )  # fmt: skip
         program = write_placed(stage, placed, islice(placed.samples, vectors), progress)
     return Emitted(

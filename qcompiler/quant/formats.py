@@ -65,6 +65,7 @@ def weight_format(
 
     Args:
         weights: float32, any shape.
+        dtype: symmetric int4 spans what makes the least squared error; other formats span all weights.
         narrow: leave out the lowest integer, so that the range is symmetric.
         floor: the smallest scale allowed, scalar or [channels] (see `least_weight_scale`).
     """
@@ -78,7 +79,10 @@ def weight_format(
         scale = extreme / (largest - middle)
         # Weights that were quantized before lie on a grid; keeping it makes them exact.
         step = grid_step(weights, largest - smallest + 1)
-        scale = np.where(extreme <= step * (largest - middle + 0.01), step, scale)
+        on_grid = extreme <= step * (largest - middle + 0.01)
+        if dtype == "int4" and not np.all(on_grid):
+            scale = _least_error_scale(weights, others, scale, (smallest + narrow, largest))
+        scale = np.where(on_grid, step, scale)
     else:
         smallest += narrow
         scale = (high - low) / (largest - smallest)
@@ -90,6 +94,29 @@ def weight_format(
         np.full(scale.shape, middle) if symmetric else np.clip(np.rint(smallest - low / scale), smallest, largest)
     )
     return TensorFormat(dtype, scale.astype(np.float32), zero_point.astype(_storage(dtype)), axis)
+
+
+_CLIPPING = np.linspace(1, 0.4, 61)
+"""Fractions of the whole span that `_least_error_scale` tries."""
+
+
+def _least_error_scale(
+    weights: np.ndarray, others: tuple[int, ...] | None, whole: np.ndarray, limits: tuple[int, int]
+) -> np.ndarray:
+    """The fraction of each scale with the least squared rounding error; `others` are the axes a scale is shared along.
+
+    With few levels, clipping the largest weights costs less than rounding all others coarsely.
+    """
+    values = weights.astype(np.float64)
+    best, least = whole, np.full(whole.shape, np.inf)
+    spread = whole if others is None else np.expand_dims(whole, others)
+    spread = np.where(spread > ZERO_SPAN, spread, 1.0)
+    for fraction in _CLIPPING:
+        rounded = np.clip(np.rint(values / (spread * fraction)), *limits) * (spread * fraction)
+        error = ((values - rounded) ** 2).sum(axis=others)
+        best = np.where(error < least, whole * fraction, best)
+        least = np.minimum(error, least)
+    return best
 
 
 def grid_step(weights: np.ndarray, levels: int) -> float:

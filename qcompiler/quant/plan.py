@@ -40,7 +40,8 @@ from qcompiler.quant.formats import (
     weight_format,
 )
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
-from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat
+from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat, WeightRequest
+from qcompiler.quant.weight_bits import weight_dtypes
 from qcompiler.target import Match, Target
 
 TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
@@ -52,7 +53,13 @@ SHARING_LIMIT = 2.0
 ON_REQUEST = "kept in float on request"
 
 
-def plan(model: ir.Model, ranges: Ranges, target: Target, keep_float: Sequence[str] = ()) -> QuantPlan:
+def plan(
+    model: ir.Model,
+    ranges: Ranges,
+    target: Target,
+    keep_float: Sequence[str] = (),
+    weights: WeightRequest | None = None,
+) -> QuantPlan:
     """Choose formats for a simplified float model.
 
     Args:
@@ -62,14 +69,16 @@ def plan(model: ir.Model, ranges: Ranges, target: Target, keep_float: Sequence[s
             decide about the tail.
         keep_float: names of nodes to leave in float, with what is fused with them; a layer of several nodes goes by
             their names joined with " + ", as in reports.
+        weights: what to store weights as; 8 bits if None.
 
     Returns:
         Formats by value, initializer and node name, and the reason for each node that stays in float.
 
     Raises:
-        QCompilerError: no node has a name in `keep_float`.
+        QCompilerError: no node has a name in `keep_float` or `weights`, or the target has no weights of that type.
     """
-    return _Planner(model.graph, ranges, target).run(_named(list(model.graph), keep_float))
+    planner = _Planner(model.graph, ranges, target, weights or WeightRequest())
+    return planner.run(_named(list(model.graph), keep_float))
 
 
 def _named(nodes: list[ir.Node], names: Sequence[str]) -> set[ir.Node]:
@@ -107,8 +116,9 @@ class _Group:
 class _Planner:
     """The state of one planning: reasons for float first, then groups of tensors, then formats."""
 
-    def __init__(self, graph: ir.Graph, ranges: Ranges, target: Target) -> None:
+    def __init__(self, graph: ir.Graph, ranges: Ranges, target: Target, weights: WeightRequest) -> None:
         self.graph = graph
+        self.weight_request = weights
         self.ranges = ranges.by_name
         self.channel_means = ranges.channel_means
         self.target = target
@@ -384,6 +394,8 @@ class _Planner:
         floors: dict[str, list[np.ndarray | float]] = {}
         axes: dict[str, set[int | None]] = {}
         weighted = [node for node in self.nodes if node not in self.float_reasons and _has_weights(node)]
+        edges = {node for node in weighted if not (node in self.downstream_of_mac and node in self.upstream_of_mac)}
+        dtypes = weight_dtypes(weighted, edges, self.target, self.dtype, self.weight_request)
         for node in weighted:
             name = value_name(data_input(node, 1))
             bias = const_of(input_of(node, 2))
@@ -399,7 +411,7 @@ class _Planner:
             floor = reduce(np.maximum, floors[name] if axis is not None else map(np.max, floors[name]))
             weights[name] = weight_format(
                 array,
-                spec.dtypes[0],
+                dtypes[name],
                 axis,
                 symmetric=spec.symmetric,
                 narrow=spec.narrow_range,

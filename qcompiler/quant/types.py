@@ -8,6 +8,17 @@ import numpy as np
 
 RangeMethod = Literal["minmax", "mse"]
 DTypeName = Literal["int4", "int8", "uint8", "int16", "int32"]
+WeightType = Literal["int8", "int4"]
+"""int8 stands for the target's first 8-bit type."""
+
+
+@dataclass(frozen=True)
+class WeightRequest:
+    """What weights are to be stored as."""
+
+    default: WeightType = "int8"
+    by_layer: Mapping[str, WeightType] = field(default_factory=dict)
+    """Layers that differ, by name as in reports."""
 
 
 @dataclass(frozen=True)

@@ -123,3 +123,26 @@ def test_the_bias_fits_however_small_the_weights():
     assert q.dtype == np.int32 and np.abs(q.astype(np.int64)).max() <= BIAS_LIMIT * 1.001
     np.testing.assert_allclose(dequantize_array(q, stored), bias, rtol=1e-3)
     assert fmt.scale[1] == pytest.approx(np.abs(weights[1]).max() / 127)
+
+
+def test_four_bit_weights_span_what_makes_the_least_squared_error():
+    weights = np.random.default_rng(3).standard_t(3, (6, 50)).astype(np.float32)
+    weights[2] = 0
+    fmt = weight_format(weights, "int4", 0, symmetric=True, narrow=True)
+
+    def errors(scale):
+        rounded = np.clip(np.rint(weights / scale), -7, 7) * scale
+        return ((weights - rounded) ** 2).sum(axis=1)
+
+    whole = np.abs(weights).max(axis=1) / 7
+    whole[2] = 1
+    chosen = errors(fmt.scale[:, None])
+    assert (chosen <= errors(whole[:, None]) + 1e-9).all() and chosen.sum() < 0.95 * errors(whole[:, None]).sum()
+    tried = np.min([errors(whole[:, None] * fraction) for fraction in np.linspace(0.3, 1, 200)], axis=0)
+    assert (chosen <= 1.02 * tried + 1e-9).all()
+
+
+def test_weights_already_on_a_four_bit_grid_are_exact():
+    weights = np.random.default_rng(4).integers(-7, 8, (5, 40)).astype(np.float32) * np.float32(0.03)
+    fmt = weight_format(weights, "int4", 0, symmetric=True, narrow=True)
+    np.testing.assert_allclose(dequantize_array(quantize_array(weights, fmt, narrow=True), fmt), weights, atol=1e-6)

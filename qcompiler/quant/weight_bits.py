@@ -1,0 +1,80 @@
+"""Which weights are stored in four bits."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+
+import onnx_ir as ir
+
+from qcompiler.errors import QCompilerError
+from qcompiler.graph import data_input, value_name
+from qcompiler.integer.facts import facts_of_float
+from qcompiler.layer_names import JOINT
+from qcompiler.quant.types import DTypeName, WeightRequest
+from qcompiler.target import Match, Target
+
+
+def weight_dtypes(
+    weighted: Sequence[ir.Node],
+    edges: Collection[ir.Node],
+    target: Target,
+    activation: DTypeName,
+    wanted: WeightRequest,
+) -> dict[str, DTypeName]:
+    """The type of every weight initializer, by name.
+
+    Where `wanted` says int4 for all, the layers next to inputs and outputs keep eight bits, and so do layers that the
+    accelerator takes with 8-bit weights only. An initializer of several layers has four bits if all of them want it.
+
+    Args:
+        weighted: the operators with constant weights that will be quantized.
+        edges: those of them with no other before, or none after.
+        target: its spec lists the types of weights there are.
+        activation: the type of activations.
+        wanted: what the user asks for.
+
+    Raises:
+        QCompilerError: the target has no weights of a type asked for, or no layer has a name asked for.
+    """
+    offered = target.quantization.weights.dtypes
+    eight: DTypeName | None = next((dtype for dtype in offered if dtype != "int4"), None)
+    explicit = {*wanted.by_layer.values(), *(["int4"] if wanted.default == "int4" else [])}
+    for dtype in explicit:
+        if (eight is None) if dtype == "int8" else (dtype not in offered):
+            raise QCompilerError(
+                f"{target.name} has no {dtype} weights: its spec lists {', '.join(offered)} under "
+                "quantization.weights.dtypes. Choose another target, or other --weights."
+            )
+    by_layer = _by_node(weighted, wanted.by_layer)
+    chosen: dict[str, DTypeName] = {}
+    for node in weighted:
+        four = wanted.default == "int4" and node not in edges and _no_worse(node, target, activation, eight)
+        dtype = by_layer.get(node, "int4" if four else "int8")
+        name = value_name(data_input(node, 1))
+        stored: DTypeName = "int4" if eight is None or dtype == "int4" else eight
+        chosen[name] = stored if chosen.get(name, stored) == stored else eight or "int4"
+    return chosen
+
+
+def _no_worse(node: ir.Node, target: Target, activation: DTypeName, eight: DTypeName | None) -> bool:
+    """Whether four bits do not send the layer from the accelerator to the CPU."""
+    facts = facts_of_float(node, activation)
+
+    def taken(weights: DTypeName) -> bool:
+        return isinstance(target.match(replace(facts, precision=f"{activation}*{weights}")), Match)
+
+    return target.npu is None or eight is None or taken("int4") or not taken(eight)
+
+
+def _by_node(weighted: Sequence[ir.Node], by_layer: Mapping[str, DTypeName]) -> dict[ir.Node, DTypeName]:
+    """A layer of several operators goes by their names joined, as in reports; one of them has the weights."""
+    by_name = {node.name or "": node for node in weighted}
+    found: dict[ir.Node, DTypeName] = {}
+    for layer, dtype in by_layer.items():
+        node = by_name.get(layer) or next((by_name[part] for part in layer.split(JOINT) if part in by_name), None)
+        if node is None:
+            near = get_close_matches(layer, list(by_name), n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else "`qcompile explain` lists them."
+            raise QCompilerError(f"no quantized layer with weights is called {layer!r}; {hint}")
+        found[node] = dtype
+    return found
