@@ -67,7 +67,9 @@ def _quantize_constants(node: ir.Node, plan: QuantPlan) -> None:
         array = const_of(value)
         if value is not None and array is not None and fmt is not None:
             narrow = has_weights and not fmt.zero_point.any()
-            integers = quantize_array(array, fmt, narrow=narrow)
+            learned = plan.rounded.get(value_name(value)) if has_weights else None
+            nearest = quantize_array(array, fmt, narrow=narrow)
+            integers = nearest if learned is None else learned.astype(nearest.dtype)
             node.replace_input_with(index, _stored(node, value_name(value), integers, fmt))
 
 

@@ -75,3 +75,5 @@ class QuantPlan:
     """Node name to the reason it stays in float."""
     bias_shifts: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By node name, [output channels]: what to add to the bias to make up for the rounding of the weights."""
+    rounded: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By initializer name: the integers of weights that are not each rounded to the nearest."""

@@ -1,0 +1,228 @@
+"""Win back accuracy after planning: better weight integers, weight scales and biases, learned layer by layer.
+
+For each layer y = W x + b the quantized one computes Ŵ x̂ + b̂, where x̂ already carries the errors of everything before.
+The best Ŵ minimises E |W x - Ŵ x̂|² over the grid once the means are taken out, which the bias makes up for exactly:
+
+- `scales`: a channel's scale shrinks where clipping its few largest weights costs less than a coarse step;
+- `gptq`, `adaround`: integers are chosen for the output's sake (`qcompiler.quant.rounding`), then polished by
+  coordinate descent; what does not beat rounding to nearest is not used;
+- `feedback`: Ŵ aims at W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, which also corrects errors in x̂ (Li et al., GPTAQ, ICML 2025, section 3);
+- `bias`: b̂ = b + W E[x] - Ŵ E[x̂] (empirical bias correction, Nagel et al., DFQ, ICCV 2019, section 4.2).
+
+Layers are repaired in order, some at a time, each group with inputs from a model in which those before are repaired.
+At last both plans run on samples that were not learned from, and the repaired one is returned if it is better.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.calibrate import Progress, Samples
+from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, users, value_name
+from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, limits
+from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
+from qcompiler.quant.moments import Moments, Sample, Tap, collect
+from qcompiler.quant.operators import MAC_OPS
+from qcompiler.quant.quantize import quantize
+from qcompiler.quant.rounding import Problem, adaround, damped, descend, gptq
+from qcompiler.quant.types import QuantPlan, TensorFormat
+
+Step = Literal["scales", "gptq", "adaround", "feedback", "bias"]
+Quality = Literal["fast", "balanced", "best"]
+
+SAMPLES = 64
+"""Samples learned from and judged on, at most."""
+JUDGED = 4
+"""Every so-manieth sample is kept for judging, if there are enough."""
+LOW_BITS = 6
+"""Weights of fewer bits gain from smaller scales and learned rounding; eight bits hardly do."""
+_FACTORS = np.linspace(1.0, 0.4, 25)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What to do, and how long it may take."""
+
+    steps: tuple[Step, ...]
+    seconds: float
+    groups: int
+    """Into how many groups layers are divided, at most."""
+
+
+EFFORTS: Mapping[Quality, Effort] = {
+    "fast": Effort((), 0.0, 0),
+    "balanced": Effort(("scales", "gptq", "bias"), 40.0, 4),
+    "best": Effort(("scales", "gptq", "adaround", "feedback", "bias"), 600.0, 64),
+}
+"""`fast` keeps the plan: its ranges minimise the squared error, and its biases are corrected analytically."""
+
+
+def repair(
+    model: ir.Model, plan: QuantPlan, samples: Samples, effort: Effort, progress: Progress | None = None
+) -> QuantPlan:
+    """A plan whose quantized model comes closer to the float one.
+
+    Args:
+        model: the float model the plan was made for.
+        plan: from `plan`.
+        samples: the first `SAMPLES` are used. Of synthetic ones nothing can be learned: the plan comes back as it is.
+        effort: one of `EFFORTS`, or a choice of steps.
+        progress: told (layers done, layers in all).
+
+    Returns:
+        The better of both on held-out samples, by the squared error of the outputs relative to their power.
+    """
+    layers = [node for node in model.graph if _repairable(node, plan)]
+    if samples.synthetic or not effort.steps or not layers:
+        if samples.synthetic and effort.steps:
+            _log.warning("without calibration data there is nothing to repair the quantized model by")
+        return plan
+    start = time.monotonic()
+    learned, judged = _split(list(islice(samples, SAMPLES)))
+    repaired, done, size = plan, 0, max(1, -(-len(layers) // effort.groups))
+    while done < len(layers):
+        began = time.monotonic()
+        group = layers[done : done + size]
+        moments = collect(model, quantize(model, repaired), group, learned)
+        for node in group:
+            if node.name in moments:
+                hurried = time.monotonic() - start > effort.seconds
+                repaired = _repair_layer(node, repaired, moments[node.name], effort.steps, hurried=hurried)
+        done += len(group)
+        if progress is not None:
+            progress(done, len(layers))
+        # Groups grow if the rest would not be done in time.
+        left = effort.seconds - (time.monotonic() - start)
+        affordable = max(1, int(left / max(time.monotonic() - began, 1e-3)))
+        size = max(size, -(-(len(layers) - done) // affordable))
+    before, after = output_errors(model, [quantize(model, plan), quantize(model, repaired)], judged)
+    _log.info("repair: output error %.3g -> %.3g on %d samples", before, after, len(judged))
+    return repaired if after < before else plan
+
+
+def output_errors(model: ir.Model, candidates: Sequence[ir.Model], samples: Sequence[Sample]) -> list[float]:
+    """For each candidate the squared error of its outputs relative to their power in the float model."""
+    taps = [Tap(each, [value_name(value) for value in each.graph.outputs]) for each in (model, *candidates)]
+    errors = np.zeros(len(candidates))
+    for sample in samples:
+        exact, *others = ([tap.run(sample)[name] for name in taps[0].names] for tap in taps)
+        for index, outputs in enumerate(others):
+            for output, wanted in zip(outputs, exact, strict=True):
+                power = float(np.square(wanted, dtype=np.float64).mean())
+                errors[index] += float(np.square(output.astype(np.float64) - wanted).mean()) / max(power, 1e-30)
+    return (errors / len(samples)).tolist()
+
+
+def _split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Samples to learn from and samples to judge by; the same if there are few."""
+    if len(samples) < 4 * JUDGED:
+        return samples, samples
+    return [s for index, s in enumerate(samples) if index % JUDGED], samples[::JUDGED]
+
+
+def _repairable(node: ir.Node, plan: QuantPlan) -> bool:
+    if not is_op(node, *MAC_OPS) or node.name in plan.float_nodes or const_of(data_input(node, 1)) is None:
+        return False
+    weights = data_input(node, 1)
+    return value_name(weights) in plan.weights and len(users(weights)) == 1 and has_rows(node)
+
+
+def _repair_layer(
+    node: ir.Node, plan: QuantPlan, moments: Moments, steps: Sequence[Step], *, hurried: bool
+) -> QuantPlan:
+    name = value_name(data_input(node, 1))
+    fmt, weights = plan.weights[name], const_of(data_input(node, 1))
+    assert weights is not None
+    exact = weight_rows(node, weights).astype(np.float64)
+    # A bias takes out the means; a MatMul has none.
+    corrects = is_op(node, "Conv", "Gemm") and ("bias" in steps or node.name in plan.bias_shifts)
+    gram, cross = (moments.covariance, moments.cross_covariance) if corrects else (moments.gram, moments.cross)
+    hessian = damped(gram, moments.rows)
+    aim = exact
+    if "feedback" in steps:
+        # cross is E[x̂ xᵀ]; what the damping adds to the diagonal pulls towards the weights as they are.
+        aim = exact + exact @ np.linalg.solve(hessian, cross - gram).transpose(0, 2, 1)
+    low_bits = bit_width(fmt.dtype) < LOW_BITS
+    if "scales" in steps and low_bits and not _is_power_of_two(fmt.scale):
+        fmt = _shrink_scales(node, plan, fmt, aim, hessian)
+    problem = _problem(node, fmt, aim, hessian)
+    best = problem.nearest()
+    candidates = []
+    if "gptq" in steps:
+        candidates.append(descend(problem, gptq(problem)))
+    if "adaround" in steps and low_bits and not hurried:
+        candidates.append(descend(problem, adaround(problem)))
+    for candidate in candidates:
+        better = problem.errors(candidate) < problem.errors(best)
+        best = np.where(better[..., None], candidate, best)
+    rounded = {**plan.rounded, name: from_weight_rows(node, best).astype(np.int64)}
+    repaired = replace(plan, weights={**plan.weights, name: fmt}, rounded=rounded)
+    if not corrects:
+        return _with_bias(node, repaired, None)
+    found = moments.mean if "bias" in steps else moments.float_mean
+    outputs = (rows @ mean[:, :, None] for rows, mean in ((exact, moments.float_mean), (problem.real(best), found)))
+    wanted, reached = outputs
+    return _with_bias(node, repaired, (wanted - reached).reshape(-1))
+
+
+def _problem(node: ir.Node, fmt: TensorFormat, aim: np.ndarray, hessian: np.ndarray) -> Problem:
+    low, high = limits(fmt.dtype)
+    narrow = low < 0 and not fmt.zero_point.any()
+    scale, zero_point = (_per_row(node, fmt, array.astype(np.float64)) for array in (fmt.scale, fmt.zero_point))
+    return Problem(aim, hessian, scale, zero_point, low + narrow, high)
+
+
+def _per_row(node: ir.Node, fmt: TensorFormat, array: np.ndarray) -> np.ndarray:
+    """A scale or zero point as [groups, M, 1], or [1, 1, 1] per tensor."""
+    if fmt.axis is None:
+        return array.reshape(1, 1, 1)
+    groups = weight_rows(node, np.empty(shape_of(data_input(node, 1)), np.int8)).shape[0]
+    return array.reshape(groups, -1, 1)
+
+
+def _shrink_scales(
+    node: ir.Node, plan: QuantPlan, fmt: TensorFormat, aim: np.ndarray, hessian: np.ndarray
+) -> TensorFormat:
+    """Per channel (or for the tensor) the factor on the scale with which rounding to nearest errs least."""
+    start = _problem(node, fmt, aim, hessian)
+    errors = []
+    for factor in _FACTORS:
+        shrunk = replace(start, scale=start.scale * factor)
+        found = shrunk.errors(shrunk.nearest())
+        errors.append(found if fmt.axis is not None else np.full(1, found.sum()))
+    factor = _FACTORS[np.argmin(np.stack(errors), axis=0)].reshape(fmt.scale.shape)
+    floor = np.zeros(())
+    if (bias := const_of(input_of(node, 2))) is not None:
+        floor = least_weight_scale(bias.reshape(-1), _input_scale(node, plan))
+        floor = floor if fmt.axis is not None and floor.size == fmt.scale.size else floor.max()
+    scale = np.maximum(fmt.scale * factor, np.minimum(floor, fmt.scale))
+    return replace(fmt, scale=scale.astype(np.float32))
+
+
+def _is_power_of_two(scale: np.ndarray) -> bool:
+    """A target that rescales by shifts has no scale between a power of two and the next."""
+    return bool((np.frexp(scale)[0] == 0.5).all())
+
+
+def _input_scale(node: ir.Node, plan: QuantPlan) -> float:
+    return float(plan.activations[value_name(data_input(node))].scale)
+
+
+def _with_bias(node: ir.Node, plan: QuantPlan, shift: np.ndarray | None) -> QuantPlan:
+    """Keep the bias in units of the weights' scale, which may have changed, and set what is added to it."""
+    name = node.name or ""
+    biases, shifts = dict(plan.biases), dict(plan.bias_shifts)
+    if shift is not None:
+        shifts[name] = shift
+    if shift is not None or name in biases:
+        scale = plan.activations[value_name(data_input(node))].scale
+        biases[name] = bias_format(scale, plan.weights[value_name(data_input(node, 1))])
+    return replace(plan, biases=biases, bias_shifts=shifts)
