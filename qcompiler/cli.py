@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod, WeightType
+from qcompiler.quant.types import Quality, RangeMethod, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
@@ -118,6 +118,14 @@ Overrides = Annotated[
         help="Change the target spec, for example memories.sram.size=512KiB; may be repeated.",
     ),
 ]
+RepairQuality = Annotated[
+    Quality,
+    typer.Option(
+        "--quality",
+        help="How long to learn better weights and biases from the calibration data: not at all, about a minute, or up "
+        "to ten.",
+    ),
+]
 Weights = Annotated[
     WeightType,
     typer.Option(help="int4: store weights in four bits, but for the first and last layers, if the target has them."),
@@ -171,6 +179,7 @@ def compile_command(
     overrides: Overrides = None,
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
+    quality: RepairQuality = "fast",
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
         typer.Option(
@@ -198,6 +207,7 @@ def compile_command(
                 overrides=overrides or (),
                 weights=weights,
                 layer_weights=_layer_weights(layer_weights or []),
+                quality=quality,
                 progress=progress,
             )
             progress.finish()
@@ -224,6 +234,7 @@ def compile_command(
             overrides=overrides or (),
             weights=weights,
             layer_weights=_layer_weights(layer_weights or []),
+            quality=quality,
             progress=progress,
         )
         report = bundle.report

@@ -18,7 +18,7 @@ import numpy as np
 from qcompiler import bundle
 from qcompiler.bundle import Bundle
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod, Ranges, WeightRequest, WeightType
+from qcompiler.quant.types import Quality, RangeMethod, Ranges, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,6 +82,7 @@ def compile(
     overrides: Sequence[str] = (),
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
+    quality: Quality = "fast",
     progress: Progress = SILENT,
 ) -> Bundle:
     """Compile an ONNX model to INT8 for a target and write a bundle.
@@ -103,6 +104,8 @@ def compile(
         overrides: changes to the target spec, such as "memories.sram.size=512KiB".
         weights: "int4" stores the weights of all but the first and last layers in four bits, if the target has them.
         layer_weights: single layers that differ, by name as in reports.
+        quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
+            about a minute or ten at most.
         progress: told of stages as they begin.
 
     Raises:
@@ -124,6 +127,7 @@ def compile(
         placed = place(
             model, target, calibration, input_shapes, dump, method, samples, images, progress,
             keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
+            quality=quality,
         )  # fmt: skip
         chip = placed.target
         progress.stage("schedule")
@@ -221,6 +225,7 @@ def prepare(
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
     weights: WeightRequest = EIGHT_BITS,
+    quality: Quality = "fast",
 ) -> Prepared:
     """Every stage up to planning the quantization. Arguments as in `compile`; a dumper in place of a folder."""
     from qcompiler.calibrate import calibrate
@@ -228,6 +233,7 @@ def prepare(
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
     from qcompiler.quant.plan import plan
+    from qcompiler.quant.repair import EFFORTS, repair
     from qcompiler.target_loader import load_target
 
     source = Path(model)
@@ -252,6 +258,9 @@ def prepare(
             progress.stage("calibrate")
             ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
             formats = plan(graph, ranges, chip, keep_float, weights)
+            if EFFORTS[quality].steps:
+                progress.stage("repair")
+                formats = repair(graph, formats, data, EFFORTS[quality], progress.advance)
         elif weights != EIGHT_BITS:
             raise QCompilerError(
                 f"{source} arrived quantized, so its weights stay as they are and --weights cannot be heeded; compile "
@@ -279,6 +288,7 @@ def place(
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
     weights: WeightRequest = EIGHT_BITS,
+    quality: Quality = "fast",
 ) -> Placed:
     """Every stage up to partitioning. Arguments as in `compile`."""
     from qcompiler.backends.npu import can_run
@@ -299,7 +309,7 @@ def place(
 
     prepared = prepare(
         model, target, calibration, input_shapes, dumper, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides, weights=weights,
+        keep_float=keep_float, overrides=overrides, weights=weights, quality=quality,
     )  # fmt: skip
     source, chip, graph = prepared.source, prepared.target, prepared.graph
     with _Warnings(source) as warnings:

@@ -12,7 +12,7 @@ import numpy as np
 from qcompiler import bundle
 from qcompiler.compile import SILENT, CalibrationSource, InputShapes, Placed, Progress, place
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod, WeightRequest, WeightType
+from qcompiler.quant.types import Quality, RangeMethod, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.backends.mcu import McuProgram, Port
@@ -61,6 +61,7 @@ def emit_c(
     overrides: Sequence[str] = (),
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
+    quality: Quality = "fast",
     progress: Progress = SILENT,
     vectors: int = TEST_VECTORS,
 ) -> Emitted:
@@ -78,6 +79,7 @@ def emit_c(
         placed = place(
             model, target, calibration, input_shapes, dump, method, samples, images, progress,
             keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
+            quality=quality,
         )  # fmt: skip
         program = write_placed(stage, placed, islice(placed.samples, vectors), progress)
     return Emitted(

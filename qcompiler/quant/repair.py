@@ -31,10 +31,9 @@ from qcompiler.quant.moments import Moments, Sample, Tap, collect
 from qcompiler.quant.operators import MAC_OPS
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.rounding import Problem, adaround, damped, descend, gptq
-from qcompiler.quant.types import QuantPlan, TensorFormat
+from qcompiler.quant.types import Quality, QuantPlan, TensorFormat
 
 Step = Literal["scales", "gptq", "adaround", "feedback", "bias"]
-Quality = Literal["fast", "balanced", "best"]
 
 SAMPLES = 64
 """Samples learned from and judged on, at most."""

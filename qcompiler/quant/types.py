@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 
 RangeMethod = Literal["minmax", "mse"]
+Quality = Literal["fast", "balanced", "best"]
+"""How much time to spend on repairing the quantized model; see `qcompiler.quant.repair.EFFORTS`."""
 DTypeName = Literal["int4", "int8", "uint8", "int16", "int32"]
 WeightType = Literal["int8", "int4"]
 """int8 stands for the target's first 8-bit type."""
