@@ -36,7 +36,8 @@ class Costs:
 def region_cost(program: NpuProgram, target: Target) -> RegionCost:
     """The command words of one accelerator region, priced."""
     assert target.npu is not None
-    return price(words(program), target, {program.bases.blob: target.npu.weight_memory})
+    blob = program.bases.blob
+    return price(words(program), target, {blob: target.npu.weight_memory}, {blob: program.encoded})
 
 
 def cost(

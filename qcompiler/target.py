@@ -549,6 +549,8 @@ class Npu(Spec):
     crossing: Crossing
     channel_alignment: int = Field(default=1, ge=1)
     """Feature map depth is rounded up to this in cost estimates and in scratchpad."""
+    weight_code: Literal["plain", "golomb_rice"] = "plain"
+    """How constant int8 weights are kept in memory; the engines decode them as fast as they read them."""
     keeps_feature_maps: bool = True
     """Whether feature maps may stay in the scratchpad between operators; else each goes out to external memory."""
 

@@ -5,6 +5,7 @@ what lies in the constants. `words` and `driver` then only emit, the same loops 
 commands the cost model prices are the commands the driver issues.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from qcompiler.backends.npu_tiling import Work, smallest_need
 from qcompiler.graph import Shape, dtype_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
+from qcompiler.simulator.weight_code import EncodedSpan, golomb_rice_bytes
 from qcompiler.target import Target
 
 
@@ -53,6 +55,8 @@ class NpuProgram:
     """uint8 [n]: OHWI weights, scale records, tables; each at a multiple of 16 bytes."""
     workspace_bytes: int
     """External memory for evicted values."""
+    encoded: tuple[EncodedSpan, ...]
+    """Where in the constants weights lie that the target keeps encoded."""
     bases: Bases
     """Base numbers of inputs, blob, outputs and workspace; base 0 is the scratchpad."""
 
@@ -95,8 +99,21 @@ def compile_region(region: Region, target: Target) -> NpuProgram:
         planned.evicted,
         planned.blob,
         planned.workspace.peak,
+        _encoded(planned.steps) if target.npu.weight_code == "golomb_rice" else (),
         bases_of(region),
     )
+
+
+def _encoded(steps: Sequence[Step]) -> tuple[EncodedSpan, ...]:
+    spans: dict[int, EncodedSpan] = {}
+    for step in steps:
+        if step.work is not None:
+            for stream, start in zip(step.work.work.streams, step.work.streams, strict=True):
+                if stream.weights is not None and start not in spans:
+                    weights = np.frombuffer(stream.data, stream.weights)
+                    ratio = min(1.0, golomb_rice_bytes(weights, stream.zero_point) / len(stream.data))
+                    spans[start] = EncodedSpan(start, start + len(stream.data), ratio)
+    return tuple(spans[start] for start in sorted(spans))
 
 
 def _tensor(value: ir.Value) -> Tensor:

@@ -6,6 +6,7 @@ expressed is answered with a reason.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -174,12 +175,13 @@ def _bytes(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def _weight_stream(weights: np.ndarray) -> Stream:
+def _weight_stream(weights: np.ndarray, zero_point: int) -> Stream:
     """Weights [O, …] as `isa.WEIGHTS` reads them."""
     rows = weights.reshape(weights.shape[0], -1)
     if rows.dtype == ml_dtypes.int4:
         rows = arithmetic.pack_int4(rows)
-    return Stream(_bytes(rows), rows.nbytes // rows.shape[0])
+    dtypes: dict[np.dtype, Literal["int8", "uint8"]] = {np.dtype(np.int8): "int8", np.dtype(np.uint8): "uint8"}
+    return Stream(_bytes(rows), rows.nbytes // rows.shape[0], dtypes.get(weights.dtype), zero_point)
 
 
 def _records(multiplier: np.ndarray, shift: np.ndarray, bias: np.ndarray | None = None) -> bytes:
@@ -271,7 +273,7 @@ def _convolution(
         op.y_zero_point,
         (op.clamp_min, op.clamp_max),
         (MapOperand(0, ifm, y, x, c, _dtype_index(data_input(node)), op.x_zero_point),),
-        (_weight_stream(weights), scales),
+        (_weight_stream(weights, op.w_zero_point), scales),
         issue,
         group=out_depth if op.group > 1 else 1,
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 from qcompiler.backends.npu_emit import Emitter, Index, divide, maximum, minimum
 from qcompiler.backends.npu_memory import aligned
@@ -211,6 +211,10 @@ class Stream:
     data: bytes
     unit: int
     """Bytes per output channel; 0 where every tile needs all of it."""
+    weights: Literal["int8", "uint8"] | None = None
+    """Their type, if these are weights a target may keep encoded."""
+    zero_point: int = 0
+    """Of the weights."""
 
     def extent(self, tile_c: int) -> int:
         return tile_c * self.unit or len(self.data)

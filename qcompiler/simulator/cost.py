@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.simulator import engines, isa
+from qcompiler.simulator.weight_code import EncodedSpan, ratio_at
 from qcompiler.simulator.workload import SCALE_RECORD_BYTES, Dims, Feed, OpClass, Port, Shape
 from qcompiler.target import Host, Match, Npu, OpFacts, Target
 
@@ -130,7 +131,10 @@ class HostCost:
 
 
 def price(
-    words: Sequence[int] | npt.NDArray[np.int32], target: Target, bases: Mapping[int, str] | None = None
+    words: Sequence[int] | npt.NDArray[np.int32],
+    target: Target,
+    bases: Mapping[int, str] | None = None,
+    encoded: Mapping[int, Sequence[EncodedSpan]] | None = None,
 ) -> RegionCost:
     """Price a region's command words.
 
@@ -138,9 +142,10 @@ def price(
         words: int32 words, as `isa.decode` takes them.
         target: a target with an accelerator.
         bases: memory name by address base. Base 0 is the scratchpad; a base not named is the external memory.
+        encoded: by address base, where weights lie that the target keeps encoded.
     """
     assert target.npu is not None, f"{target.name} has no accelerator"
-    pricer = _Pricer(target, target.npu, bases or {})
+    pricer = _Pricer(target, target.npu, bases or {}, encoded or {})
     pricer.run(words.tolist() if isinstance(words, np.ndarray) else list(words))
     return pricer.result()
 
@@ -195,7 +200,7 @@ def _single(opcode: isa.Opcode, name: str) -> Callable[[Words], int]:
 _WORDS = {opcode.code: len(opcode.arguments) + 1 for opcode in isa.OPCODES}
 _NAMES = {opcode.code: opcode.name for opcode in isa.OPCODES}
 
-_DMA_SOURCE = _picker(isa.DMA, "src_base", "src_plane_stride", "src_row_stride")
+_DMA_SOURCE = _picker(isa.DMA, "src_base", "src_offset", "src_plane_stride", "src_row_stride")
 _DMA_DESTINATION = _picker(isa.DMA, "dst_base", "dst_plane_stride", "dst_row_stride")
 _DMA_SIZE = _picker(isa.DMA, "planes", "rows", "row_bytes")
 _FILL_DESTINATION = _picker(isa.FILL, "base", "plane_stride", "row_stride")
@@ -292,8 +297,10 @@ class _Layer:
 class _Pricer:
     """Walks the words once. Register contents are kept as raw words; `_Job`s are computed once per distinct key."""
 
-    def __init__(self, target: Target, npu: Npu, bases: Mapping[int, str]) -> None:
-        self.target, self.npu, self.bases = target, npu, bases
+    def __init__(
+        self, target: Target, npu: Npu, bases: Mapping[int, str], encoded: Mapping[int, Sequence[EncodedSpan]]
+    ) -> None:
+        self.target, self.npu, self.bases, self.encoded = target, npu, bases, encoded
         self.scratchpad, self.external = npu.memory_name("scratchpad"), npu.memory_name("external")
         self.bandwidth = {name: memory.bandwidth.per_cycle(npu.clock) for name, memory in npu.memories.items()}
         self.latency = {name: memory.latency.cycles(npu.clock) for name, memory in npu.memories.items()}
@@ -440,16 +447,21 @@ class _Pricer:
         return self.scratchpad if base == isa.SCRATCHPAD else self.bases.get(base, self.external)
 
     def _copy(self, command: Words) -> _Job:
-        source_base, *source_strides = _DMA_SOURCE(command)
+        source_base, source_offset, *source_strides = _DMA_SOURCE(command)
         destination_base, *destination_strides = _DMA_DESTINATION(command)
         source, destination = self._memory(source_base), self._memory(destination_base)
         planes, rows, row_bytes = _DMA_SIZE(command)
         read = _run_length(planes, rows, row_bytes, *source_strides)
         written = _run_length(planes, rows, row_bytes, *destination_strides)
-        key = (isa.DMA.code, source_base, destination_base, planes * rows * row_bytes, read, written)
+        size = planes * rows * row_bytes
+        if source_base in self.encoded:
+            # Runs shrink with the weights; nobody reads encoded ones in part.
+            ratio = ratio_at(self.encoded[source_base], source_offset)
+            size, read, written = (ceil(ratio * count) for count in (size, read, written))
+        key = (isa.DMA.code, source_base, destination_base, size, read, written)
         job = self.jobs.get(key)
         if job is None:
-            job = self.jobs[key] = self._transfer(source, destination, planes * rows * row_bytes, read, written)
+            job = self.jobs[key] = self._transfer(source, destination, size, read, written)
         return job
 
     def _fill(self, command: Words) -> _Job:
