@@ -6,7 +6,7 @@ model.so              the code; weights.safetensors: its constants
 model.qdq.onnx        the quantized model as standard ONNX, which any runtime can load
 model.int.onnx        the integer graph that was lowered (`qcompiler.integer.ops`)
 target.json           the target spec with inheritance resolved and units parsed
-report.json           `qcompiler.report.Report`; report.txt: the same as tables
+report.json           `qcompiler.report.Report`; report.txt: the same as tables; report.html: and as pictures
 ====================  ==========================================================================================
 
 Equal inputs give byte-identical bundles. Loading one needs neither the compiler half of TVM nor onnx.
@@ -43,7 +43,7 @@ MAGIC = "qcompiler bundle"
 FORMAT_VERSION = 1
 MANIFEST, LIBRARY, WEIGHTS = "manifest.json", "model.so", "weights.safetensors"
 QDQ_MODEL, INTEGER_MODEL, TARGET = "model.qdq.onnx", "model.int.onnx", "target.json"
-REPORT_JSON, REPORT_TEXT = "report.json", "report.txt"
+REPORT_JSON, REPORT_TEXT, REPORT_PAGE = "report.json", "report.txt", "report.html"
 
 
 @dataclass(frozen=True)

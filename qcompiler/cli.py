@@ -41,7 +41,8 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join(
         "qcompile model.onnx --target arm-npu --calibration samples.npz",
         "qcompile model.onnx -t my-chip.yaml -c photos/ --resize 224 --mean 123.7,116.3,103.5 --std 58.4",
         "qcompile run model.qc --input in.npz --output out.npz",
-        "qcompile explain model.onnx --target systolic-npu",
+        "qcompile explain model.onnx --target systolic-npu --html report.html",
+        "qcompile bench model.onnx --targets arm-npu,systolic-npu --set memories.sram.size=64KiB",
         "qcompile model.onnx --target cortex-m55 --emit c -o firmware/model",
         "qcompile targets check my-chip.yaml",
     )
@@ -64,7 +65,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
-VERBS = ("compile", "run", "explain", "targets")
+VERBS = ("compile", "run", "explain", "bench", "targets")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -134,6 +135,10 @@ LayerWeights = Annotated[
     list[str] | None,
     typer.Option("--layer-weights", metavar="LAYER=int4|int8", help="For this layer only; may be repeated."),
 ]
+HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
+TraceFile = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Write the timeline for ui.perfetto.dev.")
+]
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -177,6 +182,8 @@ def compile_command(
     color: Color = "rgb",
     keep_float: KeepFloat = None,
     overrides: Overrides = None,
+    html: HtmlFile = None,
+    trace: TraceFile = None,
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     quality: RepairQuality = "fast",
@@ -193,6 +200,10 @@ def compile_command(
         with _mistakes(as_json), _console_progress() as progress:
             from qcompiler.emit_c import emit_c
 
+            if html is not None or trace is not None:
+                raise QCompilerError(
+                    "--emit c writes sources and no report; `qcompile explain` takes --html and --trace for such a target."
+                )
             emitted = emit_c(
                 model,
                 target,
@@ -232,6 +243,8 @@ def compile_command(
             emit=emit,
             keep_float=keep_float or (),
             overrides=overrides or (),
+            html=html,
+            trace=trace,
             weights=weights,
             layer_weights=_layer_weights(layer_weights or []),
             quality=quality,
@@ -265,6 +278,8 @@ def explain(
     color: Color = "rgb",
     keep_float: KeepFloat = None,
     overrides: Overrides = None,
+    html: HtmlFile = None,
+    trace: TraceFile = None,
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
 ) -> None:
@@ -286,6 +301,8 @@ def explain(
             images=_image_options(resize, mean, std, layout, color),
             keep_float=keep_float or (),
             overrides=overrides or (),
+            html=html,
+            trace=trace,
             weights=weights,
             layer_weights=_layer_weights(layer_weights or []),
             progress=progress,
@@ -295,6 +312,58 @@ def explain(
         _print_json(report.to_dict())
     else:
         _print_report(report)
+
+
+@app.command()
+def bench(
+    model: Model,
+    targets: Annotated[
+        str, typer.Option("--targets", "-t", metavar="A,B,…", help="Bundled targets or specs, with commas between.")
+    ] = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Compare each target also with this change, for example memories.sram.size=512KiB; several changes at "
+            "a time with semicolons between. May be repeated.",
+        ),
+    ] = None,
+    input_shape: InputShapes = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+) -> None:
+    """Compare targets, and changes to them, side by side, without building anything.
+
+    With calibration data the quantized model is also run beside the float one.
+    """
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.bench import bench as compare
+        from qcompiler.bench import render
+
+        comparison = compare(
+            model,
+            [name for name in targets.split(",") if name],
+            [[part.strip() for part in text.split(";")] for text in variants or ()],
+            calibration=calibration,
+            input_shapes=_input_shapes(input_shape or []),
+            method=method,
+            samples=samples,
+            images=_image_options(resize, mean, std, layout, color),
+            progress=progress,
+        )
+        progress.finish()
+    if as_json:
+        _print_json(comparison.to_dict())
+        return
+    _stdout().print(Text(f"{comparison.model}, one inference", style="bold"), render(comparison))
 
 
 @app.command()

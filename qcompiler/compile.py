@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from qcompiler.backends.npu import NpuProgram
     from qcompiler.backends.relax import Lowered, NpuLowering
+    from qcompiler.costs import Costs
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
     from qcompiler.emit.regions import EmitFormat
     from qcompiler.partition import Partition, Region
@@ -80,6 +81,8 @@ def compile(
     emit: "EmitFormat | None" = None,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    html: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | None = None,
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
     quality: Quality = "fast",
@@ -102,6 +105,8 @@ def compile(
             TFLite together with what Arm's Vela makes of it, whose estimate then stands in the report beside ours.
         keep_float: names of operators to leave in float.
         overrides: changes to the target spec, such as "memories.sram.size=512KiB".
+        html: where the report goes as one HTML page.
+        trace: where the timeline goes, for Perfetto or chrome://tracing.
         weights: "int4" stores the weights of all but the first and last layers in four bits, if the target has them.
         layer_weights: single layers that differ, by name as in reports.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
@@ -143,9 +148,11 @@ def compile(
         progress.stage("self-check")
         check = _check(placed, stage / bundle.LIBRARY, lowered)
         progress.stage("report")
-        report = _report(placed, programs, sum(array.nbytes for array in lowered.parameters), check)
-        report = replace(report, vela=vela)
+        costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
+        report = replace(_report(placed, costs, check), vela=vela)
+        _write_views(placed, costs, report, stage / bundle.REPORT_PAGE, None)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
+    _write_views(placed, costs, report, html, trace)
     return bundle.load(folder, keep)
 
 
@@ -161,6 +168,8 @@ def explain(
     images: "ImageOptions | None" = None,
     keep_float: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    html: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | None = None,
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
     progress: Progress = SILENT,
@@ -170,11 +179,9 @@ def explain(
         model, target, calibration, input_shapes, dump, method, samples, images, progress,
         keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
     )  # fmt: skip
-    progress.stage("schedule")
-    programs = schedule(placed)
-    constants = (value.const_value for value in placed.integer.graph.initializers.values())
-    stored = sum(constant.nbytes for constant in constants if constant is not None)
-    return _report(placed, programs, stored, None)
+    report, costs = estimate(placed, progress)
+    _write_views(placed, costs, report, html, trace)
+    return report
 
 
 @dataclass(frozen=True)
@@ -340,6 +347,15 @@ def schedule(placed: Placed) -> "dict[str, NpuProgram]":
     return {region.name: compile_region(region, placed.target) for region in regions}
 
 
+def estimate(placed: Placed, progress: Progress = SILENT) -> "tuple[Report, Costs]":
+    """What a placed model would cost, without building it."""
+    progress.stage("schedule")
+    programs = schedule(placed)
+    constants = (value.const_value for value in placed.integer.graph.initializers.values())
+    costs = _costs(placed, programs, sum(constant.nbytes for constant in constants if constant is not None))
+    return _report(placed, costs, None), costs
+
+
 # --- details ------------------------------------------------------------------------------------------------
 
 
@@ -432,12 +448,16 @@ def _foreign(target: "Target") -> str | None:
     return why_not_here(cpu.architecture, cpu.flags)
 
 
-def _report(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int, check: "SelfCheck | None") -> "Report":
+def _costs(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int) -> "Costs":
     from qcompiler.costs import cost
+
+    return cost(placed.partition, programs, placed.target, weights, placed.layers)
+
+
+def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Report":
     from qcompiler.quant.plan import ON_REQUEST
     from qcompiler.report import Calibration, PlacementReport, Report
 
-    costs = cost(placed.partition, programs, placed.target, weights, placed.layers)
     ranges = placed.ranges
     return Report(
         model=placed.source.name,
@@ -460,6 +480,31 @@ def _report(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int, 
         self_check=check,
         warnings=placed.warnings,
     )
+
+
+def _write_views(
+    placed: Placed,
+    costs: "Costs",
+    report: "Report",
+    html: str | os.PathLike[str] | None,
+    trace: str | os.PathLike[str] | None,
+) -> None:
+    from qcompiler.simulator.trace import inference_trace
+    from qcompiler.views.html import html_report
+    from qcompiler.views.timeline import timeline
+
+    line = timeline(placed.partition, costs)
+    if html is not None:
+        _write_text(Path(html), html_report(report, line, placed.target))
+    if trace is not None:
+        _write_text(Path(trace), inference_trace(line, placed.target.name))
+
+
+def _write_text(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, "utf-8", newline="\n")
+    except OSError as error:
+        raise QCompilerError(f"cannot write {file}: {error.strerror}.") from None
 
 
 def _refuse_unsupported(source: Path, model: "ir.Model") -> None:
