@@ -202,7 +202,7 @@ def compile_command(
 
             if html is not None or trace is not None:
                 raise QCompilerError(
-                    "--emit c writes sources and no report; `qcompile explain` takes --html and --trace for such a target."
+                    "--emit c writes sources and no report; `qcompile explain` takes --html and --trace for any target."
                 )
             emitted = emit_c(
                 model,
