@@ -1,11 +1,13 @@
 """Accuracy of compiled models beside their float originals, over all labelled data of the model zoo.
 
     python benchmarks/accuracy.py --target arm-npu [--only NAME] [--limit N] [--zoo DIR] [--executor bundle|ort]
+        [--weights int8|int4]
 
 `bundle` compiles each model and runs the bundle; `ort` stops at the QDQ graph and runs that in onnxruntime, which
 tells errors of quantization from errors of code generation. Float models are calibrated on the first 64 samples of
 their data. Exits with 1 if a model misses its goal: a float model may lose 1.0 point (3% of reconstruction error), a
-model that arrives quantized must stay within 0.3 points of itself in onnxruntime.
+model that arrives quantized must stay within 0.3 points of itself in onnxruntime. With 4-bit weights only float models
+are measured, and may lose 4 points.
 """
 
 import importlib.util
@@ -28,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompiler
+from qcompiler.quant.types import WeightType
 
 CALIBRATION_SAMPLES = 64
 METRIC_OF_TASK = {"cls": "top1", "det": "mAP50", "face": "F1_vs_fp32", "recon": "recon_mse"}
@@ -65,6 +68,7 @@ class Row:
     compiled: float
     compile_seconds: float
     run_seconds: float
+    weights: WeightType
 
     @property
     def lost(self) -> float:
@@ -77,6 +81,8 @@ class Row:
     def allowed(self) -> float:
         if self.model.quantized:
             return 0.3
+        if self.weights == "int4":
+            return 4.0
         return 3.0 if self.model.task == "recon" else 1.0
 
     @property
@@ -123,6 +129,7 @@ def main(
     limit: Annotated[int, typer.Option(help="use the first so many samples; 0 means all")] = 0,
     zoo: Annotated[Path, typer.Option(help="folder of models and data")] = DEFAULT_ZOO,
     executor: Annotated[Executor, typer.Option(help="what runs the compiled model")] = Executor.BUNDLE,
+    weights: Annotated[WeightType, typer.Option(help="what weights are stored as")] = "int8",
 ) -> None:
     """Compile and evaluate every model of the zoo; print a table, and write it if nothing was left out."""
     evaluation = _load_evaluation(zoo)
@@ -130,19 +137,19 @@ def main(
     if not console.is_terminal:
         console.width = WIDTH
     for model in _models(zoo):
-        if only in model.name:
-            rows.append(_measure(model, target, executor, evaluation, limit or None))
+        if only in model.name and not (model.quantized and weights == "int4"):
+            rows.append(_measure(model, target, executor, weights, evaluation, limit or None))
             row = rows[-1]
             mark = "ok" if row.reached else "MISSED"
             console.print(f"{model.name}: {row.original:.4f} -> {row.compiled:.4f} ({mark})", highlight=False)
-    table = Table(*HEADER, title=f"{target}, {executor}")
+    table = Table(*HEADER, title=f"{target}, {executor}, weights {weights}")
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
     if not only and not limit:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"accuracy-{Path(target).stem}-{executor}.md"
-        path.write_text(_markdown(rows, target, executor))
+        path = RESULTS / f"accuracy-{Path(target).stem}-{executor}{'-int4' if weights == 'int4' else ''}.md"
+        path.write_text(_markdown(rows, target, executor, weights))
         console.print(f"written to {path}")
     sys.exit(0 if all(row.reached for row in rows) else 1)
 
@@ -167,7 +174,9 @@ def _load_evaluation(zoo: Path) -> ModuleType:
     return module
 
 
-def _measure(model: Model, target: str, executor: Executor, evaluation: ModuleType, limit: int | None) -> Row:
+def _measure(
+    model: Model, target: str, executor: Executor, weights: WeightType, evaluation: ModuleType, limit: int | None
+) -> Row:
     original_run = _session(model.path.read_bytes())
     fed: list[Arrays] = []
 
@@ -178,7 +187,7 @@ def _measure(model: Model, target: str, executor: Executor, evaluation: ModuleTy
     original = evaluation.evaluate(model.entry, recorded, limit)
     start = time.perf_counter()
     calibration = None if model.quantized else _calibration(fed)
-    run = (_compiled if executor is Executor.BUNDLE else _quantized)(model, target, calibration)
+    run = (_compiled if executor is Executor.BUNDLE else _quantized)(model, target, calibration, weights)
     compiled_at = time.perf_counter()
     compiled = evaluation.evaluate(model.entry, run, limit)
     metric = METRIC_OF_TASK[model.task]
@@ -189,6 +198,7 @@ def _measure(model: Model, target: str, executor: Executor, evaluation: ModuleTy
         float(compiled[metric]),
         compiled_at - start,
         time.perf_counter() - compiled_at,
+        weights,
     )
 
 
@@ -198,8 +208,8 @@ def _calibration(fed: Sequence[Arrays]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([fed[index][name] for index in spread]) for name in fed[0]}
 
 
-def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | None) -> Runner:
-    bundle = qcompiler.compile(model.path, target=target, calibration=calibration)
+def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | None, weights: WeightType) -> Runner:
+    bundle = qcompiler.compile(model.path, target=target, calibration=calibration, weights=weights)
 
     def run(inputs: Arrays) -> list[np.ndarray]:
         return list(bundle.run(dict(inputs)).values())
@@ -207,11 +217,13 @@ def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | No
     return run
 
 
-def _quantized(model: Model, target: str, calibration: dict[str, np.ndarray] | None) -> Runner:
+def _quantized(model: Model, target: str, calibration: dict[str, np.ndarray] | None, weights: WeightType) -> Runner:
     """The QDQ graph that `compile` would lower, in onnxruntime without its own rewrites."""
     from qcompiler.compile import SILENT, place
+    from qcompiler.quant.types import WeightRequest
 
-    placed = place(model.path, target, calibration, None, None, "mse", None, None, SILENT)
+    request = WeightRequest(weights)
+    placed = place(model.path, target, calibration, None, None, "mse", None, None, SILENT, weights=request)
     return _session(ir.to_proto(placed.quantized).SerializeToString(), optimize=False)
 
 
@@ -228,13 +240,13 @@ def _session(model: bytes, *, optimize: bool = True) -> Runner:
     return run
 
 
-def _markdown(rows: list[Row], target: str, executor: Executor) -> str:
+def _markdown(rows: list[Row], target: str, executor: Executor, weights: WeightType) -> str:
     what = "the compiled bundle" if executor is Executor.BUNDLE else "the QDQ graph in onnxruntime"
     lines = [
-        f"# Accuracy on {target}, {what}",
+        f"# Accuracy on {target}, {what}{', 4-bit weights' if weights == 'int4' else ''}",
         "",
         f"Float models calibrated on {CALIBRATION_SAMPLES} samples spread evenly over the data. "
-        "Made by `benchmarks/accuracy.py`.",
+        f"Made by `benchmarks/accuracy.py --target {target} --executor {executor} --weights {weights}`.",
         "",
         "| " + " | ".join(HEADER[:-2]) + " |",
         "|" + "---|" * len(HEADER[:-2]),
