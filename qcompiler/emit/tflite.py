@@ -672,7 +672,8 @@ def _strided_slice(
 ) -> None:
     """The elements from `begin` on, `strides` apart, as many as the output holds.
 
-    Along height and width of a map in one go; Vela takes strides along no other axis, so those are brought there.
+    Along height and width of a map in one go; Vela takes strides along no other axis, so channels are picked by a
+    convolution and other axes brought to the width.
     """
     strided = [axis for axis, stride in enumerate(strides) if stride > 1]
     if len(tensor.shape) != 4 or not set(strided) <= {1, 2}:
@@ -691,6 +692,9 @@ def _take_every(
 ) -> tuple[Tensor, list[int], list[int]]:
     """Slice one axis as the width of a map; what remains to slice comes back with the result."""
     shape = tensor.shape
+    if len(shape) == 4 and axis == 3:
+        result = _pick_channels(emitter, tensor, range(begin[3], shape[3], strides[3])[:count])
+        return result, [*begin[:3], 0], [*strides[:3], 1]
     as_map = (1, element_count(shape[:axis]), shape[axis], element_count(shape[axis + 1 :]))
     source = emitter.reshaped(tensor, as_map, "strided.map")
     taken = emitter.temporary(tensor, (*as_map[:2], count, as_map[3]), "strided.taken")
@@ -698,6 +702,22 @@ def _take_every(
     result = emitter.reshaped(taken, (*shape[:axis], count, *shape[axis + 1 :]), "strided")
     rest = [(0, 1) if other == axis else (begin[other], strides[other]) for other in range(len(shape))]
     return result, [first for first, _ in rest], [step for _, step in rest]
+
+
+def _pick_channels(emitter: _Emitter, tensor: Tensor, channels: Sequence[int]) -> Tensor:
+    """A 1×1 convolution whose filters have a single one: elements a byte apart are slow to copy, quick to multiply."""
+    assert tensor.format is not None
+    filters = np.zeros((len(channels), 1, 1, tensor.shape[3]), tensor.dtype)
+    filters[np.arange(len(channels)), 0, 0, list(channels)] = 1
+    bias = np.zeros(len(channels), np.int32)
+    inputs = [
+        tensor,
+        emitter.model.constant("pick", filters, TensorFormat((1.0,), 0)),
+        emitter.model.constant("pick.bias", bias, TensorFormat((tensor.format.scale,), 0)),
+    ]
+    output = emitter.temporary(tensor, (*tensor.shape[:3], len(channels)), "picked")
+    _dense(emitter, inputs, output, Padded("valid", (1, 1), (0, 0), (0, 0)), (1, 1), _ACTIVATION.NONE)
+    return output
 
 
 def _pad(emitter: _Emitter, node: ir.Node) -> None:
