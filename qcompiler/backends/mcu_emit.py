@@ -155,8 +155,14 @@ def _header(program: McuProgram) -> str:
         f"int model_run({_run_parameters(program)});",
         "",
     ]
-    for declaration in _border_declarations(program):
-        lines.append(f"{declaration};")
+    lines += [f"{declaration};" for declaration in _border_declarations(program)]
+    lines += [
+        "",
+        "#ifdef MODEL_PROFILE",
+        "/* Yours to define: called after each kernel with its name. */",
+        "void model_step(const char *kernel);",
+        "#endif",
+    ]
     lines += ["", "#ifdef __cplusplus", "}", "#endif", "#endif", ""]
     return "\n".join(lines)
 
@@ -227,9 +233,14 @@ def _glue(program: McuProgram) -> str:
     lines = ['#include "model.h"', "", "#include <string.h>", "", '#include "model_kernels.h"', ""]
     if program.arena.peak:
         lines += [f"static _Alignas({_ARRAY_ALIGNMENT}) uint8_t arena[MODEL_ARENA_BYTES];", ""]
+    lines += ["#ifdef MODEL_PROFILE", "#define STEP(kernel) model_step(kernel)", "#else"]
+    lines += ["#define STEP(kernel) ((void)0)", "#endif", ""]
     lines += [f"int model_run({_run_parameters(program)}) {{"]
     for step in program.steps:
-        lines.append(f"    {_call(step, kinds, program) if isinstance(step, Call) else _copy(step, program)};")
+        if isinstance(step, Call):
+            lines += [f"    {_call(step, kinds, program)};", f'    STEP("{step.function}");']
+        else:
+            lines += [f"    {_copy(step, program)};"]
     lines += ["    return 0;", "}"]
     for declaration, port in zip(
         _border_declarations(program),
@@ -345,7 +356,7 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
     kernels = "model_kernels.o"
     return "\n".join(
         [
-            "# make: libmodel.a and model.elf; make run: the example in the emulator; make size.",
+            "# make: libmodel.a and model.elf; make run, make profile: the example in the emulator; make size.",
             f"CC := {chip.compiler}",
             f"AR := {prefix}ar",
             f"SIZE := {prefix}size",
@@ -353,7 +364,7 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
             *_needed("CC", chip.compiler_package),
             # Integers wrap and floats round as in the reference.
             "CFLAGS := -std=gnu11 -O2 -fwrapv -ffp-contract=off -Wall -Wextra -ffunction-sections -fdata-sections",
-            f"CFLAGS += {' '.join(chip.flags)}",
+            f"CFLAGS += {' '.join(chip.flags)} $(CFLAGS_EXTRA)",
             "include board.mk",
             "",
             f"KERNELS := {kernels}",
@@ -382,10 +393,15 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
             "\t$(SIZE) -t libmodel.a",
             "\t$(SIZE) model.elf",
             "",
+            "profile:",
+            "\t$(MAKE) --no-print-directory clean",
+            "\t$(MAKE) --no-print-directory run CFLAGS_EXTRA=-DMODEL_PROFILE",
+            "\t$(MAKE) --no-print-directory clean",
+            "",
             "clean:",
             "\trm -f libmodel.a model.elf model.o model_weights.o $(EXAMPLE)" + ("" if compiled else " $(KERNELS)"),
             "",
-            ".PHONY: all run size clean",
+            ".PHONY: all run size profile clean",
             "",
         ]
     )

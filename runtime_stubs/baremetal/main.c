@@ -41,6 +41,18 @@ static uint32_t stack_used(const uint8_t *bottom, const uint8_t *top) {
     return (uint32_t)(top - byte);
 }
 
+static uint64_t units(uint64_t ticks) { return ticks * board_tick_numerator() / board_tick_denominator(); }
+
+#ifdef MODEL_PROFILE
+static uint64_t step_start;
+
+void model_step(const char *kernel) {
+    const uint64_t ticks = board_ticks() - step_start;
+    if (board_tick_denominator() > 0) print_fact(kernel, units(ticks));
+    step_start = board_ticks();
+}
+#endif
+
 int main(void) {
     uint32_t equal = 0;
     uint64_t ticks = 0;
@@ -48,6 +60,9 @@ int main(void) {
     uint8_t *bottom = paint_stack();
     for (uint32_t sample = 0; sample < TEST_VECTORS; sample++) {
         const uint64_t start = board_ticks();
+#ifdef MODEL_PROFILE
+        step_start = start;
+#endif
         test_vector_run(sample);
         ticks += board_ticks() - start;
         if (test_vector_equal(sample)) equal++;
@@ -57,7 +72,7 @@ int main(void) {
     print_fact("stack_bytes", stack_used(bottom, top));
     print_fact("arena_bytes", MODEL_ARENA_BYTES);
     if (TEST_VECTORS > 0 && board_tick_denominator() > 0) {
-        print_fact(board_tick_unit(), ticks * board_tick_numerator() / board_tick_denominator() / TEST_VECTORS);
+        print_fact(board_tick_unit(), units(ticks) / TEST_VECTORS);
     }
     board_print(equal == TEST_VECTORS ? "PASS\n" : "FAIL\n");
     board_exit(equal == TEST_VECTORS ? 0 : 1);

@@ -25,6 +25,7 @@ from qcompiler.graph import data_input, is_op, nodes_of, value_name
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
 from qcompiler.quant import arithmetic
+from qcompiler.quant.arithmetic import RequantizeVariant
 from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
@@ -104,7 +105,7 @@ def add_conv(
     group: int = 1,
     x_dtype: str = "int8",
     w_zero: int = 0,
-    variant: str = "tosa",
+    variant: RequantizeVariant = "tosa",
     gain: float = 1.0,
 ) -> None:
     """`gain` times a factor that brings sums near the 8-bit range."""
