@@ -6,8 +6,9 @@ Time model. Commands issue in order and at once; register commands take no time.
 free channel of its DMA, each operation for its engine, and `barrier` waits for everything. A copy takes its DMA's
 setup, the slower latency of the two memories, and then its bytes at the lowest of the three bandwidths, where a
 contiguous run shorter than a memory's burst counts as a burst; copies that share a memory other than the scratchpad
-share its bandwidth. An operation takes its engine's issue time and then the longer of its compute time
-(`simulator.engines`) and the time its operands need at their memories' bandwidths.
+share its bandwidth. Copies of weights that the target keeps encoded move the encoded bytes. An operation takes its
+engine's issue time and then the longer of its compute time (`simulator.engines`) and the time its operands need at
+their memories' bandwidths.
 
 Every command's time is rounded up to whole cycles of the accelerator's clock.
 """
