@@ -20,7 +20,8 @@ import numpy as np
 from qcompiler.backends.base import host_code
 from qcompiler.backends.mcu import ArenaPlace, Call, ConstantPlace, Copy, InputPlace, McuProgram, Place, Port
 from qcompiler.backends.mcu_functions import RawFunction, c_source, generate, is_llvm
-from qcompiler.target import BareMetal, Host
+from qcompiler.errors import QCompilerError
+from qcompiler.target import BareMetal, Host, did_you_mean
 
 FLOAT_TOLERANCE = 1e-5
 """Of the largest element: floats follow exponentials, whose last bits are the C library's."""
@@ -81,6 +82,11 @@ def _write(file: Path, text: str) -> None:
 
 def _copy_board(stubs: Path, board: str, folder: Path) -> None:
     """The example and the board's own files; shared sources only if the board's makefile names them."""
+    known = tuple(sorted(path.parent.name for path in stubs.glob("*/board.mk")))
+    if board not in known:
+        raise QCompilerError(
+            f"host.bare_metal.board is {board!r}; runtime_stubs/{_BOARDS} has no such board{did_you_mean(board, known)}"
+        )
     own = sorted((stubs / board).iterdir())
     makefile = (stubs / board / "board.mk").read_text("utf-8")
     shared = [stubs / name for name in ("board.h", "main.c")]

@@ -341,6 +341,17 @@ def test_names_cannot_leave_their_comment(workbench, tmp_path: Path) -> None:
     assert "*/ int y" not in header and "\n#error" not in header
 
 
+def test_an_unknown_board_is_refused(workbench, tmp_path: Path) -> None:
+    target = load_target("portable-c")
+    assert target.host.bare_metal is not None
+    chip = target.host.bare_metal.model_copy(update={"board": "mps3-an574"})
+    host = target.host.model_copy(update={"bare_metal": chip})
+    bench = workbench(seed=15)
+    add_gemm(bench, 1, 8, 4)
+    with pytest.raises(QCompilerError, match="no such board, did you mean 'mps3-an547'"):
+        write_c(tmp_path, mcu.lower(bench.model(), target), host, [])
+
+
 # --- the command -------------------------------------------------------------------------------------------
 
 
