@@ -1,0 +1,437 @@
+"""The timing model beside other people's figures, and its speed.
+
+    python benchmarks/simulator.py [--vela PATH] [--scalesim PYTHON] [--zoo DIR] [--section NAME]
+
+Sections: `vela` compares every zoo network, quantized by us, with the Vela compiler's own report (operators, totals,
+memory); `systolic` compares with SCALE-Sim's cycles; `nvdla` with published frame rates; `speed` measures. Each writes
+benchmarks/results/simulator-NAME.md. `--vela` and `--scalesim` may belong to other environments.
+"""
+
+import csv
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import networks
+import numpy as np
+import typer
+import vela_reference
+from vela_reference import Network, Operator
+
+import qcompiler
+from qcompiler.compile import SILENT, Placed, place, schedule
+from qcompiler.costs import cost, region_cost
+from qcompiler.emit.tflite import tflite_of
+from qcompiler.errors import QCompilerError
+from qcompiler.simulator import engines
+from qcompiler.simulator.cost import RegionCost
+from qcompiler.simulator.mac_array import find_block, mac_array
+from qcompiler.simulator.workload import Feed, Port, Shape
+from qcompiler.target import MacArray, Npu, Systolic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GOLDEN = ROOT / "tests" / "simulator"
+DEFAULT_ZOO = Path(os.environ.get("QCOMPILER_ZOO", ROOT.parent / "shared" / "zoo"))
+
+ETHOS = ("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512")
+SRAM = 2 * 2**20
+"""Bytes, of every accelerator here: Vela's Shared_Sram mode keeps all feature maps there."""
+SEEN = ("kws_dscnn_tflite_int8_qdq", "resnet8_tflite_int8_qdq")
+"""Networks looked at while the model was written. Its formulas have no fitted figure; the others were held out."""
+NVDLA = {
+    "nvdla-large": 269,
+    "nvdla-1024": 153,
+    "nvdla-512": 93,
+    "nvdla-256": 46,
+    "nvdla-128": 20,
+    "nvdla-small": 7.3,
+    "nvdla-32": 3.6,
+}
+"""Frames a second."""
+
+
+# --- Vela ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One operator: the engine model on Vela's operator, whole."""
+
+    accelerator: str
+    network: str
+    theirs: Operator
+    same_block: bool
+    cycles: float
+
+    @property
+    def close(self) -> bool:
+        return abs(self.cycles / self.theirs.npu_cycles - 1) <= 0.10
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One network: our schedule, priced, and Vela's."""
+
+    accelerator: str
+    network: str
+    cycles: int
+    sram: int
+    theirs: Network
+
+
+def with_sram(name: str, folder: Path) -> Path:
+    """A bundled target with the SRAM both compilers are given."""
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"extends: {name}\ndescription: {name} as compared\nnpu: {{memories: {{sram: {{size: {SRAM} B}}}}}}\n"
+    )
+    return path
+
+
+def operator_cycles(shape: Shape, array: MacArray, npu: Npu, *, scales_staged: bool) -> float:
+    inside = Port.of(npu.scratchpad, npu.clock)
+    scales = inside if scales_staged else Port.of(npu.memories[npu.weight_memory], npu.clock)
+    return mac_array(shape, array, Feed(inside, inside, scales)).cycles
+
+
+def priced(placed: Placed) -> tuple[RegionCost, bytes] | None:
+    """The accelerator's part of a network: its cost, and itself as TFLite. None unless it is one region."""
+    regions = [region for region in placed.partition.regions if region.backend == "npu"]
+    if len(regions) != 1:
+        return None
+    program = schedule(placed)[regions[0].name]
+    return region_cost(program, placed.target), tflite_of(regions[0])
+
+
+def compare_with_vela(vela: Path, zoo: Path) -> tuple[list[Compared], list[Whole], list[str]]:
+    compared: list[Compared] = []
+    wholes: list[Whole] = []
+    left_out: list[str] = []
+    for model in sorted((zoo / "models").glob("*.onnx")):
+        for accelerator in ETHOS:
+            with TemporaryDirectory() as folder:
+                target = with_sram(accelerator, Path(folder))
+                try:
+                    placed = place(model, target, None, None, None, "minmax", 2, None, SILENT)
+                    found = priced(placed)
+                except QCompilerError as error:
+                    left_out.append(f"{model.stem}: {error}")
+                    break
+            if found is None:
+                left_out.append(f"{model.stem}: the accelerator gets it in several parts")
+                break
+            ours, tflite = found
+            theirs = vela_reference.run(vela, tflite, accelerator, SRAM)
+            wholes.append(Whole(accelerator, model.stem, ours.cycles, ours.peak_scratchpad, theirs))
+            npu = placed.target.npu
+            assert npu is not None
+            array = npu.engines["mac"].geometry
+            assert isinstance(array, MacArray)
+            for operator in theirs.operators:
+                if operator.shape is not None and operator.npu_cycles:
+                    cycles = operator_cycles(operator.shape, array, npu, scales_staged=operator.scales_staged)
+                    same = find_block(operator.shape, array).ofm == operator.block
+                    compared.append(Compared(accelerator, model.stem, operator, same, cycles))
+            print(f"{model.stem} on {accelerator}", file=sys.stderr)
+    return compared, wholes, left_out
+
+
+def vela_report(vela: Path, zoo: Path) -> str:
+    compared, wholes, left_out = compare_with_vela(vela, zoo)
+    write_golden(compared)
+    lines = [
+        "# The MAC array beside Vela 5.2.0",
+        "",
+        "Zoo networks quantized by us (ranges from random inputs, which change no cycle), emitted as TFLite and given "
+        f"to Vela with `--memory-mode {vela_reference.MEMORY_MODE}`, {SRAM // 2**20} MiB of SRAM and the system "
+        f"configurations {' and '.join(vela_reference.SYSTEM_CONFIG.values())}. Made by `benchmarks/simulator.py "
+        "--section vela`.",
+        "",
+        "The formulas follow Vela's source; no figure was fitted. Looked at while they were written: "
+        f"{', '.join(SEEN)}. All other networks were held out until the model was done.",
+        "",
+        "## Operators",
+        "",
+        "Vela's operators with 8-bit inputs, priced whole by the engine model: its block choice, and its cycles beside "
+        "Vela's NPU cycles (which include waiting for weights that were not there in time).",
+        "",
+        "| accelerator | networks | operators | same OFM block | cycles within 10% | median error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, chosen in (
+        ("held out", lambda item: item.network not in SEEN),
+        ("looked at", lambda item: item.network in SEEN),
+    ):
+        for accelerator in ETHOS:
+            some = [item for item in compared if item.accelerator == accelerator and chosen(item)]
+            lines.append(f"| {accelerator} | {name} | {_operator_row(some)} |")
+    lines += [f"| all | all | {_operator_row(compared)} |", "", "## Networks", ""]
+    lines += [
+        "Our schedule priced by the simulator, beside Vela's total cycles (memory accesses included) and SRAM. Ours "
+        "copies inputs and outputs from and to external memory; Vela's input is in SRAM, where it transposes it.",
+        "",
+        "| network | accelerator | our cycles | Vela's | | our SRAM | Vela's | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_network_row(whole) for whole in wholes]
+    close = sum(abs(_off(whole.cycles, whole.theirs.total_cycles)) <= 0.10 for whole in wholes)
+    small = sum(_off(whole.sram, whole.theirs.sram_bytes) <= 0.15 for whole in wholes)
+    lines += [
+        "",
+        f"Totals within 10%: {close} of {len(wholes)}. SRAM within 15% or lower: {small} of {len(wholes)}.",
+        *(["", "Left out:", "", *[f"- {reason}" for reason in left_out]] if left_out else []),
+    ]
+    return "\n".join(lines)
+
+
+def _operator_row(items: Sequence[Compared]) -> str:
+    blocks, close = sum(item.same_block for item in items), sum(item.close for item in items)
+    error = median(abs(_off(item.cycles, item.theirs.npu_cycles)) for item in items)
+    share = f"{blocks} ({blocks / len(items):.1%}) | {close} ({close / len(items):.1%})"
+    return f"{len(items)} | {share} | {error:.2%}"
+
+
+def _network_row(whole: Whole) -> str:
+    theirs = whole.theirs
+    return (
+        f"| {whole.network} | {whole.accelerator} | {whole.cycles} | {theirs.total_cycles} "
+        f"| {_off(whole.cycles, theirs.total_cycles):+.1%} | {whole.sram} | {theirs.sram_bytes} "
+        f"| {_off(whole.sram, theirs.sram_bytes):+.1%} |"
+    )
+
+
+def _off(ours: float, theirs: float) -> float:
+    return ours / theirs - 1
+
+
+def write_golden(compared: Iterable[Compared]) -> None:
+    """Every distinct operator once, for the tests to compare with where there is no Vela."""
+    rows = sorted(
+        {
+            (
+                item.accelerator, shape.op, *shape.ofm, *shape.ifm, *shape.kernel, *shape.stride, *shape.dilation,
+                shape.groups, shape.ofm_bits, *(shape.second or ("", "", "")), int(item.theirs.scales_staged),
+                *item.theirs.block, item.theirs.npu_cycles,
+            )
+            for item in compared
+            if (shape := item.theirs.shape) is not None
+        },
+        key=str,
+    )  # fmt: skip
+    with (GOLDEN / "vela_operators.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(VELA_COLUMNS)
+        table.writerows(rows)
+
+
+VELA_COLUMNS = (
+    "accelerator", "op", "ofm_h", "ofm_w", "ofm_c", "ifm_h", "ifm_w", "ifm_c", "kernel_h", "kernel_w", "stride_h",
+    "stride_w", "dilation_h", "dilation_w", "groups", "ofm_bits", "second_h", "second_w", "second_c", "scales_staged",
+    "block_h", "block_w", "block_c", "npu_cycles",
+)  # fmt: skip
+
+
+# --- SCALE-Sim -----------------------------------------------------------------------------------------------------
+
+
+def systolic_report() -> str:
+    rows = tuple(csv.DictReader((GOLDEN / "scalesim_cycles.csv").open()))
+    lines = [
+        "# Systolic arrays beside SCALE-Sim 3.0.0",
+        "",
+        "Compute cycles of every distinct convolution and matrix product; SCALE-Sim's are in "
+        "tests/simulator/scalesim_cycles.csv, made by `benchmarks/scalesim_cycles.py`.",
+        "",
+        "| network | array | dataflow | layers | equal | cycles |",
+        "|---|---|---|---|---|---|",
+    ]
+    keys = dict.fromkeys((row["network"], int(row["array"]), row["dataflow"]) for row in rows)
+    for network, size, dataflow in keys:
+        array = Systolic.model_validate({"kind": "systolic", "rows": size, "cols": size, "dataflow": dataflow})
+        mine = [
+            row for row in rows if (row["network"], row["array"], row["dataflow"]) == (network, str(size), dataflow)
+        ]
+        ours = [_systolic_cycles(row, array) for row in mine]
+        equal = sum(int(cycles == int(row["cycles"])) for cycles, row in zip(ours, mine, strict=True))
+        lines.append(f"| {network} | {size}x{size} | {dataflow} | {len(mine)} | {equal} | {sum(ours)} |")
+    return "\n".join(lines)
+
+
+def _systolic_cycles(row: dict[str, str], array: Systolic) -> int:
+    """Of one group."""
+    m, k, n = (int(row[name]) for name in ("m", "k", "n"))
+    shape = Shape("conv", (1, m, n), (1, m, k), (1, 1), (1, 1), (1, 1), 1, 8, 8, 8, 1)
+    return int(engines.systolic(shape, array, array.rows * array.cols).cycles)
+
+
+# --- NVDLA ---------------------------------------------------------------------------------------------------------
+
+
+def nvdla_report() -> str:
+    lines = [
+        "# ResNet-50 on seven configurations of NVDLA",
+        "",
+        "Our schedule of a ResNet-50 of seeded weights, priced by the simulator, beside the frame rates of "
+        "nvdla.org/primer.html. The specs differ only in hardware figures; there is no factor per row.",
+        "",
+        "| spec | published, frames/s | ours | |",
+        "|---|---|---|---|",
+    ]
+    close = 0
+    with TemporaryDirectory() as folder:
+        model = networks.resnet_50(Path(folder) / "resnet_50.onnx")
+        for name, published in NVDLA.items():
+            placed = place(model, name, None, None, None, "minmax", 1, None, SILENT)
+            programs = schedule(placed)
+            seconds = sum(region_cost(program, placed.target).seconds for program in programs.values())
+            close += abs(_off(1 / seconds, published)) <= 0.25
+            lines.append(f"| {name} | {published} | {1 / seconds:.2f} | {_off(1 / seconds, published):+.0%} |")
+            print(lines[-1], file=sys.stderr)
+    return "\n".join([*lines, "", f"Within 25%: {close} of {len(NVDLA)}."])
+
+
+# --- speed ---------------------------------------------------------------------------------------------------------
+
+
+def speed_report(scalesim: Path | None) -> str:
+    """Best of several, single-threaded."""
+    with TemporaryDirectory() as folder:
+        model = networks.mobilenet_v2(Path(folder) / "mobilenet_v2.onnx")
+        placed = place(model, "arm-npu", None, None, None, "minmax", 1, None, SILENT)
+        programs = schedule(placed)
+        costs = cost(placed.partition, programs, placed.target, 0, placed.layers)
+        planning = _best(lambda: schedule(placed))
+        pricing = _best(lambda: cost(placed.partition, programs, placed.target, 0, placed.layers))
+        loaded = qcompiler.compile(model, "arm-npu", output=Path(folder) / "net.qc", samples=1)
+        image = {"image": np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)}
+        running = _best(lambda: loaded.run(image))
+        macs, cycles = costs.totals.npu_macs, costs.totals.npu_cycles
+    lines = [
+        "# Speed",
+        "",
+        f"MobileNetV2 1.0 at 224x224 of seeded weights on arm-npu: {macs / 1e6:.0f} million multiply-accumulates, "
+        f"{cycles:.0f} simulated cycles. One thread, best of five.",
+        "",
+        "| | seconds |",
+        "|---|---|",
+        f"| schedule: tiles, memory plan | {planning:.3f} |",
+        f"| static cost: command words and their price | {pricing:.3f} |",
+        f"| together | {planning + pricing:.3f} |",
+        f"| functional simulation, bit-exact | {running:.3f} |",
+    ]
+    if scalesim is not None:
+        lines += _scalesim_rows(scalesim)
+    return "\n".join(lines)
+
+
+SCALESIM_LAYER = (49, 576, 64)
+"""A 3x3 convolution of 64 channels at 7x7, as one matrix product."""
+
+
+def _scalesim_rows(scalesim: Path) -> list[str]:
+    """One layer through the whole of SCALE-Sim, memory model included."""
+    m, k, n = SCALESIM_LAYER
+    with TemporaryDirectory() as folder:
+        place_of = Path(folder)
+        (place_of / "layers.csv").write_text(f"Layer,M,N,K,\nlayer,{m},{n},{k},\n")
+        (place_of / "layout.csv").write_text("")
+        (place_of / "array.cfg").write_text(SCALESIM_CONFIG)
+        started = time.perf_counter()
+        subprocess.run(
+            [str(scalesim), "-m", "scalesim.scale", "-c", "array.cfg", "-t", "layers.csv", "-l", "layout.csv", "-i",
+             "gemm", "-p", folder, "-s", "N"],
+            cwd=folder, check=True, capture_output=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+    cycles = engines.weight_stationary_cycles(m, k, n, 16, 16)
+    return [
+        "",
+        f"SCALE-Sim 3.0.0 took {seconds:.1f} s for a [{m}, {k}] x [{k}, {n}] product on a 16x16 array: "
+        f"{seconds / cycles * 1e6:.0f} microseconds a cycle of {cycles}.",
+    ]
+
+
+SCALESIM_CONFIG = """[general]
+run_name = speed
+
+[architecture_presets]
+ArrayHeight: 16
+ArrayWidth: 16
+IfmapSramSzkB: 64
+FilterSramSzkB: 64
+OfmapSramSzkB: 64
+IfmapOffset: 0
+FilterOffset: 10000000
+OfmapOffset: 20000000
+Bandwidth : 10
+Dataflow : ws
+MemoryBanks: 1
+ReadRequestBuffer: 32
+WriteRequestBuffer: 32
+
+[layout]
+IfmapCustomLayout: False
+IfmapSRAMBankBandwidth: 10
+IfmapSRAMBankNum: 10
+IfmapSRAMBankPort: 2
+FilterCustomLayout: False
+FilterSRAMBankBandwidth: 10
+FilterSRAMBankNum: 10
+FilterSRAMBankPort: 2
+
+[sparsity]
+SparsitySupport : false
+SparseRep : ellpack_block
+OptimizedMapping : false
+BlockSize : 8
+RandomNumberGeneratorSeed : 40
+
+[run_presets]
+InterfaceBandwidth: CALC
+UseRamulatorTrace: False
+"""
+
+
+def _best(work: Callable[[], object], times: int = 5) -> float:
+    taken: list[float] = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+# --- command -------------------------------------------------------------------------------------------------------
+
+
+def main(
+    section: Annotated[list[str] | None, typer.Option(help="vela, systolic, nvdla or speed; all by default.")] = None,
+    vela: Annotated[Path, typer.Option(help="The vela program.")] = Path("vela"),
+    scalesim: Annotated[Path | None, typer.Option(help="A Python that has scalesim.")] = None,
+    zoo: Annotated[Path, typer.Option(help="The model zoo.")] = DEFAULT_ZOO,
+) -> None:
+    logging.disable(logging.WARNING)  # every model is calibrated on random inputs, on purpose
+    reports: dict[str, Callable[[], str]] = {
+        "systolic": systolic_report,
+        "nvdla": nvdla_report,
+        "speed": lambda: speed_report(scalesim),
+        "vela": lambda: vela_report(vela, zoo),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in section or list(reports):
+        text = reports[name]()
+        (RESULTS / f"simulator-{name}.md").write_text(text + "\n")
+        print(text, end="\n\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,79 @@
+"""Blocks and cycles of the MAC array beside those Arm's compiler chose and estimated, operator by operator."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from qcompiler.simulator.mac_array import find_block, mac_array
+from qcompiler.simulator.workload import Dims, Feed, OpClass, Port, Shape
+from qcompiler.target import MacArray, Target
+from qcompiler.target_loader import load_target
+
+ROWS = tuple(csv.DictReader((Path(__file__).parent / "vela_operators.csv").open()))
+"""Distinct operators of the zoo's networks in ethos-u-vela 5.2.0, made by benchmarks/simulator.py."""
+TARGETS = ("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256", "ethos-u65-512")
+CLASSES: Mapping[str, OpClass] = {
+    "conv": "conv", "depthwise": "depthwise", "max_pool": "max_pool", "average_pool": "average_pool", "add": "add",
+    "mul": "mul", "requantize": "requantize", "lookup": "lookup",
+}  # fmt: skip
+
+
+def array_of(target: Target) -> MacArray:
+    assert target.npu is not None
+    geometry = target.npu.engines["mac"].geometry
+    assert isinstance(geometry, MacArray)
+    return geometry
+
+
+def dims(row: Mapping[str, str], name: str) -> Dims:
+    return int(row[f"{name}_h"]), int(row[f"{name}_w"]), int(row[f"{name}_c"])
+
+
+def pair(row: Mapping[str, str], name: str) -> tuple[int, int]:
+    return int(row[f"{name}_h"]), int(row[f"{name}_w"])
+
+
+def shape_of(row: Mapping[str, str]) -> Shape:
+    return Shape(
+        CLASSES[row["op"]], dims(row, "ofm"), dims(row, "ifm"), pair(row, "kernel"), pair(row, "stride"),
+        pair(row, "dilation"), int(row["groups"]), 8, int(row["ofm_bits"]), 8, 1,
+        dims(row, "second") if row["second_h"] else None,
+    )  # fmt: skip
+
+
+def rows_of(target: str) -> list[dict[str, str]]:
+    rows = [row for row in ROWS if row["accelerator"] == target]
+    assert len(rows) > 50
+    return rows
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_blocks_are_those_vela_chooses(name: str) -> None:
+    array = array_of(load_target(name))
+    wrong = [row for row in rows_of(name) if find_block(shape_of(row), array).ofm != dims(row, "block")]
+    assert len(wrong) <= 0.05 * len(rows_of(name)), wrong
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_cycles_are_near_velas(name: str) -> None:
+    target = load_target(name)
+    assert target.npu is not None
+    inside = Port.of(target.npu.scratchpad, target.npu.clock)
+    outside = Port.of(target.npu.memories[target.npu.weight_memory], target.npu.clock)
+    near = 0
+    for row in rows_of(name):
+        feed = Feed(inside, inside, inside if row["scales_staged"] == "1" else outside)
+        near += abs(mac_array(shape_of(row), array_of(target), feed).cycles / int(row["npu_cycles"]) - 1) <= 0.10
+    # Vela's figures include waits for weights that the engine itself does not know of.
+    assert near >= 0.85 * len(rows_of(name))
+
+
+def test_blocks_are_whole_micro_blocks_within_the_limits() -> None:
+    for name in TARGETS:
+        array = array_of(load_target(name))
+        for size in ((1, 1, 1), (3, 5, 7), (17, 33, 65), (200, 300, 500)):
+            block = find_block(Shape("conv", size, size, (3, 3), (1, 1), (1, 1), 1, 8, 8, 8, 1), array).ofm
+            for extent, step, limit, whole in zip(block, array.ublock, array.block_max, size, strict=True):
+                assert extent % step == 0 and extent <= limit and extent < whole + step
