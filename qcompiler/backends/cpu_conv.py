@@ -206,6 +206,14 @@ def fold_zero_points(problem: Problem, x_dtype: str) -> Folded:
     )
 
 
+def sum_dtype(problem: Problem) -> str:
+    """What sums of products fit in: int64 only if 16-bit activations could take some sum beyond int32."""
+    if problem.x_dtype != "int16":
+        return "int32"
+    largest = np.abs(problem.weights.astype(np.int64)).sum(axis=(1, 2, 3)) * (1 << 15)
+    return "int32" if (largest + np.abs(problem.epilogue.bias.astype(np.int64))).max() < 1 << 31 else "int64"
+
+
 def _shifted(x: Expr, offset: int, dtype: str) -> Expr:
     return x if offset == 0 else (x.astype("int32") + offset).astype(dtype)
 
@@ -218,7 +226,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def _dot_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel:
-    dot = dot_product(host)
+    dot = dot_product(host) if problem.x_dtype != "int16" else None
     quad = QUAD if dot else 1
     lanes = dot.lanes if dot else host.vector_bytes // 4
     x_dtype = problem.x_dtype if dot is None else "uint8" if dot.unsigned else "int8"
@@ -262,28 +270,31 @@ def _dot_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Ker
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(taps, "kx")
     q, r = te.reduce_axis(quads, "q"), te.reduce_axis(quad, "r")
 
+    sums = sum_dtype(problem)
+
     def product(b: Expr, i: Expr, j: Expr, g: Expr, o: Expr, v: Expr) -> Expr:
         column = (j * sx + kx * dx) * pitch + g * padded_depth + q * quad + r
-        pixel = staged[b, i * sy + ky * dy, column].astype("int32")
-        return te.reduce_sum(pixel * weights[g, o, ky, kx, q, v, r].astype("int32"), axis=[ky, kx, q, r])
+        pixel = staged[b, i * sy + ky * dy, column].astype(sums)
+        return te.reduce_sum(pixel * weights[g, o, ky, kx, q, v, r].astype(sums), axis=[ky, kx, q, r])
 
     accumulator = te.compute((n, oh, wide, group, blocks, lanes), product, "accumulator")
     window_sum = _window_sum(staged, problem, folded, (wide, pitch, padded_depth)) if folded.w_zero_point else None
 
-    epilogue = problem.epilogue
+    epilogue, wide_sums = problem.epilogue, problem.x_dtype == "int16"
 
     def finish(b: Expr, i: Expr, j: Expr, g: Expr, o: Expr, v: Expr) -> Expr:
-        total = accumulator[b, i, j, g, o, v] + bias[g, o, v]
+        total = accumulator[b, i, j, g, o, v] + bias[g, o, v].astype(sums)
         if window_sum is not None:
             total = total - window_sum[b, i, j, g] * folded.w_zero_point
         return te_arithmetic.requantize(
-            total,
+            total.astype("int64") if wide_sums else total,
             multiplier[g, o, v],
             shift[g, o, v],
             epilogue.variant,
             epilogue.zero_point,
             epilogue.limits,
             epilogue.dtype,
+            wide=wide_sums,
         )
 
     output = te.compute(te.shape_of(accumulator), finish, "output")
@@ -397,24 +408,27 @@ def _depthwise_convolution(problem: Problem, x_value: ir.Value, host: HostCode) 
     weights = nibbles.unpacked(stored, taps.shape) if folded.four_bits else stored
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
 
+    sums, wide_sums = sum_dtype(problem), problem.x_dtype == "int16"
+
     def pixel(b: Expr, i: Expr, j: Expr, k: Expr, tap_y: Expr | int, tap_x: Expr | int) -> Expr:
-        return staged[b, i * sy + tap_y * dy, (j * sx + tap_x * dx) * c + k].astype("int32")
+        return staged[b, i * sy + tap_y * dy, (j * sx + tap_x * dx) * c + k].astype(sums)
 
     def product(b: Expr, i: Expr, j: Expr, k: Expr) -> Expr:
-        total = pixel(b, i, j, k, ky, kx) * (weights[ky, kx, k].astype("int32") - folded.w_zero_point)
+        total = pixel(b, i, j, k, ky, kx) * (weights[ky, kx, k].astype(sums) - folded.w_zero_point)
         return te.reduce_sum(total, axis=[ky, kx])
 
     accumulator = te.compute((n, oh, ow, c), product, "accumulator")
     output = te.compute(
         (n, oh, ow, c),
         lambda b, i, j, k: te_arithmetic.requantize(
-            accumulator[b, i, j, k] + bias[k],
+            (accumulator[b, i, j, k] + bias[k].astype(sums)).astype("int64" if wide_sums else "int32"),
             multiplier[k],
             shift[k],
             epilogue.variant,
             epilogue.zero_point,
             epilogue.limits,
             epilogue.dtype,
+            wide=wide_sums,
         ),
         "output",
     )

@@ -22,10 +22,11 @@ def add(node: ir.Node, host: HostCode) -> Kernel:
     op = QAdd.of(node)
     dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
     factors = (op.multiplier_a, op.shift_a, op.multiplier_b, op.shift_b, op.multiplier_y, op.shift_y)
+    bits = 8 * dtype_of(data_input(node)).itemsize
 
     def expression(a: Expr, b: Expr) -> Expr:
         left, right = a.astype("int32") - op.a_zero_point, b.astype("int32") - op.b_zero_point
-        total = te_arithmetic.add(left, right, factors, variant(op.requantize), subtract=bool(op.subtract))
+        total = te_arithmetic.add(left, right, factors, variant(op.requantize), subtract=bool(op.subtract), bits=bits)
         return te_arithmetic.saturate(total, op.y_zero_point, limits, dtype)
 
     return elementwise([data_input(node), data_input(node, 1)], node.outputs[0], expression, host)

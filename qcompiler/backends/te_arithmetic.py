@@ -9,7 +9,7 @@ loaded from parameters, never constants.
 from qcompiler.backends import te
 from qcompiler.backends.te import Expr
 from qcompiler.quant import tflite_functions
-from qcompiler.quant.arithmetic import TFLITE_ADD_LEFT_SHIFT, AddFactors, RequantizeVariant
+from qcompiler.quant.arithmetic import AddFactors, RequantizeVariant, add_left_shift
 
 DTYPE_RANGES: dict[str, tuple[int, int]] = {
     "int8": (-128, 127),
@@ -46,6 +46,17 @@ def rescale(acc: Expr, multiplier: Expr, shift: Expr, variant: RequantizeVariant
     return te.shift_right(te.shift_left(acc.astype("int64"), left) + rounding, right)
 
 
+def rescale_wide(acc: Expr, multiplier: Expr, shift: Expr, variant: RequantizeVariant) -> Expr:
+    """`arithmetic.rescale_wide` of an int64 accumulator, types as in `rescale`."""
+    if variant in ("float32", "shift"):
+        return rescale(acc, multiplier, shift, variant)
+    total = (15 - shift).astype("int64")
+    rounded = te.shift_right(multiplier.astype("int64") + _one(15), te.const(16, "int64"))
+    reduced = te.minimum(rounded, te.const(0x7FFF, "int64"))
+    rounding = te.shift_left(te.const(1, "int64"), total - 1)
+    return te.shift_right(acc * reduced + rounding, total)
+
+
 def _one(position: int) -> Expr:
     return te.const(1 << position, "int64")
 
@@ -67,30 +78,34 @@ def requantize(
     zero_point: int,
     limits: tuple[int, int],
     dtype: str,
+    *,
+    wide: bool = False,
 ) -> Expr:
-    """`arithmetic.requantize`: int32 accumulator to the quantized output."""
+    """`arithmetic.requantize`: accumulator, int32 or, if `wide`, int64, to the quantized output."""
     low, high = limits[0] - zero_point, limits[1] - zero_point
     if variant == "float32":
         # The bounds are whole numbers a float32 holds, so clamping before rounding changes nothing and saves a step.
         scaled = acc.astype("float32") * multiplier
         rounded = te.rint(te.clamp(scaled, float(low), float(high))).astype("int32")
     else:
-        rounded = te.clamp(rescale(acc, multiplier, shift, variant), low, high).astype("int32")
+        scaled = (rescale_wide if wide else rescale)(acc, multiplier, shift, variant)
+        rounded = te.clamp(scaled, low, high).astype("int32")
     return (rounded + zero_point).astype(dtype)
 
 
-def add(a: Expr, b: Expr, factors: AddFactors, variant: RequantizeVariant, *, subtract: bool) -> Expr:
+def add(a: Expr, b: Expr, factors: AddFactors, variant: RequantizeVariant, *, subtract: bool, bits: int = 8) -> Expr:
     """`arithmetic.add` of zero-point-free int32 operands; int32 or int64."""
     ma, sa, mb, sb, my, sy = factors
     if variant == "tflite":
-        left = te.const(TFLITE_ADD_LEFT_SHIFT, "int32")
+        left = te.const(add_left_shift(bits), "int32")
         scaled_a = rescale(te.shift_left(a, left), *_pair(ma, sa), "tflite")
         scaled_b = rescale(te.shift_left(b, left), *_pair(mb, sb), "tflite")
         return rescale(scaled_a - scaled_b if subtract else scaled_a + scaled_b, *_pair(my, sy), "tflite")
     # `add_factors` keeps two products of 8-bit operands and the rounding term inside 32 bits.
-    product_a, product_b = a * ma, b * mb
+    dtype = "int64" if bits == 16 else "int32"
+    product_a, product_b = a.astype(dtype) * te.const(ma, dtype), b.astype(dtype) * te.const(mb, dtype)
     total = product_a - product_b if subtract else product_a + product_b
-    return te.shift_right(total + (1 << (sy - 1)), te.const(sy, "int32"))
+    return te.shift_right(total + te.const(1 << (sy - 1), dtype), te.const(sy, dtype))
 
 
 def _pair(multiplier: int, shift: int) -> tuple[Expr, Expr]:

@@ -24,7 +24,7 @@ from qcompiler.passes.rewriting import infer_types
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import RequantizeVariant
 
-_EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 TABLE_SIZE = 256
@@ -32,11 +32,15 @@ TABLE_SIZE = 256
 
 @dataclass(frozen=True)
 class Format:
-    """Per-tensor 8-bit quantization: real = (q - zero_point) * scale."""
+    """Per-tensor quantization in 8 bits, or in 16 with zero point 0: real = (q - zero_point) * scale."""
 
     dtype: ir.DataType
     scale: np.float32
     zero_point: int
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.numpy().itemsize
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -50,7 +54,8 @@ class Format:
         return arithmetic.dequantize(q, self.scale, self.zero_point)
 
     def codes(self) -> np.ndarray:
-        """All 256 integers, lowest first: the order of a QLookup table."""
+        """All 256 integers of 8 bits, lowest first: the order of a QLookup table."""
+        assert self.bits == 8
         low, high = self.limits
         return np.arange(low, high + 1).astype(self.dtype.numpy())
 
@@ -99,16 +104,23 @@ class Output:
 
 
 def format_of(node: ir.Node) -> Format | None:
-    """The format a QuantizeLinear makes or a DequantizeLinear reads; None if not per-tensor 8-bit and constant."""
+    """The format a QuantizeLinear makes or a DequantizeLinear reads; None if not constant, per tensor and in `Format`."""
     quantized = node.outputs[0] if node.op_type == "QuantizeLinear" else data_input(node)
     scale, zero_point = const_of(input_of(node, 1)), const_of(input_of(node, 2))
     has_zero_point = input_of(node, 2) is not None
-    if quantized.dtype not in _EIGHT_BITS or scale is None or scale.size != 1 or scale.dtype != np.float32:
+    if (
+        quantized.dtype not in (*EIGHT_BITS, ir.DataType.INT16)
+        or scale is None
+        or scale.size != 1
+        or scale.dtype != np.float32
+    ):
         return None
     if has_zero_point and (zero_point is None or zero_point.size != 1):
         return None
     assert quantized.dtype is not None
     zero = int(zero_point.reshape(())) if zero_point is not None else 0
+    if quantized.dtype == ir.DataType.INT16 and zero:
+        return None
     return Format(quantized.dtype, np.float32(scale.reshape(())), zero)
 
 

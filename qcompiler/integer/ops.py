@@ -1,8 +1,11 @@
 """The integer operators: the `qcompiler` ONNX domain, version 1.
 
-A realized model is an ordinary ONNX graph in which every quantized tensor really is int8 or uint8. It holds
+A realized model is an ordinary ONNX graph in which every quantized tensor really is int8, uint8 or int16. It holds
 these operators, standard data movement on integer tensors (Reshape, Transpose, Concat, Split, Slice, Pad,
 Clip, ArgMax…), QuantizeLinear and DequantizeLinear at the borders, and whatever stays in float.
+
+16-bit tensors have zero point 0. Their products with weights accumulate in 64 bits and end in
+`arithmetic.rescale_wide`; their sums and means stay within 32. Lookup, softmax and interpolation take 8 bits.
 
 Feature maps are NHWC, convolution weights OHWI (``[out, kernel_h, kernel_w, in / group]``), and the
 arithmetic is spelt out: zero points and clamps are attributes, rescale factors are constant inputs
@@ -45,7 +48,8 @@ class IntegerOp:
 class QConv(IntegerOp):
     """2-D convolution, grouped and depthwise (group == in channels) included.
 
-    Inputs: x [N,H,W,C] int8|uint8; w [O,KH,KW,C/group] int4|int8|uint8; bias [O] int32; multiplier [O]; shift [O].
+    Inputs: x [N,H,W,C] int8|uint8|int16; w [O,KH,KW,C/group] int4|int8|uint8; bias [O] int32; multiplier [O];
+    shift [O].
     Output: y [N,OH,OW,O].  y = requant(bias + Σ (x - x_zero_point)(w - w_zero_point)); padding adds nothing.
     pads: top, left, bottom, right.
     """

@@ -28,9 +28,11 @@ def add(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value 
     if operands is None:
         return None
     a, b = operands
+    if a.format.bits != b.format.bits:
+        return None
     try:
         factors = arithmetic.add_factors(
-            float(a.format.scale), float(b.format.scale), float(out.format.scale), builder.variant
+            float(a.format.scale), float(b.format.scale), float(out.format.scale), builder.variant, bits=a.format.bits
         )
     except QCompilerError:
         # The scales lie too far apart for the integer formula; floating point has no such limit.
@@ -85,10 +87,10 @@ def _operands(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> tup
 
 
 def _quantize_constant(builder: Builder, array: np.ndarray, dtype: ir.DataType, hint: str) -> Quantized:
-    """Constants over their own range: symmetric int8, or asymmetric uint8, as the other operand is."""
+    """Constants over their own range: symmetric and signed, or asymmetric uint8, as the other operand is."""
     low, high = min(float(array.min(initial=0)), 0.0), max(float(array.max(initial=0)), 0.0)
-    signed = dtype == ir.DataType.INT8
-    scale = np.float32(max(high, -low) / 127 if signed else (high - low) / 255)
+    signed = dtype != ir.DataType.UINT8
+    scale = np.float32(max(high, -low) / np.iinfo(dtype.numpy()).max if signed else (high - low) / 255)
     if scale == 0:
         scale = np.float32(1)
     fmt = Format(dtype, scale, 0 if signed else int(np.clip(np.rint(-low / scale), 0, 255)))
@@ -107,6 +109,8 @@ def lookup(builder: Builder, forms: Forms, value: ir.Value, out: Output) -> ir.V
     if not expression.add(value) or expression.leaf is None or expression.leaf.shape != shape_of(value):
         return None
     leaf = expression.leaf
+    if max(leaf.format.bits, out.format.bits) > 8:
+        return None
     function = "+".join(node.op_type for node in expression.nodes)
     unit = (np.float32(tflite_functions.LOGISTIC_OUTPUT_SCALE), out.format.limits[0])
     kernel = (builder.variant, function, leaf.format.dtype) == ("tflite", "Sigmoid", out.format.dtype)

@@ -73,9 +73,9 @@ def reduce_mean(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> i
 
 
 def softmax(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
-    """Softmax over any axis, which is brought last."""
+    """Softmax of 8 bits over any axis, which is brought last."""
     x = forms.of(data_input(node))
-    if x is None:
+    if x is None or max(x.format.bits, out.format.bits) > 8:
         return None
     rank = len(x.shape)
     axis = integer(node, "axis", -1) % rank
@@ -114,6 +114,8 @@ def resize_linear(builder: Builder, forms: Forms, node: ir.Node, out: Output) ->
     """Bilinear Resize of height and width."""
     x = forms.of(data_input(node))
     if x is None or string(node, "mode", "nearest") != "linear" or not is_plain_resize(node):
+        return None
+    if x.format.bits > 8:  # 22 bits of weights leave no room in 32
         return None
     tables: list[ir.Value] = []
     for size, count, scale in zip(x.shape[2:], out.shape[2:], spatial_scales(node), strict=True):

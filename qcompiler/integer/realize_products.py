@@ -49,7 +49,7 @@ class Weights:
 def conv(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
     """1-D and 2-D Conv with constant weights."""
     x, weights = forms.of(data_input(node)), _weights(input_of(node, 1), 0)
-    if x is None or weights is None or len(x.shape) not in (3, 4):
+    if x is None or weights is None or len(x.shape) not in (3, 4) or not _multipliable(x, weights):
         return None
     kernel = weights.array.shape[2:]
     ones = (1,) * len(kernel)
@@ -74,7 +74,7 @@ def conv_transpose(builder: Builder, forms: Forms, node: ir.Node, out: Output) -
     """1-D and 2-D ConvTranspose with constant weights."""
     group = integer(node, "group", 1)
     x, weights = forms.of(data_input(node)), _weights(input_of(node, 1), 1, repeat=group)
-    if x is None or weights is None or len(x.shape) not in (3, 4):
+    if x is None or weights is None or len(x.shape) not in (3, 4) or not _multipliable(x, weights):
         return None
     channels, outputs, *kernel = weights.array.shape
     ones = (1,) * len(kernel)
@@ -150,7 +150,7 @@ def _matmul_plus(builder: Builder, forms: Forms, node: ir.Node, bias: ir.Value |
         product = _gemm(builder, Quantized(rows, a.format), transposed, bias, 1.0, inner)
         return builder.reshape(product, out.shape, out.name) if product is not None else None
     b = forms.of(second)
-    if b is None or bias is not None or min(len(a.shape), len(b.shape)) < 2:
+    if b is None or bias is not None or min(len(a.shape), len(b.shape)) < 2 or max(a.format.bits, b.format.bits) > 8:
         return None
     op = ops.QMatMul(a.format.zero_point, b.format.zero_point, out.format.zero_point, *out.clamp, builder.variant)
     factors = builder.encoded(builder.factor([a.format.scale, b.format.scale], out.format.scale), out.name)
@@ -161,7 +161,7 @@ def _gemm(
     builder: Builder, x: Quantized, weights: Weights, bias: ir.Value | None, beta: float, out: Output
 ) -> ir.Value | None:
     bias_integers = _bias(builder, bias, x, weights, out, beta)
-    if bias_integers is None:
+    if bias_integers is None or not _multipliable(x, weights):
         return None
     op = ops.QGemm(x.format.zero_point, weights.zero_point, out.format.zero_point, *out.clamp, builder.variant)
     constant = builder.constant(weights.array, f"{out.name}.weights")
@@ -169,6 +169,11 @@ def _gemm(
     inputs = [x.value, constant, bias_integers]
     factors = _factors(builder, x, weights, out)
     return builder.operator(op, [*inputs, *factors], out.shape, out.format.dtype, out.name)
+
+
+def _multipliable(x: Quantized, weights: Weights) -> bool:
+    """16-bit activations, as in TFLite, go with signed weights of zero point 0."""
+    return x.format.bits == 8 or (weights.zero_point == 0 and weights.array.dtype != np.uint8)
 
 
 def _weights(value: ir.Value | None, outputs_axis: int, repeat: int = 1) -> Weights | None:

@@ -206,10 +206,25 @@ def _requantize(
     acc: np.ndarray,
     multiplier: Array,
     shift: Array,
+    *,
+    wide: bool = False,
 ) -> Array:
     assert op.requantize in arithmetic.REQUANTIZE_VARIANTS
     clamp = (op.clamp_min, op.clamp_max)
-    return arithmetic.requantize(acc, multiplier, shift, op.requantize, op.y_zero_point, clamp, form.dtype)
+    return arithmetic.requantize(acc, multiplier, shift, op.requantize, op.y_zero_point, clamp, form.dtype, wide=wide)
+
+
+def _finish(
+    op: ops.QConv | ops.QConvTranspose | ops.QGemm,
+    form: Form,
+    x: Array,
+    acc: np.ndarray,
+    multiplier: Array,
+    shift: Array,
+) -> Array:
+    """Sums of products: of 16-bit activations as they are, of 8-bit ones wrapped to int32."""
+    wide = x.dtype == np.int16
+    return _requantize(op, form, acc if wide else _wrap(acc), multiplier, shift, wide=wide)
 
 
 def _windows(
@@ -245,7 +260,7 @@ def conv(node: ir.Node, form: Form, x: Array, w: Array, bias: Array, multiplier:
             filters = weights[group * outputs : (group + 1) * outputs].reshape(outputs, taps * depth)
             parts.append(_matmul(part.reshape(n * height * width, taps * depth), filters.T))
         acc = np.concatenate(parts, axis=1).reshape(form.shape)
-    return _requantize(op, form, _wrap(acc + bias), multiplier, shift)
+    return _finish(op, form, x, acc + bias, multiplier, shift)
 
 
 def conv_transpose(
@@ -273,14 +288,14 @@ def conv_transpose(
                 part = centred[..., group * depth : (group + 1) * depth].reshape(-1, depth)
                 target[..., out] += _matmul(part, weights[out, ky, kx].T).reshape(n, height, width, outputs)
     acc = canvas[:, op.pads[0] : op.pads[0] + form.shape[1], op.pads[1] : op.pads[1] + form.shape[2]]
-    return _requantize(op, form, _wrap(acc + bias), multiplier, shift)
+    return _finish(op, form, x, acc + bias, multiplier, shift)
 
 
 def gemm(node: ir.Node, form: Form, x: Array, w: Array, bias: Array, multiplier: Array, shift: Array) -> Array:
     """QGemm."""
     op = ops.QGemm.of(node)
     acc = _matmul(_minus(x, op.x_zero_point), _minus(w, op.w_zero_point).T)
-    return _requantize(op, form, _wrap(acc + bias), multiplier, shift)
+    return _finish(op, form, x, acc + bias, multiplier, shift)
 
 
 def matmul(node: ir.Node, form: Form, a: Array, b: Array, multiplier: Array, shift: Array) -> Array:
@@ -296,7 +311,8 @@ def add(node: ir.Node, form: Form, a: Array, b: Array) -> Array:
     assert op.requantize in arithmetic.REQUANTIZE_VARIANTS
     factors = (op.multiplier_a, op.shift_a, op.multiplier_b, op.shift_b, op.multiplier_y, op.shift_y)
     left, right = _minus(a, op.a_zero_point), _minus(b, op.b_zero_point)
-    total = arithmetic.add(left, right, factors, op.requantize, subtract=bool(op.subtract))
+    bits = 8 * a.dtype.itemsize
+    total = arithmetic.add(left, right, factors, op.requantize, subtract=bool(op.subtract), bits=bits)
     return arithmetic.saturate(total + op.y_zero_point, op.clamp_min, op.clamp_max, form.dtype)
 
 

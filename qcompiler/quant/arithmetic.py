@@ -15,6 +15,9 @@ variant       y - zero_point, before saturation                                 
 ``shift``     ``(acc + 2^(-shift - 1)) >> -shift``                                power-of-two hardware
 ============  ==================================================================  =======================
 
+Products of 16-bit activations and weights accumulate in 64 bits (48 bits suffice), where the fixed-point variants
+multiply by the upper half of the multiplier, rounded: see `rescale_wide`.
+
 A fixed-point multiplier is an int32 in [2^30, 2^31) with an exponent `shift`; the real factor is
 ``multiplier * 2^(shift - 31)`` (TFLite's `QuantizeMultiplier`). For `shift` the multiplier is 1 and the
 factor is ``2^shift``. For `float32` the multiplier is a float32 and `shift` is 0.
@@ -36,6 +39,7 @@ _INT32_MIN, _INT32_MAX = -(1 << 31), (1 << 31) - 1
 
 # Additions bring both inputs to a common scale with this many extra bits (TFLite `add.cc`).
 TFLITE_ADD_LEFT_SHIFT = 20
+TFLITE_ADD_LEFT_SHIFT_INT16 = 15
 
 
 def fixed_point_multiplier(factor: float) -> tuple[int, int]:
@@ -138,6 +142,27 @@ def rescale(acc: IntArray, multiplier: npt.ArrayLike, shift: npt.ArrayLike, vari
     return ((acc.astype(np.int64) << left) + rounding) >> right
 
 
+def rescale_wide(
+    acc: IntArray, multiplier: npt.ArrayLike, shift: npt.ArrayLike, variant: RequantizeVariant
+) -> np.ndarray:
+    """`rescale` of accumulators of up to 48 bits: no zero point, no saturation. Returns int64.
+
+    ``tflite`` and ``tosa`` are the same here: `MultiplyByQuantizedMultiplier(int64_t, …)` of TFLite's common.h, and
+    TOSA's `apply_scale_16` with the multiplier of 15 bits that it gives. `shift` must be at most 14.
+    """
+    if variant in ("float32", "shift"):
+        return rescale(acc, multiplier, shift, variant)
+    total_shift = 15 - np.asarray(shift, np.int64)
+    assert (total_shift > 0).all(), "a rescale factor above 2^14"
+    reduced = reduced_multiplier(np.asarray(multiplier, np.int64))
+    return (acc.astype(np.int64) * reduced + (np.int64(1) << (total_shift - 1))) >> total_shift
+
+
+def reduced_multiplier(multiplier: IntArray) -> np.ndarray:
+    """The upper 16 bits of a multiplier, to nearest, at most 2^15 - 1."""
+    return np.minimum((multiplier + (1 << 15)) >> 16, 0x7FFF)
+
+
 def saturate(x: IntArray, low: int, high: int, dtype: npt.DTypeLike) -> np.ndarray:
     return np.clip(x, low, high).astype(dtype)
 
@@ -150,23 +175,32 @@ def requantize(
     zero_point: int,
     clamp: tuple[int, int],
     dtype: npt.DTypeLike,
+    *,
+    wide: bool = False,
 ) -> np.ndarray:
-    """int32 accumulators to quantized outputs: rescale, add the zero point, clamp to [clamp[0], clamp[1]]."""
-    return saturate(rescale(acc, multiplier, shift, variant) + zero_point, *clamp, dtype)
+    """Accumulators to quantized outputs: rescale, add the zero point, clamp to [clamp[0], clamp[1]].
+
+    Accumulators are int32, or up to 48 bits if `wide`.
+    """
+    scaled = (rescale_wide if wide else rescale)(acc, multiplier, shift, variant)
+    return saturate(scaled + zero_point, *clamp, dtype)
 
 
-def add_factors(scale_a: float, scale_b: float, scale_y: float, variant: RequantizeVariant) -> "AddFactors":
+def add_factors(
+    scale_a: float, scale_b: float, scale_y: float, variant: RequantizeVariant, *, bits: int = 8
+) -> "AddFactors":
     """Encode y = (a*scale_a ± b*scale_b) / scale_y.
 
     ``tflite`` follows `AddElementwise` of TFLite's add.h: both inputs are shifted left by 20 bits,
     scaled down to twice the larger scale, added, and scaled to the output. The other variants use one
-    common shift: ``(a*multiplier_a ± b*multiplier_b + 2^(shift-1)) >> shift``, all in int32.
+    common shift: ``(a*multiplier_a ± b*multiplier_b + 2^(shift-1)) >> shift``, all in int32 for operands of 8 `bits`.
+    For 16 bits ``tflite`` shifts left by 15 and the others compute in int64.
     """
     if variant == "tflite":
         twice_max = 2.0 * max(scale_a, scale_b)
         ma, sa = fixed_point_multiplier(scale_a / twice_max)
         mb, sb = fixed_point_multiplier(scale_b / twice_max)
-        my, sy = fixed_point_multiplier(twice_max / ((1 << TFLITE_ADD_LEFT_SHIFT) * scale_y))
+        my, sy = fixed_point_multiplier(twice_max / ((1 << add_left_shift(bits)) * scale_y))
         return (ma, sa, mb, sb, my, sy)
     largest = max(scale_a, scale_b) / scale_y
     # |a - zero_point| < 2^8 and both multipliers < 2^21: two products and the rounding term stay below 2^31.
@@ -180,15 +214,26 @@ AddFactors = tuple[int, int, int, int, int, int]
 """multiplier_a, shift_a, multiplier_b, shift_b, multiplier_y, shift_y."""
 
 
+def add_left_shift(bits: int) -> int:
+    """The extra bits of TFLite's addition of 8- or 16-bit operands."""
+    return TFLITE_ADD_LEFT_SHIFT_INT16 if bits == 16 else TFLITE_ADD_LEFT_SHIFT
+
+
 def add(
-    a: IntArray, b: IntArray, factors: AddFactors, variant: RequantizeVariant, *, subtract: bool = False
+    a: IntArray,
+    b: IntArray,
+    factors: AddFactors,
+    variant: RequantizeVariant,
+    *,
+    subtract: bool = False,
+    bits: int = 8,
 ) -> np.ndarray:
     """a ± b on zero-point-free int32 inputs, rescaled to the output; no zero point, no saturation. Int64."""
     ma, sa, mb, sb, my, sy = factors
     sign = -1 if subtract else 1
     if variant == "tflite":
-        scaled_a = rescale(a.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, ma, sa, "tflite")
-        scaled_b = rescale(b.astype(np.int64) << TFLITE_ADD_LEFT_SHIFT, mb, sb, "tflite")
+        scaled_a = rescale(a.astype(np.int64) << add_left_shift(bits), ma, sa, "tflite")
+        scaled_b = rescale(b.astype(np.int64) << add_left_shift(bits), mb, sb, "tflite")
         return rescale(scaled_a + sign * scaled_b, my, sy, "tflite")
     total = a.astype(np.int64) * ma + sign * (b.astype(np.int64) * mb)
     return (total + (1 << (sy - 1))) >> sy
