@@ -1,6 +1,7 @@
 """Run the float model over calibration data and choose the interval each activation is quantized to."""
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +12,16 @@ from qcompiler.errors import QCompilerError
 from qcompiler.graph import const_of, data_input, integer, is_op, only_user, value_name
 from qcompiler.quant.bias_correction import input_channel_axis
 from qcompiler.quant.operators import MAC_OPS, inherits_format, interior_values, is_activation
-from qcompiler.quant.ranges import Histogram, mse_range, observed_range
-from qcompiler.quant.types import RangeMethod, Ranges
+from qcompiler.quant.range_search import SAMPLES, search_ranges
+from qcompiler.quant.ranges import (
+    Histogram,
+    averaged_range,
+    entropy_range,
+    mse_range,
+    observed_range,
+    percentile_range,
+)
+from qcompiler.quant.types import Range, RangeMethod, Ranges
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
@@ -43,8 +52,11 @@ def calibrate(
     Args:
         model: float model with static shapes and batch 1.
         dataset: the samples; each is run once.
-        method: "minmax" spans all values seen; "mse" clips outliers where that lowers the expected squared
-            error of the format described by `bits` and `symmetric`; what only a Softmax reads, weighted by probability.
+        method: "minmax" spans all values seen; "moving_average" averages the samples' extremes; "percentile" leaves out
+            the outermost 0.01%; "entropy" minimises the loss of information; "mse" clips outliers where that lowers the
+            expected squared error of the format described by `bits` and `symmetric`; "auto" measures for each tensor
+            which of these serves the operators reading it best. With the last two, what only a Softmax reads is
+            weighted by probability.
         progress: told after each sample.
         bits: width of the activation format.
         symmetric: whether the activation format has its zero point in the middle.
@@ -57,7 +69,7 @@ def calibrate(
     """
     ranged = [value_name(value) for value in observed_values(model)]
     products = {} if dataset.synthetic else _products(model)
-    logits = _logits(model) if method == "mse" else {}
+    logits = _logits(model) if method in ("mse", "auto") else {}
     fed = {value_name(value) for value in model.graph.inputs}
     seen_elsewhere = [name for name, _ in (*products.values(), *logits.values())]
     computed = [name for name in dict.fromkeys([*ranged, *seen_elsewhere]) if name not in fed]
@@ -73,7 +85,7 @@ def calibrate(
                 moved, axis = logits[name]
                 histogram.add(tensors[moved], histogram=True, weights=_softmax_weights(tensors[moved], axis))
             else:
-                histogram.add(tensors[name], histogram=method == "mse")
+                histogram.add(tensors[name], histogram=method not in ("minmax", "moving_average"))
             if np.isnan(histogram.low):
                 raise QCompilerError(
                     f"calibration sample {seen - 1} makes the tensor {name!r} NaN in the float model; "
@@ -87,15 +99,47 @@ def calibrate(
             progress(seen, len(dataset))
     if seen == 0:
         raise QCompilerError("the calibration data holds no sample; give at least one")
-    choose = (lambda h: mse_range(h, bits, symmetric=symmetric)) if method == "mse" else observed_range
+    if method == "auto":
+        candidates = {
+            name: _candidates(histogram, bits, symmetric=symmetric)
+            for name, histogram in histograms.items()
+            if name not in logits
+        }
+        searched = search_ranges(model, candidates, islice(dataset, SAMPLES), bits, symmetric=symmetric)
+    else:
+        searched = {}
+    fallback: RangeMethod = "mse" if method == "auto" else method
     means = {node: sums[key] / seen for node, key in products.items()}
     return Ranges(
-        by_name={name: choose(histogram) for name, histogram in histograms.items()},
+        by_name={
+            name: searched.get(name) or _range(histogram, fallback, bits, symmetric=symmetric)
+            for name, histogram in histograms.items()
+        },
         method=method,
         samples=seen,
         synthetic=dataset.synthetic,
         channel_means={node: mean for node, mean in means.items() if np.isfinite(mean).all()},
     )
+
+
+def _range(histogram: Histogram, method: RangeMethod, bits: int, *, symmetric: bool) -> Range:
+    match method:
+        case "minmax":
+            return observed_range(histogram)
+        case "moving_average":
+            return averaged_range(histogram)
+        case "percentile":
+            return percentile_range(histogram)
+        case "entropy":
+            return entropy_range(histogram, bits, symmetric=symmetric)
+        case _:
+            return mse_range(histogram, bits, symmetric=symmetric)
+
+
+def _candidates(histogram: Histogram, bits: int, *, symmetric: bool) -> list[Range]:
+    """What "auto" tries, the most likely winner first."""
+    methods: tuple[RangeMethod, ...] = ("mse", "minmax", "percentile", "entropy")
+    return list(dict.fromkeys(_range(histogram, method, bits, symmetric=symmetric) for method in methods))
 
 
 _REARRANGING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")

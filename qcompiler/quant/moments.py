@@ -4,7 +4,7 @@ They are sums, so memory does not grow with the number of samples.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,9 @@ from qcompiler.quant.layer_rows import input_rows
 ROWS = 256
 """Rows of one sample that enter the moments of a layer; neighbouring pixels say little new."""
 
+_FLUSH = 2048
+"""Rows that wait before they enter the sums."""
+
 Sample = Mapping[str, np.ndarray]
 
 
@@ -25,6 +28,8 @@ class Moments:
 
     gram: np.ndarray
     """E[x̂ x̂ᵀ], float64 [groups, K, K]."""
+    float_gram: np.ndarray
+    """E[x xᵀ], float64 [groups, K, K]."""
     cross: np.ndarray
     """E[x̂ xᵀ], float64 [groups, K, K]."""
     mean: np.ndarray
@@ -32,6 +37,10 @@ class Moments:
     float_mean: np.ndarray
     """E[x], [groups, K]."""
     rows: int
+
+    def of_float(self) -> "Moments":
+        """What they would be if x̂ were x."""
+        return replace(self, gram=self.float_gram, cross=self.float_gram, mean=self.float_mean)
 
     @property
     def covariance(self) -> np.ndarray:
@@ -76,24 +85,39 @@ class _Sums:
     """What `Moments` holds, before dividing by the number of rows."""
 
     gram: np.ndarray | float = 0.0
+    float_gram: np.ndarray | float = 0.0
     cross: np.ndarray | float = 0.0
     total: np.ndarray | float = 0.0
     float_total: np.ndarray | float = 0.0
     rows: int = 0
 
+    pending: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
     def add(self, rows: np.ndarray, float_rows: np.ndarray) -> None:
+        self.pending.append((rows, float_rows))
+        if sum(waiting.shape[1] for waiting, _ in self.pending) >= _FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take in what waits: a few large products cost far less than many small ones."""
+        if not self.pending:
+            return
+        rows, float_rows = (np.concatenate(waiting, axis=1) for waiting in zip(*self.pending, strict=True))
+        self.pending.clear()
         turned = rows.transpose(0, 2, 1)
-        # One sample's products may be summed in float32, all samples' not.
+        # Some samples' products may be summed in float32, all samples' not.
         self.gram = self.gram + (turned @ rows).astype(np.float64)
+        self.float_gram = self.float_gram + (float_rows.transpose(0, 2, 1) @ float_rows).astype(np.float64)
         self.cross = self.cross + (turned @ float_rows).astype(np.float64)
         self.total = self.total + rows.sum(axis=1, dtype=np.float64)
         self.float_total = self.float_total + float_rows.sum(axis=1, dtype=np.float64)
         self.rows += rows.shape[1]
 
     def means(self) -> Moments:
-        sums = (self.gram, self.cross, self.total, self.float_total)
-        gram, cross, mean, float_mean = (np.asarray(array / self.rows) for array in sums)
-        return Moments(gram, cross, mean, float_mean, self.rows)
+        self.flush()
+        sums = (self.gram, self.float_gram, self.cross, self.total, self.float_total)
+        gram, float_gram, cross, mean, float_mean = (np.asarray(array / self.rows) for array in sums)
+        return Moments(gram, float_gram, cross, mean, float_mean, self.rows)
 
 
 class Tap:

@@ -19,6 +19,12 @@ SUBSAMPLE = 1 << 16
 _CANDIDATES = np.exp2(-np.arange(96) / 16)
 """Fractions of the observed extreme at which the interval may end: 1 down to 1/61 in steps of 4%."""
 
+PERCENTILE = 0.9999
+"""Share of the elements that a percentile range holds."""
+
+_MOMENTUM = 0.9
+"""Weight of what was seen before in a moving average: one over ten samples, as calibration sees few."""
+
 
 @dataclass
 class Histogram:
@@ -34,6 +40,9 @@ class Histogram:
     """Exact zeros, which are in no bin: every format represents them exactly."""
     finite: bool = True
     """False once an infinity was seen; it enters `low` or `high` but no bin."""
+    average_low: float = math.nan
+    """Moving average of the samples' minima (zero at most); NaN before the first."""
+    average_high: float = math.nan
 
     def add(self, values: np.ndarray, *, histogram: bool, weights: np.ndarray | None = None) -> None:
         """Take one sample's tensor in; only its extremes unless `histogram`. NaN makes `low` NaN.
@@ -42,6 +51,8 @@ class Histogram:
         """
         low, high = float(values.min()), float(values.max())
         self.low, self.high = min(self.low, low), max(self.high, high)
+        self.average_low = _averaged(self.average_low, min(low, 0.0))
+        self.average_high = _averaged(self.average_high, max(high, 0.0))
         if not (math.isfinite(low) and math.isfinite(high)):
             self.finite = False
             # min() keeps its first argument when compared with NaN.
@@ -82,9 +93,82 @@ class Histogram:
         return (np.arange(BINS) + 0.5) * (2 * self.limit / BINS) - self.limit
 
 
+def _averaged(average: float, new: float) -> float:
+    return new if math.isnan(average) else _MOMENTUM * average + (1 - _MOMENTUM) * new
+
+
 def observed_range(histogram: Histogram) -> Range:
     """The interval from minimum to maximum."""
     return Range(histogram.low, histogram.high, histogram.low, histogram.high)
+
+
+def averaged_range(histogram: Histogram) -> Range:
+    """Moving averages of the samples' minima and maxima (Jacob et al., CVPR 2018, section 3.1)."""
+    if not histogram.finite:
+        return observed_range(histogram)
+    return Range(histogram.average_low, histogram.average_high, histogram.low, histogram.high)
+
+
+def percentile_range(histogram: Histogram, share: float = PERCENTILE) -> Range:
+    """The interval outside which no more than (1 - share) / 2 of the elements lie on either side."""
+    low, high = histogram.low, histogram.high
+    if not histogram.finite or histogram.counts.sum() == 0:
+        return observed_range(histogram)
+    allowed = (histogram.counts.sum() + histogram.zeros) * (1 - share) / 2
+    width = 2 * histogram.limit / BINS
+    # Bins are dropped from the outside in as long as those dropped together hold no more than is allowed.
+    above = int(np.searchsorted(np.cumsum(histogram.counts[::-1]), allowed, side="right"))
+    below = int(np.searchsorted(np.cumsum(histogram.counts), allowed, side="right"))
+    return Range(
+        max(low, min(0.0, below * width - histogram.limit)),
+        min(high, max(0.0, histogram.limit - above * width)),
+        low,
+        high,
+    )
+
+
+def entropy_range(histogram: Histogram, bits: int, *, symmetric: bool) -> Range:
+    """The interval that loses least information, by the Kullback-Leibler divergence of the quantized distribution.
+
+    As in TensorRT (Migacz, 8-bit Inference with TensorRT, GTC 2017): the reference holds what lies outside in its outer
+    bins, the candidate spreads the inner elements of each level evenly over the level's bins that are not empty. Of an
+    asymmetric interval the upper end is chosen first, then the lower one.
+    """
+    low, high = histogram.low, histogram.high
+    if not histogram.finite or histogram.counts.sum() == 0:
+        return observed_range(histogram)
+    levels = 2**bits - 1
+    if symmetric:
+        ends = max(-low, high) * _CANDIDATES
+        best = float(ends[np.argmin([_divergence(histogram, -end, end, levels) for end in ends])])
+        return Range(max(low, -best), min(high, best), low, high)
+    highs = high * _CANDIDATES if high > 0 else np.zeros(1)
+    end = float(highs[np.argmin([_divergence(histogram, low, each, levels) for each in highs])])
+    lows = low * _CANDIDATES if low < 0 else np.zeros(1)
+    start = float(lows[np.argmin([_divergence(histogram, each, end, levels) for each in lows])])
+    return Range(start, end, low, high)
+
+
+def _divergence(histogram: Histogram, low: float, high: float, levels: int) -> float:
+    """KL divergence from the distribution clipped to [low, high] to that distribution in `levels` steps."""
+    if low >= high:
+        return math.inf
+    x = histogram.centers
+    first, last = np.searchsorted(x, [low, high])
+    last = max(last, first + 1)
+    inside = histogram.counts[first:last]
+    reference = inside.copy()
+    reference[0] += histogram.counts[:first].sum()
+    reference[-1] += histogram.counts[last:].sum()
+    if last - first <= levels or inside.sum() == 0:
+        return math.inf  # the bins are no finer than the levels: nothing can be said
+    level = np.clip(np.rint((x[first:last] - low) * (levels / (high - low))), 0, levels).astype(int)
+    filled = reference > 0
+    per_level = np.bincount(level, inside, minlength=levels + 1)
+    bins = np.bincount(level, filled, minlength=levels + 1)
+    spread = np.where(filled, per_level[level] / np.maximum(bins[level], 1), 0)
+    p, q = reference[filled] / reference.sum(), spread[filled] / spread.sum()
+    return float((p * np.log(p / np.maximum(q, 1e-12))).sum())
 
 
 def mse_range(histogram: Histogram, bits: int, *, symmetric: bool) -> Range:

@@ -41,7 +41,7 @@ JUDGED = 4
 """Every so-manieth sample is kept for judging, if there are enough."""
 LOW_BITS = 6
 """Weights of fewer bits gain from smaller scales and learned rounding; eight bits hardly do."""
-_FACTORS = np.linspace(1.0, 0.4, 25)
+_FACTORS = np.linspace(1.0, 0.4, 13)
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +94,11 @@ def repair(
         for node in group:
             if node.name in moments:
                 hurried = time.monotonic() - start > effort.seconds
-                repaired = _repair_layer(node, repaired, moments[node.name], effort.steps, hurried=hurried)
+                seen = moments[node.name]
+                if not _settled(node, group):
+                    # The errors in its input are about to shrink; making up for them twice would be worse than never.
+                    seen = seen.of_float()
+                repaired = _repair_layer(node, repaired, seen, effort.steps, hurried=hurried)
         done += len(group)
         if progress is not None:
             progress(done, len(layers))
@@ -132,6 +136,19 @@ def _repairable(node: ir.Node, plan: QuantPlan) -> bool:
         return False
     weights = data_input(node, 1)
     return value_name(weights) in plan.weights and len(users(weights)) == 1 and has_rows(node)
+
+
+def _settled(node: ir.Node, group: Sequence[ir.Node]) -> bool:
+    """Whether none of the group stands before `node`, so that what reaches it stays as it was measured."""
+    others = {other for other in group if other is not node}
+    seen, frontier = {node}, [node]
+    while frontier:
+        fresh = set(frontier.pop().predecessors()) - seen
+        if fresh & others:
+            return False
+        seen |= fresh
+        frontier += fresh
+    return True
 
 
 def _repair_layer(

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-RangeMethod = Literal["minmax", "mse"]
+RangeMethod = Literal["minmax", "moving_average", "percentile", "entropy", "mse", "auto"]
+"""How the interval of an activation follows from what was seen; see `qcompiler.calibrate.calibrate`."""
 Quality = Literal["fast", "balanced", "best"]
 """How much time to spend on repairing the quantized model; see `qcompiler.quant.repair.EFFORTS`."""
 DTypeName = Literal["int4", "int8", "uint8", "int16", "int32"]

@@ -3,7 +3,15 @@ import math
 import numpy as np
 import pytest
 
-from qcompiler.quant.ranges import BINS, Histogram, mse_range, observed_range
+from qcompiler.quant.ranges import (
+    BINS,
+    Histogram,
+    averaged_range,
+    entropy_range,
+    mse_range,
+    observed_range,
+    percentile_range,
+)
 
 
 def _seen(*arrays):
@@ -101,3 +109,50 @@ def test_all_zero_and_infinite_tensors_keep_their_extremes():
 
 def test_nan_shows_in_the_minimum():
     assert math.isnan(_seen([1.0], [math.nan, 2.0]).low)
+
+
+def test_a_moving_average_follows_the_samples_extremes():
+    chosen = averaged_range(_seen([-1.0, 4.0], [-2.0, 2.0], [-2.0, 6.0]))
+    assert chosen.low == pytest.approx(-1 * 0.9**2 - 2 * 0.1 * 0.9 - 2 * 0.1)
+    assert chosen.high == pytest.approx((4 * 0.9 + 2 * 0.1) * 0.9 + 6 * 0.1)
+    assert (chosen.observed_low, chosen.observed_high) == (-2.0, 6.0)
+
+
+def test_a_moving_average_of_positive_samples_starts_at_zero():
+    assert averaged_range(_seen([1.0, 2.0], [3.0, 4.0])).low == 0.0
+
+
+@pytest.mark.parametrize("share", [0.9, 0.99, 0.9999])
+def test_percentiles_are_those_of_all_elements(share):
+    rng = np.random.default_rng(11)
+    arrays = [rng.standard_normal(60_000).astype(np.float32) for _ in range(3)]
+    arrays[1][:30_000] = 0  # zeros count, though no bin holds them
+    chosen = percentile_range(_seen(*arrays), share)
+    expected = np.quantile(np.concatenate(arrays), [(1 - share) / 2, (1 + share) / 2])
+    np.testing.assert_allclose([chosen.low, chosen.high], expected, atol=0.06)
+    everything = np.concatenate(arrays)
+    assert np.mean((everything < chosen.low) | (everything > chosen.high)) <= 1 - share
+
+
+def test_a_percentile_of_one_is_the_whole_range():
+    chosen = percentile_range(_seen([-3.0, 0.5, 7.0]), 1.0)
+    assert (chosen.low, chosen.high) == (-3.0, 7.0)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_entropy_clips_a_lone_outlier_and_keeps_an_even_distribution(symmetric):
+    rng = np.random.default_rng(12)
+    bulk = rng.standard_normal(60_000).astype(np.float32)
+    clipped = entropy_range(_seen(np.append(bulk, 60.0)), 8, symmetric=symmetric)
+    assert 3 < clipped.high < 20
+    even = rng.uniform(-1, 1, 60_000).astype(np.float32)
+    kept = entropy_range(_seen(even), 8, symmetric=symmetric)
+    assert kept.high > 0.9 and kept.low < -0.9
+
+
+@pytest.mark.parametrize("choose", [averaged_range, percentile_range, lambda h: entropy_range(h, 8, symmetric=False)])
+def test_infinities_and_zeros_leave_the_observed_range(choose):
+    infinite = choose(_seen([1.0, math.inf]))
+    assert infinite.high == math.inf
+    nothing = choose(_seen(np.zeros(5)))
+    assert (nothing.low, nothing.high) == (0.0, 0.0)
