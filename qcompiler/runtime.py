@@ -80,7 +80,9 @@ class Executable:
         self._machine = machine = module["vm_load_executable"]()
         # Once for the host and once for the device that computes, which here is the host too.
         machine["vm_initialization"](*(_CPU, _DEVICE, _POOLED_ALLOCATOR) * 2)
-        self._parameters = [_tensor(array) for array in parameters]
+        # The code wants pointers to tensors themselves, no offsets into a block: numpy's exports have none.
+        intermediates = [tvm_ffi.from_dlpack(np.from_dlpack(tensor)) for tensor in machine["workspace"]()]
+        self._constants = [*(_tensor(array) for array in parameters), *intermediates]
         self._inputs: list[np.ndarray] = []
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -103,7 +105,7 @@ class Executable:
             # The machine keeps the arguments: hundreds of parameters passed by each call would take as long as a
             # small model.
             tensors = [tvm_ffi.from_dlpack(array) for array in self._inputs]
-            self._machine["save_function"]("main", "bound", True, *tensors, *self._parameters)
+            self._machine["save_function"]("main", "bound", True, *tensors, *self._constants)
             self._bound = self._machine["bound"]
         for own, array in zip(self._inputs, inputs, strict=True):
             own[...] = array

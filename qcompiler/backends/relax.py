@@ -1,11 +1,12 @@
 """Assemble one Relax function from the kernels of all nodes and regions, and build it into a shared library."""
 
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tvm.relax import transform
 from qcompiler import host_cpu
 from qcompiler.backends import cpu
 from qcompiler.backends.base import HostCode, Kernel, NpuFunction, View, host_code
+from qcompiler.backends.workspace import Lifetime, plan
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import Shape, const_of, dtype_of, shape_of, value_name
 from qcompiler.partition import Partition, Region
@@ -43,7 +45,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A model as TVM code: ``main(inputs…, parameters…) -> (outputs…)``."""
+    """A model as TVM code: ``main(inputs…, parameters…, *workspace()) -> (outputs…)``."""
 
     module: tvm.IRModule
     parameters: tuple[np.ndarray, ...]
@@ -124,21 +126,28 @@ class _Assembler:
         parameters = [
             relax.Var(f"p{i}", _type(array.shape, str(array.dtype))) for i, array in enumerate(self._parameters)
         ]
+        memory = _Memory(graph, self._steps)
         # Tensors as their makers left them; whoever needs another shape takes a view.
         values: dict[ir.Value, RelaxExpr] = dict(zip(graph.inputs, inputs, strict=True))
         values |= {value: parameters[index] for value, index in output_constants.items()}
 
         builder = relax.BlockBuilder()
-        with builder.function("main", [*inputs, *parameters], attrs={"num_input": len(inputs)}):
+        with builder.function("main", [*inputs, *parameters, *memory.variables], attrs={"num_input": len(inputs)}):
             for step, (constants, own) in zip(self._steps, indices, strict=True):
                 for value, index in constants.items():
                     values[value] = parameters[index]
-                if isinstance(step, _Alias):
+                if isinstance(step, _Call):
+                    _emit_call(builder, step, values, [parameters[index] for index in own], memory)
+                elif step.source in values:
                     values[step.output] = values[step.source]
-                else:
-                    _emit_call(builder, step, values, [parameters[index] for index in own])
-            results = [_viewed(builder, values[value], shape_of(value)) for value in graph.outputs]
+            results = [
+                memory.view(value, shape_of(value))
+                if value in memory
+                else _viewed(builder, values[value], shape_of(value))
+                for value in graph.outputs
+            ]
             builder.emit_func_output(relax.Tuple(results))
+        memory.emit_allocation(builder)
         return Lowered(
             builder.get(),
             tuple(self._parameters),
@@ -179,36 +188,120 @@ def _viewed(builder: Any, tensor: RelaxExpr, shape: Sequence[int]) -> RelaxExpr:
     return builder.emit(relax.op.reshape(tensor, wanted))
 
 
-def _emit_call(builder: Any, step: _Call, values: dict[ir.Value, RelaxExpr], own: Sequence[RelaxExpr]) -> None:
+def _emit_call(
+    builder: Any, step: _Call, values: dict[ir.Value, RelaxExpr], own: Sequence[RelaxExpr], memory: "_Memory"
+) -> None:
+    arguments = [
+        memory.view(value, _dims(buffer)) if value in memory else _viewed(builder, values[value], _dims(buffer))
+        for value, buffer in zip(step.kernel.inputs, _buffers(step), strict=False)
+    ]
+    function = builder.add_func(step.kernel.function, step.name)
+    builder.emit(relax.Call(function, [*arguments, *own, *memory.results(step)], None, [relax.TupleType([])]))
+
+
+def _buffers(step: _Call) -> list[Any]:
+    """The buffers of a step's function: inputs, its own parameters, outputs, and the workspace if there is one."""
     signature: Any = step.kernel.function
     buffers = list(signature.params)
-    count = len(step.kernel.inputs)
-    assert len(buffers) == count + len(own) + len(step.outputs) + bool(step.workspace), step.name
-    arguments = [
-        _viewed(builder, values[value], buffer.shape)
-        for value, buffer in zip(step.kernel.inputs, buffers[:count], strict=True)
-    ]
-    results = [_type(buffer.shape, str(buffer.dtype)) for buffer in buffers[count + len(own) :]]
-    function = builder.add_func(step.kernel.function, step.name)
-    called = builder.emit(relax.call_tir(function, [*arguments, *own], results if len(results) > 1 else results[0]))
-    for index, value in enumerate(step.outputs):
-        values[value] = builder.emit(relax.TupleGetItem(called, index)) if len(results) > 1 else called
+    kernel = step.kernel
+    expected = len(kernel.inputs) + len(kernel.parameters) + len(step.outputs) + bool(step.workspace)
+    assert len(buffers) == expected, step.name
+    return buffers
+
+
+def _result_buffers(step: _Call) -> list[Any]:
+    return _buffers(step)[len(step.kernel.inputs) + len(step.kernel.parameters) :]
+
+
+def _dims(buffer: Any) -> Shape:
+    return tuple(int(dim) for dim in buffer.shape)
+
+
+class _Memory:
+    """What the steps compute, in one planned block.
+
+    The tensors in it, one for each shape in which a value is used, are made once by the function `workspace` and
+    passed to `main` with every call: to allocate them in each run would take longer than a small layer.
+    """
+
+    def __init__(self, graph: ir.Graph, steps: Sequence[_Call | _Alias]) -> None:
+        self.variables: list[RelaxExpr] = []
+        self._pieces: list[tuple[int, Shape, str]] = []
+        """Offset, shape and dtype of each variable."""
+        self._views: dict[tuple[int, Shape], RelaxExpr] = {}
+        self._storage: dict[ir.Value, int] = {}
+        """Which planned tensor a value lies in."""
+        self._results: dict[int, list[int]] = {}
+        """Planned tensors a step fills, by the step's identity."""
+        lifetimes: list[Lifetime] = []
+        for position, step in enumerate(steps):
+            reads = [step.source] if isinstance(step, _Alias) else step.kernel.inputs
+            for storage in {self._storage[value] for value in reads if value in self._storage}:
+                lifetimes[storage] = replace(lifetimes[storage], last=position)
+            if isinstance(step, _Alias):
+                if step.source in self._storage:
+                    self._storage[step.output] = self._storage[step.source]
+                continue
+            self._results[id(step)] = list(range(len(lifetimes), len(lifetimes) + len(_result_buffers(step))))
+            self._storage |= dict(zip(step.outputs, self._results[id(step)], strict=False))
+            for buffer in _result_buffers(step):
+                size = math.prod(_dims(buffer)) * np.dtype(str(buffer.dtype)).itemsize
+                lifetimes.append(Lifetime(size, position, position))
+        for value in graph.outputs:
+            if value in self._storage:
+                storage = self._storage[value]
+                lifetimes[storage] = replace(lifetimes[storage], last=len(steps))
+        self._offsets, self.size = plan(lifetimes)
+        for step in steps:
+            if isinstance(step, _Call):
+                for value, buffer in zip(step.kernel.inputs, _buffers(step), strict=False):
+                    self._add(self._storage.get(value), _dims(buffer), str(buffer.dtype))
+                for storage, buffer in zip(self._results[id(step)], _result_buffers(step), strict=True):
+                    self._add(storage, _dims(buffer), str(buffer.dtype))
+        for value in graph.outputs:
+            self._add(self._storage.get(value), shape_of(value), str(dtype_of(value)))
+
+    def _add(self, storage: int | None, shape: Shape, dtype: str) -> None:
+        if storage is not None and (storage, shape) not in self._views:
+            variable = relax.Var(f"w{len(self.variables)}", _type(shape, dtype))
+            self._views[storage, shape] = variable
+            self.variables.append(variable)
+            self._pieces.append((self._offsets[storage], shape, dtype))
+
+    def __contains__(self, value: ir.Value) -> bool:
+        """Whether a step computes it; inputs and constants lie elsewhere."""
+        return value in self._storage
+
+    def view(self, value: ir.Value, shape: Shape) -> RelaxExpr:
+        """A value that a step computes, under a shape."""
+        return self._views[self._storage[value], shape]
+
+    def results(self, step: _Call) -> list[RelaxExpr]:
+        pairs = zip(self._results[id(step)], _result_buffers(step), strict=True)
+        return [self._views[storage, _dims(buffer)] for storage, buffer in pairs]
+
+    def emit_allocation(self, builder: Any) -> None:
+        with builder.function("workspace", []):
+            block = builder.emit(
+                relax.op.memory.alloc_storage(relax.ShapeExpr([max(self.size, 1)]), 0, "global", "uint8")
+            )
+            tensors = [
+                builder.emit(relax.op.memory.alloc_tensor(block, offset, relax.ShapeExpr(shape), dtype))
+                for offset, shape, dtype in self._pieces
+            ]
+            builder.emit_func_output(relax.Tuple(tensors))
 
 
 # --- building ----------------------------------------------------------------------------------------------
 
 _PIPELINE: tuple[tvm.ir.transform.Pass, ...] = (
     transform.RemovePurityChecking(),
-    transform.CallTIRRewrite(),
-    transform.StaticPlanBlockMemory(),
-    transform.LowerAllocTensor(),
-    transform.KillAfterLastUse(),
     transform.LowerRuntimeBuiltin(),
     transform.ComputePrimValue(),
     transform.VMShapeLower(),
     transform.AttachGlobalSymbol(),
 )
-"""TVM's default build pipeline less what an assembled module never needs (legalizing, dispatch, CUDA graphs)."""
+"""TVM's default build pipeline less what an assembled module never needs (legalizing, dispatch, planning memory…)."""
 
 _PASS_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """Loops are cut where `te.inside` conditions change; without it Concat tests every element."""

@@ -67,7 +67,7 @@ def test_equal_functions_and_parameters_are_shared(workbench) -> None:
     model = bench.model()
     region = Region("cpu", "cpu", tuple(model.graph), tuple(bench.inputs), tuple(bench.outputs))
     lowered = lower(model, Partition((region,), ()), TARGET)
-    assert len(lowered.module.get_global_vars()) == 2  # main and one kernel
+    assert len(lowered.module.get_global_vars()) == 3  # main, workspace and one kernel
     assert len(lowered.parameters) == 2
 
 
