@@ -110,6 +110,30 @@ def missing(target: Target) -> str | None:
     return None
 
 
+def plugin_instructions(done: Placed, samples: Sequence[Arrays]) -> int | None:
+    """Instructions per sample in user-mode emulation: what a run with all samples takes more than one with the first.
+
+    None where QEMU's dynamically linked emulator, which takes plugins, is missing.
+    """
+    chip = done.target.host.bare_metal
+    assert chip is not None
+    emulator = chip.emulator[0].removesuffix("-static")
+    if len(samples) < 2 or shutil.which(emulator) is None:
+        return None
+    with tempfile.TemporaryDirectory() as work:
+        plugin = Path(work) / "count.so"
+        source = Path(__file__).with_name("qemu_count.c")
+        subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(plugin)], check=True)
+        totals: list[int] = []
+        for count in (1, len(samples)):
+            folder = Path(work) / str(count)
+            folder.mkdir()
+            write_placed(folder, done, samples[:count])
+            command = " ".join([emulator, "-plugin", str(plugin), *(f"'{word}'" for word in chip.emulator[1:])])
+            totals.append(facts(make(folder, "run", f"EMULATOR={command}"))["total"])
+        return (totals[1] - totals[0]) // (len(samples) - 1)
+
+
 # --- CMSIS-NN ----------------------------------------------------------------------------------------------
 
 
@@ -267,6 +291,7 @@ def network_row(folder: Path, model: str, done: Placed, samples: Sequence[Arrays
     program = write_placed(folder, done, samples)
     ran = facts(make(folder, "run"))
     assert ran["equal"] == len(samples), (model, done.target.name, ran)
+    instructions = ran.get("instructions") or plugin_instructions(done, samples)
     ports = sum(port.bytes for port in (*program.inputs, *program.outputs))
     cells = (
         model,
@@ -278,7 +303,7 @@ def network_row(folder: Path, model: str, done: Placed, samples: Sequence[Arrays
         f"{program.arena.lower_bound:,}",
         f"{ran['stack_bytes']:,}",
         f"{ports:,}",
-        f"{ran['instructions']:,}" if "instructions" in ran else "not counted",
+        "not counted" if instructions is None else f"{instructions:,}",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -339,7 +364,7 @@ def report_notes(samples: int, cmsis_nn: Path | None) -> list[str]:
         "the largest. Code: kernels and calls, without the C library and the example. Arena: all memory between "
         "inputs and outputs, temporaries included; no plan can need less than the lower bound. Instructions per "
         "inference under QEMU's -icount shift=0, read from SysTick (one tick is 31.25 instructions on mps3-an547 and "
-        "40 on the mps2 boards).",
+        "40 on the mps2 boards); riscv-rvv's by a plugin of qemu-riscv64 (qemu-user), comparing included.",
         "",
         "CMSIS-NN: built with GCC 12 as its CMakeLists does, called through its wrappers, weights summed beforehand "
         "where it allows that; its outputs equal ours, bit for bit, on every layer listed.",
