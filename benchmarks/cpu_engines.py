@@ -52,7 +52,7 @@ def _qcompiler(work: Work) -> Loaded:
     from qcompiler import bundle
     from qcompiler.runtime import Executable
 
-    executable = Executable(work.model / bundle.LIBRARY, bundle.read_weights(work.model / bundle.WEIGHTS))
+    executable = Executable(work.model / bundle.LIBRARY, bundle.read_weights(work.model / bundle.WEIGHTS), work.threads)
     executable.set_inputs(work.inputs)
     return Loaded(executable.invoke, lambda: executable.run(work.inputs))
 

@@ -135,7 +135,8 @@ class Bundle:
         problem = why_not_here(self.manifest.cpu.architecture, self.manifest.cpu.flags)
         if problem is not None:
             raise QCompilerError(f"{self.path} cannot run here: {problem}. Compile the model again for this machine.")
-        return Executable(self.path / LIBRARY, read_weights(self.path / WEIGHTS))
+        threads: int = json.loads((self.path / TARGET).read_text("utf-8"))["host"]["threads"]
+        return Executable(self.path / LIBRARY, read_weights(self.path / WEIGHTS), threads)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model.

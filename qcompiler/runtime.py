@@ -25,6 +25,9 @@ _CPU, _DEVICE, _POOLED_ALLOCATOR = 1, 0, 2
 """DLPack's kDLCPU, its first device, and the VM's AllocatorType::kPooled."""
 
 
+_BIG_CORES = 1
+"""The runtime's AffinityMode kBig: fast cores first."""
+
 _ALIGNMENT = 64
 """What compiled code assumes of its arguments, in bytes."""
 
@@ -58,12 +61,13 @@ def _fresh_name(library: Path) -> Iterator[Path]:
 class Executable:
     """A compiled model in memory, its parameters uploaded once."""
 
-    def __init__(self, library: Path, parameters: Sequence[np.ndarray]) -> None:
+    def __init__(self, library: Path, parameters: Sequence[np.ndarray], threads: int = 1) -> None:
         """Load `library` (made by `backends.relax.build`).
 
         Args:
             library: the shared library.
             parameters: `Lowered.parameters`, in order.
+            threads: that share the work of large layers, if the library was built for more than one.
 
         Raises:
             QCompilerError: the library cannot be loaded, for example because it is for another CPU.
@@ -78,6 +82,9 @@ class Executable:
                 "was it compiled for another machine? Compile the model again on this one."
             ) from error
         self._machine = machine = module["vm_load_executable"]()
+        if threads > 1:
+            # The pool belongs to the process, and is made as large as its greediest model asks.
+            tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
         # Once for the host and once for the device that computes, which here is the host too.
         machine["vm_initialization"](*(_CPU, _DEVICE, _POOLED_ALLOCATOR) * 2)
         # The code wants pointers to tensors themselves, no offsets into a block: numpy's exports have none.

@@ -24,6 +24,7 @@ from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_elementwise import constant_input, variant
 from qcompiler.backends.schedules import conv as schedule
 from qcompiler.backends.schedules.dot import QUAD, dot_product
+from qcompiler.backends.schedules.loops import threads_for
 from qcompiler.backends.te import Expr
 from qcompiler.graph import Shape, data_input, dtype_of, shape_of
 from qcompiler.integer.ops import QConv, QConvTranspose, QGemm
@@ -310,9 +311,10 @@ def _dot_convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Ker
         result = output
     arguments = [x, stored, bias, multiplier, *([] if epilogue.variant == "float32" else [shift]), result]
     function = te.prim_func(arguments)
-    scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=host.threads)
+    threads = threads_for(host, n * oh * ow * folded.weights.size, quad * lanes)
+    scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=threads)
     if folded.four_bits:
-        scheduled = nibbles.schedule_unpacking(scheduled, packed.shape, threads=host.threads)
+        scheduled = nibbles.schedule_unpacking(scheduled, packed.shape, threads=threads)
     return Kernel(scheduled, (x_value,), tuple(arrays[:3] if epilogue.variant == "float32" else arrays))
 
 
@@ -434,7 +436,8 @@ def _depthwise_convolution(problem: Problem, x_value: ir.Value, host: HostCode) 
     )
     function = te.prim_func([x, *placeholders, output])
     lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
-    scheduled = schedule.schedule_depthwise(function, lanes, threads=host.threads)
+    threads = threads_for(host, n * oh * ow * folded.weights.size, host.vector_bytes // 4)
+    scheduled = schedule.schedule_depthwise(function, lanes, threads=threads)
     if folded.four_bits:
-        scheduled = nibbles.schedule_unpacking(scheduled, taps.shape, threads=host.threads)
+        scheduled = nibbles.schedule_unpacking(scheduled, taps.shape, threads=threads)
     return Kernel(scheduled, (x_value,), tuple(arrays))

@@ -1,5 +1,6 @@
 """Integer pooling, means and resizing: sums and maxima over windows, channels in vector lanes."""
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -8,9 +9,9 @@ from qcompiler.backends import te, te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_elementwise import constant_input, variant
 from qcompiler.backends.schedules import conv as schedule
-from qcompiler.backends.schedules.loops import schedule_reduction, vectorize_rows
+from qcompiler.backends.schedules.loops import schedule_reduction, threads_for, vectorize_rows
 from qcompiler.backends.te import Expr
-from qcompiler.graph import Shape, data_input, dtype_of, shape_of
+from qcompiler.graph import Shape, data_input, dtype_of, element_count, shape_of
 from qcompiler.integer.ops import QAveragePool, QMaxPool, QReduceMean
 
 
@@ -34,7 +35,8 @@ def max_pool(node: ir.Node, host: HostCode) -> Kernel:
     )
     lanes = schedule.depthwise_lanes(shape[3], host.vector_bytes)
     function = te.prim_func([x, output])
-    return Kernel(schedule.schedule_depthwise(function, lanes, threads=host.threads), (data_input(node),))
+    threads = threads_for(host, element_count(shape) * math.prod(op.kernel_shape), host.vector_bytes)
+    return Kernel(schedule.schedule_depthwise(function, lanes, threads=threads), (data_input(node),))
 
 
 def average_pool(node: ir.Node, host: HostCode) -> Kernel:
@@ -69,7 +71,8 @@ def average_pool(node: ir.Node, host: HostCode) -> Kernel:
     output = te.compute(shape, element, "output")
     lanes = schedule.depthwise_lanes(shape[3], host.vector_bytes // 4)
     arguments = [x, multiplier, shift, output]
-    function = schedule.schedule_depthwise(te.prim_func(arguments), lanes, threads=host.threads)
+    threads = threads_for(host, element_count(shape) * kh * kw, host.vector_bytes // 4)
+    function = schedule.schedule_depthwise(te.prim_func(arguments), lanes, threads=threads)
     return Kernel(function, (data_input(node),), tuple(arrays))
 
 

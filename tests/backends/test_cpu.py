@@ -135,6 +135,34 @@ def test_convolution(workbench, run_on_cpu, tmp_path, variant: RequantizeVariant
     check(bench, run_on_cpu, tmp_path, target)
 
 
+def test_threads(workbench, run_on_cpu, tmp_path) -> None:
+    """Kernels large enough to be shared: many rows, one row of many pixels, one pixel of many channels, depthwise."""
+    bench = workbench(seed=5)
+    for shape, outs, kernel, group in (
+        ((1, 33, 29, 48), 64, 3, 1),
+        ((1, 40, 41, 96), 50, 1, 1),
+        ((1, 1, 1, 3000), 1111, 1, 1),
+        ((1, 57, 57, 64), 64, 3, 64),
+    ):
+        pad, (_, h, w, channels) = kernel // 2, shape
+        depth = channels // group
+        op = ops.QConv((kernel,) * 2, (1, 1), (pad,) * 4, (1, 1), group, 7, 0, -3, -128, 127, "float32")
+        inputs = [
+            bench.random(shape, "int8"),
+            bench.constant(bench.rng.integers(-127, 128, (outs, kernel, kernel, depth)).astype(np.int8)),
+            bench.constant(bench.rng.integers(-30000, 30000, outs).astype(np.int32)),
+            *map(bench.constant, factors(bench.rng, outs, "float32", depth * kernel * kernel)),
+        ]
+        bench.integer(op, inputs, (1, h, w, outs), "int8")
+    target = load_target("x86-cpu")
+    two = target.model_copy(update={"host": target.host.model_copy(update={"threads": 2})})
+    host = host_code(two.host)
+    for node in bench.nodes:
+        kernel = lower_node(node, host)
+        assert isinstance(kernel, Kernel) and "T.parallel" in kernel.function.script(), node.name
+    compare(bench, run_on_cpu, tmp_path, two)
+
+
 def test_transposed_convolution(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=10)
     for variant in REQUANTIZE_VARIANTS * 2:

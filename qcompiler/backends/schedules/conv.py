@@ -48,12 +48,13 @@ def schedule_dot_convolution(
     strip, pixel = s.split(x, [None, tile.pixels])
     outer, inner = s.split(o, [None, tile.blocks])
     s.reorder(strip, g, outer, pixel, inner, v)
-    s.compute_at(accumulator, outer, preserve_unit_loops=True)
+    tiles = s.fuse(rows, strip, g, outer) if threads > 1 else outer
+    s.compute_at(accumulator, tiles, preserve_unit_loops=True)
     at_pixel, _, at_block, at_lane, ky, kx, q, r = s.get_loops(accumulator)[-8:]
     s.reorder(ky, kx, q, at_pixel, at_block, at_lane, r)
     if threads > 1:
         # Before decompose_reduction, after which the accumulator is no complete block and `parallel` refuses it.
-        s.parallel(rows)
+        s.parallel(tiles)
     if dot is None:
         s.vectorize(at_lane)
     init = s.decompose_reduction(accumulator, ky)

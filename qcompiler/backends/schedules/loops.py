@@ -1,5 +1,6 @@
 """Schedules of loops without reuse: vectorize the innermost, and spread the outermost over threads."""
 
+import math
 from typing import Any
 
 from tvm import tirx
@@ -11,6 +12,15 @@ from qcompiler.backends.base import HostCode
 def open_schedule(function: tirx.PrimFunc) -> Any:
     """A TVM Schedule, untyped: its annotations take variadic loops for lists."""
     return Schedule(function)
+
+
+MIN_PARALLEL = 50_000
+"""Vector instructions below which waking other threads, some microseconds, gains nothing."""
+
+
+def threads_for(host: HostCode, operations: float, lanes: int) -> int:
+    """Threads for a kernel of so many operations, `lanes` to an instruction."""
+    return host.threads if operations / lanes >= MIN_PARALLEL else 1
 
 
 def vector_length(extent: int, host: HostCode, element_bytes: int) -> int:
@@ -25,14 +35,16 @@ def vectorize_rows(function: tirx.PrimFunc, host: HostCode, *, element_bytes: in
     """Schedule the block "output", whose last loop walks contiguous memory or a broadcast."""
     s = open_schedule(function)
     loops = s.get_loops(s.get_sblock("output"))
-    extent = int(s.get(loops[-1]).extent)
-    length = vector_length(extent, host, element_bytes)
+    extents = [int(s.get(loop).extent) for loop in loops]
+    # Some ten instructions an element: load, rescale, store.
+    threads = threads_for(host, 10 * math.prod(extents), host.vector_bytes // element_bytes)
+    length = vector_length(extents[-1], host, element_bytes)
     if length > 1:
         *outer, last = loops
         split, vector = s.split(last, [None, length])
         s.vectorize(vector)
         loops = [*outer, split]
-    if host.threads > 1:
+    if threads > 1:
         s.parallel(s.fuse(*loops[:-1]) if len(loops) > 1 else loops[0])
     return s.mod["main"]
 
@@ -54,12 +66,18 @@ def schedule_reduction(function: tirx.PrimFunc, *, channels_last: bool) -> tirx.
     return s.mod["main"]
 
 
+def _operations(s: Any) -> int:
+    """Steps of the reduction before it is scheduled."""
+    return math.prod(int(s.get(loop).extent) for loop in s.get_loops(s.get_sblock("accumulator")))
+
+
 def schedule_matmul(function: tirx.PrimFunc, host: HostCode) -> tirx.PrimFunc:
     """Rows times columns: a block of rows and one vector of columns accumulate in registers over the reduction."""
     s = open_schedule(function)
     accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
     *batch, row, column = s.get_loops(output)
     rows, columns = int(s.get(row).extent), int(s.get(column).extent)
+    threads = threads_for(host, _operations(s), host.vector_bytes // 4)
     length = vector_length(columns, host, 4)
     height = next(size for size in (8, 7, 6, 5, 4, 3, 2, 1) if rows % size == 0)
     strip, inner_row = s.split(row, [None, height])
@@ -73,7 +91,7 @@ def schedule_matmul(function: tirx.PrimFunc, host: HostCode) -> tirx.PrimFunc:
         s.vectorize(vector)
     s.unroll(at_row)
     s.decompose_reduction(accumulator, k)
-    if host.threads > 1:
+    if threads > 1:
         s.parallel(s.fuse(*batch, strip))
     return s.mod["main"]
 
@@ -83,6 +101,7 @@ def schedule_float_conv(function: tirx.PrimFunc, host: HostCode, *, rank: int) -
     s = open_schedule(function)
     accumulator, output = s.get_sblock("accumulator"), s.get_sblock("output")
     batch, channel, *rows, last = s.get_loops(output)
+    threads = threads_for(host, _operations(s), host.vector_bytes // 4)
     length = vector_length(int(s.get(last).extent), host, 4)
     height = next(size for size in (8, 6, 5, 4, 3, 2, 1) if int(s.get(channel).extent) % size == 0)
     channels, inner_channel = s.split(channel, [None, height])
@@ -97,6 +116,6 @@ def schedule_float_conv(function: tirx.PrimFunc, host: HostCode, *, rank: int) -
         s.vectorize(vector)
     s.unroll(at_channel)
     s.decompose_reduction(accumulator, reduced[0])
-    if host.threads > 1:
+    if threads > 1:
         s.parallel(s.fuse(batch, channels))
     return s.mod["main"]
