@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import Quality, RangeMethod, WeightType
+from qcompiler.quant.types import ActivationType, Quality, RangeMethod, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
@@ -131,6 +131,7 @@ Weights = Annotated[
     WeightType,
     typer.Option(help="int4: store weights in four bits, but for the first and last layers, if the target has them."),
 ]
+Activations = Annotated[ActivationType, typer.Option(help="int16: compute in sixteen bits, if the target has them.")]
 LayerWeights = Annotated[
     list[str] | None,
     typer.Option("--layer-weights", metavar="LAYER=int4|int8", help="For this layer only; may be repeated."),
@@ -186,6 +187,7 @@ def compile_command(
     trace: TraceFile = None,
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
+    activations: Activations = "int8",
     quality: RepairQuality = "fast",
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
@@ -218,6 +220,7 @@ def compile_command(
                 overrides=overrides or (),
                 weights=weights,
                 layer_weights=_layer_weights(layer_weights or []),
+                activations=activations,
                 quality=quality,
                 progress=progress,
             )
@@ -247,6 +250,7 @@ def compile_command(
             trace=trace,
             weights=weights,
             layer_weights=_layer_weights(layer_weights or []),
+            activations=activations,
             quality=quality,
             progress=progress,
         )
@@ -282,6 +286,7 @@ def explain(
     trace: TraceFile = None,
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
+    activations: Activations = "int8",
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -305,6 +310,7 @@ def explain(
             trace=trace,
             weights=weights,
             layer_weights=_layer_weights(layer_weights or []),
+            activations=activations,
             progress=progress,
         )
         progress.finish()

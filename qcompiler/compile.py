@@ -18,7 +18,7 @@ import numpy as np
 from qcompiler import bundle
 from qcompiler.bundle import Bundle
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import Quality, RangeMethod, Ranges, WeightRequest, WeightType
+from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Ranges, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -85,6 +85,7 @@ def compile(
     trace: str | os.PathLike[str] | None = None,
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
+    activations: ActivationType = "int8",
     quality: Quality = "fast",
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -109,6 +110,7 @@ def compile(
         trace: where the timeline goes, for Perfetto or chrome://tracing.
         weights: "int4" stores the weights of all but the first and last layers in four bits, if the target has them.
         layer_weights: single layers that differ, by name as in reports.
+        activations: "int16" computes in sixteen bits, if the target has them; what has no such form stays in float.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
         progress: told of stages as they begin.
@@ -118,8 +120,8 @@ def compile(
     """
     from qcompiler.backends import relax
 
-    if emit is not None and (weights == "int4" or "int4" in (layer_weights or {}).values()):
-        raise QCompilerError(f"--emit {emit} knows 8-bit weights only; leave out --weights int4.")
+    if emit is not None and {weights, activations, *(layer_weights or {}).values()} != {"int8"}:
+        raise QCompilerError(f"--emit {emit} knows 8-bit formats only; leave out --weights and --activations.")
     if emit is not None:
         from qcompiler.emit.regions import check_emission
         from qcompiler.target_loader import load_target
@@ -131,7 +133,8 @@ def compile(
     with bundle.staging(folder) as stage:
         placed = place(
             model, target, calibration, input_shapes, dump, method, samples, images, progress,
-            keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
+            keep_float=keep_float, overrides=overrides,
+            weights=WeightRequest(weights, layer_weights or {}, activations),
             quality=quality,
         )  # fmt: skip
         chip = placed.target
@@ -172,12 +175,14 @@ def explain(
     trace: str | os.PathLike[str] | None = None,
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
+    activations: ActivationType = "int8",
     progress: Progress = SILENT,
 ) -> "Report":
     """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
     placed = place(
         model, target, calibration, input_shapes, dump, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
+        keep_float=keep_float, overrides=overrides,
+        weights=WeightRequest(weights, layer_weights or {}, activations),
     )  # fmt: skip
     report, costs = estimate(placed, progress)
     _write_views(placed, costs, report, html, trace)
@@ -263,15 +268,17 @@ def prepare(
         ranges = formats = None
         if not _is_quantized(graph):
             progress.stage("calibrate")
-            ranges = calibrate(graph, data, method, progress.advance, symmetric=chip.quantization.activations.symmetric)
+            wide = weights.activations == "int16"
+            symmetric = wide or chip.quantization.activations.symmetric
+            ranges = calibrate(graph, data, method, progress.advance, bits=16 if wide else 8, symmetric=symmetric)
             formats = plan(graph, ranges, chip, keep_float, weights)
             if EFFORTS[quality].steps:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, EFFORTS[quality], progress.advance)
         elif weights != EIGHT_BITS:
             raise QCompilerError(
-                f"{source} arrived quantized, so its weights stay as they are and --weights cannot be heeded; compile "
-                "the float model it was made from."
+                f"{source} arrived quantized, so its formats stay as they are and --weights and --activations cannot "
+                "be heeded; compile the float model it was made from."
             )
         elif keep_float:
             raise QCompilerError(

@@ -12,7 +12,7 @@ import numpy as np
 from qcompiler import bundle
 from qcompiler.compile import SILENT, CalibrationSource, InputShapes, Placed, Progress, place
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import Quality, RangeMethod, WeightRequest, WeightType
+from qcompiler.quant.types import ActivationType, Quality, RangeMethod, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.backends.mcu import McuProgram, Port
@@ -61,6 +61,7 @@ def emit_c(
     overrides: Sequence[str] = (),
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
+    activations: ActivationType = "int8",
     quality: Quality = "fast",
     progress: Progress = SILENT,
     vectors: int = TEST_VECTORS,
@@ -78,7 +79,8 @@ def emit_c(
     with bundle.staging(Path(output)) as stage:
         placed = place(
             model, target, calibration, input_shapes, dump, method, samples, images, progress,
-            keep_float=keep_float, overrides=overrides, weights=WeightRequest(weights, layer_weights or {}),
+            keep_float=keep_float, overrides=overrides,
+            weights=WeightRequest(weights, layer_weights or {}, activations),
             quality=quality,
         )  # fmt: skip
         program = write_placed(stage, placed, islice(placed.samples, vectors), progress)

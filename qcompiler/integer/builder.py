@@ -104,7 +104,7 @@ class Output:
 
 
 def format_of(node: ir.Node) -> Format | None:
-    """The format a QuantizeLinear makes or a DequantizeLinear reads; None if not constant, per tensor and in `Format`."""
+    """The format a QuantizeLinear makes or a DequantizeLinear reads; None if it is not constant or no `Format`."""
     quantized = node.outputs[0] if node.op_type == "QuantizeLinear" else data_input(node)
     scale, zero_point = const_of(input_of(node, 1)), const_of(input_of(node, 2))
     has_zero_point = input_of(node, 2) is not None

@@ -24,6 +24,7 @@ from qcompiler.graph import (
     integer,
     is_op,
     shape_of,
+    string,
     users,
     value_name,
 )
@@ -41,7 +42,7 @@ from qcompiler.quant.formats import (
 )
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
 from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat, WeightRequest
-from qcompiler.quant.weight_bits import weight_dtypes
+from qcompiler.quant.weight_bits import activation_dtype, weight_dtypes
 from qcompiler.target import Match, Target
 
 TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
@@ -123,7 +124,7 @@ class _Planner:
         self.channel_means = ranges.channel_means
         self.target = target
         self.spec = target.quantization
-        self.dtype: DTypeName = self.spec.activations.dtypes[0]
+        self.dtype: DTypeName = activation_dtype(target, weights)
         self.nodes = list(graph)
         self.interior = operators.interior_values(self.nodes)
         self.regions = operators.lookup_regions(self.nodes)
@@ -160,11 +161,21 @@ class _Planner:
         region = self.regions.get(node, ())
         if not region and (refused := operators.refusal(node)) is not None:
             return refused
-        if self.dtype == "int16" and (len(region) > 1 or is_op(node, *LOOKUP_FUNCTIONS)):
-            return "lookup tables take 8-bit inputs"
+        if self.dtype == "int16" and (reason := self._wide_reason(node, region)) is not None:
+            return reason
         for reason in (self._shift_reason(node), self._infinite_reason(node), self._tail_reason(node, region)):
             if reason is not None:
                 return reason
+        return None
+
+    def _wide_reason(self, node: ir.Node, region: tuple[ir.Node, ...]) -> str | None:
+        """What 16-bit activations have no integer form for."""
+        if len(region) > 1 or is_op(node, *LOOKUP_FUNCTIONS):
+            return "lookup tables take 8-bit inputs"
+        if is_op(node, "Softmax") or (is_op(node, "Resize") and string(node, "mode", "nearest") == "linear"):
+            return f"{node.op_type} takes 8-bit inputs"
+        if is_op(node, "MatMul") and not _has_weights(node):
+            return "products of two activations take 8-bit inputs"
         return None
 
     def _shift_reason(self, node: ir.Node) -> str | None:
@@ -379,7 +390,7 @@ class _Planner:
             low,
             high,
             self.dtype,
-            symmetric=self.spec.activations.symmetric,
+            symmetric=self.spec.activations.symmetric or self.dtype == "int16",
             power_of_two=self.spec.requantize == "shift",
         )
 

@@ -15,13 +15,18 @@ WeightType = Literal["int8", "int4"]
 """int8 stands for the target's first 8-bit type."""
 
 
+ActivationType = Literal["int8", "int16"]
+"""int8 stands for the target's first 8-bit type."""
+
+
 @dataclass(frozen=True)
 class WeightRequest:
-    """What weights are to be stored as."""
+    """What weights are to be stored as, and activations computed in."""
 
     default: WeightType = "int8"
     by_layer: Mapping[str, WeightType] = field(default_factory=dict)
     """Layers that differ, by name as in reports."""
+    activations: ActivationType = "int8"
 
 
 @dataclass(frozen=True)

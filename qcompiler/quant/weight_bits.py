@@ -1,4 +1,4 @@
-"""Which weights are stored in four bits."""
+"""Which weights are stored in four bits, and which activations computed in sixteen."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -54,6 +54,21 @@ def weight_dtypes(
         stored: DTypeName = "int4" if eight is None or dtype == "int4" else eight
         chosen[name] = stored if chosen.get(name, stored) == stored else eight or "int4"
     return chosen
+
+
+def activation_dtype(target: Target, wanted: WeightRequest) -> DTypeName:
+    """The type of activations.
+
+    Raises:
+        QCompilerError: 16 bits are asked for and the target's spec does not list them.
+    """
+    offered = target.quantization.activations.dtypes
+    if wanted.activations == "int16" and "int16" not in offered:
+        raise QCompilerError(
+            f"{target.name} has no int16 activations: its spec lists {', '.join(offered)} under "
+            "quantization.activations.dtypes. Choose another target, or --activations int8."
+        )
+    return "int16" if wanted.activations == "int16" else offered[0]
 
 
 def _no_worse(node: ir.Node, target: Target, activation: DTypeName, eight: DTypeName | None) -> bool:
