@@ -79,7 +79,7 @@ def write_tosa(region: Region, folder: Path) -> Path:
 
 
 def _through_vela(region: Region, ours: RegionCost, config: VelaConfig, folder: Path) -> VelaReport:
-    result = compile_network(write_tflite(region, folder), config, folder)
+    result = compile_network(_network(region, folder), config, folder)
     return VelaReport(
         region=region.name,
         accelerator=config.accelerator,
@@ -92,6 +92,18 @@ def _through_vela(region: Region, ours: RegionCost, config: VelaConfig, folder: 
         scratchpad=ours.peak_scratchpad,
         vela_scratchpad=result.scratchpad,
     )
+
+
+def _network(region: Region, folder: Path) -> Path:
+    """TFLite; or TOSA where only that computes the same, if its tools are there."""
+    from qcompiler.emit.tosa import find_program
+
+    try:
+        return write_tflite(region, folder)
+    except QCompilerError:
+        if find_program("tosa-opt") is None:
+            raise
+    return write_tosa(region, folder)
 
 
 def _vela_config(target: Target) -> VelaConfig:

@@ -89,10 +89,15 @@ def serialize(text: Path) -> Path:
     return file
 
 
-def tosa_program(name: str) -> str:
-    """A program of tosa-tools: beside this Python, or on PATH. Raises QCompilerError if there is none."""
+def find_program(name: str) -> str | None:
+    """A program beside this Python, or on PATH."""
     folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    found = shutil.which(name, path=folders)
+    return shutil.which(name, path=folders)
+
+
+def tosa_program(name: str) -> str:
+    """A program of tosa-tools. Raises QCompilerError if it is not installed."""
+    found = find_program(name)
     if found is None:
         raise QCompilerError(
             f"{name} is not on PATH; it comes with tosa-tools, which wants an old numpy and so an environment of its "

@@ -9,10 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
+from qcompiler.backends.npu import compile_region
+from qcompiler.costs import region_cost
 from qcompiler.emit import vela
-from qcompiler.emit.regions import check_emission
+from qcompiler.emit.regions import check_emission, emit_regions
+from qcompiler.emit.tosa import find_program
 from qcompiler.emit.vela import compile_network
 from qcompiler.errors import QCompilerError
+from qcompiler.partition import Partition
 from qcompiler.target import VelaConfig
 from qcompiler.target_loader import load_target
 
@@ -56,6 +60,21 @@ def test_vela_says_what_it_does_not_know(network, tmp_path):
     config = U55.model_copy(update={"system_config": "Ethos_U55_Made_Up"})
     with pytest.raises(QCompilerError, match=r"(?s)Vela failed on npu_0.tflite for ethos-u55-128.*Made_Up"):
         compile_network(network, config, tmp_path)
+
+
+def test_vela_gets_tosa_where_tflite_computes_otherwise(net, realized, tmp_path):
+    pytest.importorskip("ai_edge_litert", reason="the extra 'ethosu' is not installed")
+    pytest.importorskip("ethosu", reason="the extra 'ethosu' is not installed")
+    if find_program("tosa-opt") is None:
+        pytest.skip("tosa-tools is not on PATH (it wants numpy < 2.2)")
+    graph = net(3)
+    x = graph.conv(graph.input(1, 3, 9, 9), 3, 16, (1, 1))
+    made = realized(graph, graph.op("Resize", x, "", graph.const([1, 1, 2, 2]), mode="linear"))
+    chip = load_target("ethos-u85-256")
+    costs = {made.region.name: region_cost(compile_region(made.region, chip), chip)}
+    (report,) = emit_regions(Partition((made.region,), ()), costs, chip, "vela", tmp_path)
+    assert (tmp_path / "npu_0.tosa").exists() and (tmp_path / "npu_0_vela.tflite").exists()
+    assert report.cpu_operators == 0 and report.vela_cycles > 0 and report.operators == len(made.region.nodes)
 
 
 @pytest.fixture
