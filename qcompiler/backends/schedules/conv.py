@@ -1,6 +1,7 @@
 """Schedules of the two convolution templates of `backends/cpu_conv.py`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 
@@ -48,13 +49,13 @@ def schedule_dot_convolution(
     strip, pixel = s.split(x, [None, tile.pixels])
     outer, inner = s.split(o, [None, tile.blocks])
     s.reorder(strip, g, outer, pixel, inner, v)
-    tiles = s.fuse(rows, strip, g, outer) if threads > 1 else outer
-    s.compute_at(accumulator, tiles, preserve_unit_loops=True)
+    shared, outer = _share(s, (rows, strip, g, outer), threads) if threads > 1 else (None, outer)
+    s.compute_at(accumulator, outer, preserve_unit_loops=True)
     at_pixel, _, at_block, at_lane, ky, kx, q, r = s.get_loops(accumulator)[-8:]
     s.reorder(ky, kx, q, at_pixel, at_block, at_lane, r)
-    if threads > 1:
+    if shared is not None:
         # Before decompose_reduction, after which the accumulator is no complete block and `parallel` refuses it.
-        s.parallel(tiles)
+        s.parallel(shared)
     if dot is None:
         s.vectorize(at_lane)
     init = s.decompose_reduction(accumulator, ky)
@@ -70,6 +71,26 @@ def schedule_dot_convolution(
         s.unroll(pixel)
     # The rest stays rolled: unrolled it runs no faster and compiles four times slower.
     return s.mod["main"]
+
+
+def _share(s: Any, loops: tuple[Any, Any, Any, Any], threads: int) -> tuple[Any, Any]:
+    """The loop over a few large parts of the work, equal for all threads if that can be, and the innermost loop left.
+
+    Parts are large because a tile alone in its iteration costs half as much again as one in a loop of many.
+    """
+    rows, strip, group, outer = loops
+    strips = s.fuse(rows, strip)
+    count = int(s.get(strips).extent)
+    if count % threads == 0:
+        parts, _ = s.split(strips, [threads, None])
+        return parts, outer
+    if count >= 4 * threads:
+        return strips, outer
+    tiles = s.fuse(strips, group, outer)
+    count = int(s.get(tiles).extent)
+    if count % threads == 0:
+        return s.split(tiles, [threads, None])
+    return tiles, tiles
 
 
 def depthwise_lanes(channels: int, lanes: int) -> int:
