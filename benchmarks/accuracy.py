@@ -1,13 +1,13 @@
 """Accuracy of compiled models beside their float originals, over all labelled data of the model zoo.
 
     python benchmarks/accuracy.py --target arm-npu [--only NAME] [--limit N] [--zoo DIR] [--executor bundle|ort]
-        [--weights int8|int4]
+        [--weights int8|int4] [--activations int8|int16] [--quality fast|balanced|best]
 
 `bundle` compiles each model and runs the bundle; `ort` stops at the QDQ graph and runs that in onnxruntime, which
 tells errors of quantization from errors of code generation. Float models are calibrated on the first 64 samples of
 their data. Exits with 1 if a model misses its goal: a float model may lose 1.0 point (3% of reconstruction error), a
-model that arrives quantized must stay within 0.3 points of itself in onnxruntime. With 4-bit weights only float models
-are measured, and may lose 4 points.
+model that arrives quantized must stay within 0.3 points of itself in onnxruntime. Other formats are measured on
+float models only; with 4-bit weights they may lose 4 points.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompiler
-from qcompiler.quant.types import WeightType
+from qcompiler.quant.types import ActivationType, Quality, WeightType
 
 CALIBRATION_SAMPLES = 64
 METRIC_OF_TASK = {"cls": "top1", "det": "mAP50", "face": "F1_vs_fp32", "recon": "recon_mse"}
@@ -61,6 +61,29 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Formats:
+    """How models are quantized."""
+
+    weights: WeightType
+    activations: ActivationType
+    quality: Quality
+
+    @property
+    def is_default(self) -> bool:
+        return self.weights == self.activations == "int8"
+
+    @property
+    def suffix(self) -> str:
+        """Of file names: what differs from the defaults."""
+        parts = ["w4" if self.weights == "int4" else "", "a16" if self.activations == "int16" else "", self.quality]
+        return "".join(f"-{part}" for part in parts if part and part != "fast")
+
+    @property
+    def options(self) -> str:
+        return f"--weights {self.weights} --activations {self.activations} --quality {self.quality}"
+
+
+@dataclass(frozen=True)
 class Row:
     model: Model
     samples: int
@@ -68,7 +91,7 @@ class Row:
     compiled: float
     compile_seconds: float
     run_seconds: float
-    weights: WeightType
+    formats: Formats
 
     @property
     def lost(self) -> float:
@@ -81,7 +104,7 @@ class Row:
     def allowed(self) -> float:
         if self.model.quantized:
             return 0.3
-        if self.weights == "int4":
+        if self.formats.weights == "int4":
             return 4.0
         return 3.0 if self.model.task == "recon" else 1.0
 
@@ -130,26 +153,28 @@ def main(
     zoo: Annotated[Path, typer.Option(help="folder of models and data")] = DEFAULT_ZOO,
     executor: Annotated[Executor, typer.Option(help="what runs the compiled model")] = Executor.BUNDLE,
     weights: Annotated[WeightType, typer.Option(help="what weights are stored as")] = "int8",
+    activations: Annotated[ActivationType, typer.Option(help="what activations are computed in")] = "int8",
+    quality: Annotated[Quality, typer.Option(help="how long to repair quantized models")] = "fast",
 ) -> None:
     """Compile and evaluate every model of the zoo; print a table, and write it if nothing was left out."""
-    evaluation = _load_evaluation(zoo)
+    evaluation, formats = _load_evaluation(zoo), Formats(weights, activations, quality)
     console, rows = Console(), list[Row]()
     if not console.is_terminal:
         console.width = WIDTH
     for model in _models(zoo):
-        if only in model.name and not (model.quantized and weights == "int4"):
-            rows.append(_measure(model, target, executor, weights, evaluation, limit or None))
+        if only in model.name and (formats.is_default or not model.quantized):
+            rows.append(_measure(model, target, executor, formats, evaluation, limit or None))
             row = rows[-1]
             mark = "ok" if row.reached else "MISSED"
             console.print(f"{model.name}: {row.original:.4f} -> {row.compiled:.4f} ({mark})", highlight=False)
-    table = Table(*HEADER, title=f"{target}, {executor}, weights {weights}")
+    table = Table(*HEADER, title=f"{target}, {executor}, {formats.options}")
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
     if not only and not limit:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"accuracy-{Path(target).stem}-{executor}{'-int4' if weights == 'int4' else ''}.md"
-        path.write_text(_markdown(rows, target, executor, weights))
+        path = RESULTS / f"accuracy-{Path(target).stem}-{executor}{formats.suffix}.md"
+        path.write_text(_markdown(rows, target, executor, formats))
         console.print(f"written to {path}")
     sys.exit(0 if all(row.reached for row in rows) else 1)
 
@@ -175,7 +200,7 @@ def _load_evaluation(zoo: Path) -> ModuleType:
 
 
 def _measure(
-    model: Model, target: str, executor: Executor, weights: WeightType, evaluation: ModuleType, limit: int | None
+    model: Model, target: str, executor: Executor, formats: Formats, evaluation: ModuleType, limit: int | None
 ) -> Row:
     original_run = _session(model.path.read_bytes())
     fed: list[Arrays] = []
@@ -187,7 +212,7 @@ def _measure(
     original = evaluation.evaluate(model.entry, recorded, limit)
     start = time.perf_counter()
     calibration = None if model.quantized else _calibration(fed)
-    run = (_compiled if executor is Executor.BUNDLE else _quantized)(model, target, calibration, weights)
+    run = (_compiled if executor is Executor.BUNDLE else _quantized)(model, target, calibration, formats)
     compiled_at = time.perf_counter()
     compiled = evaluation.evaluate(model.entry, run, limit)
     metric = METRIC_OF_TASK[model.task]
@@ -198,7 +223,7 @@ def _measure(
         float(compiled[metric]),
         compiled_at - start,
         time.perf_counter() - compiled_at,
-        weights,
+        formats,
     )
 
 
@@ -208,8 +233,15 @@ def _calibration(fed: Sequence[Arrays]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([fed[index][name] for index in spread]) for name in fed[0]}
 
 
-def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | None, weights: WeightType) -> Runner:
-    bundle = qcompiler.compile(model.path, target=target, calibration=calibration, weights=weights)
+def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | None, formats: Formats) -> Runner:
+    bundle = qcompiler.compile(
+        model.path,
+        target=target,
+        calibration=calibration,
+        weights=formats.weights,
+        activations=formats.activations,
+        quality=formats.quality,
+    )
 
     def run(inputs: Arrays) -> list[np.ndarray]:
         return list(bundle.run(dict(inputs)).values())
@@ -217,13 +249,15 @@ def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | No
     return run
 
 
-def _quantized(model: Model, target: str, calibration: dict[str, np.ndarray] | None, weights: WeightType) -> Runner:
+def _quantized(model: Model, target: str, calibration: dict[str, np.ndarray] | None, formats: Formats) -> Runner:
     """The QDQ graph that `compile` would lower, in onnxruntime without its own rewrites."""
     from qcompiler.compile import SILENT, place
     from qcompiler.quant.types import WeightRequest
 
-    request = WeightRequest(weights)
-    placed = place(model.path, target, calibration, None, None, "mse", None, None, SILENT, weights=request)
+    request = WeightRequest(formats.weights, {}, formats.activations)
+    placed = place(
+        model.path, target, calibration, None, None, "mse", None, None, SILENT, weights=request, quality=formats.quality
+    )
     return _session(ir.to_proto(placed.quantized).SerializeToString(), optimize=False)
 
 
@@ -240,13 +274,13 @@ def _session(model: bytes, *, optimize: bool = True) -> Runner:
     return run
 
 
-def _markdown(rows: list[Row], target: str, executor: Executor, weights: WeightType) -> str:
+def _markdown(rows: list[Row], target: str, executor: Executor, formats: Formats) -> str:
     what = "the compiled bundle" if executor is Executor.BUNDLE else "the QDQ graph in onnxruntime"
     lines = [
-        f"# Accuracy on {target}, {what}{', 4-bit weights' if weights == 'int4' else ''}",
+        f"# Accuracy on {target}, {what}, weights {formats.weights}, activations {formats.activations}",
         "",
         f"Float models calibrated on {CALIBRATION_SAMPLES} samples spread evenly over the data. "
-        f"Made by `benchmarks/accuracy.py --target {target} --executor {executor} --weights {weights}`.",
+        f"Made by `benchmarks/accuracy.py --target {target} --executor {executor} {formats.options}`.",
         "",
         "| " + " | ".join(HEADER[:-2]) + " |",
         "|" + "---|" * len(HEADER[:-2]),

@@ -13,10 +13,11 @@ import pytest
 
 from qcompiler.backends import npu, relax
 from qcompiler.backends.base import NpuFunction
-from qcompiler.compile import SILENT, Placed, place
+from qcompiler.compile import EIGHT_BITS, SILENT, Placed, place
 from qcompiler.graph import QCOMPILER_DOMAIN, dtype_of, is_op, users, value_name
 from qcompiler.integer.reference import Executor
 from qcompiler.partition import Region, partition
+from qcompiler.quant.types import WeightRequest
 from qcompiler.runtime import Executable, Simulator
 from qcompiler.simulator.cost import price
 from qcompiler.target import Target
@@ -97,10 +98,12 @@ def outputs(lowered: relax.Lowered, executable: Executable, inputs: Arrays) -> d
     return {spec.name: array for spec, array in zip(lowered.outputs, results, strict=True)}
 
 
-def placed(zoo: Path, name: str, target: str) -> tuple[Placed, list[dict[str, np.ndarray]]]:
+def placed(
+    zoo: Path, name: str, target: str, formats: WeightRequest = EIGHT_BITS
+) -> tuple[Placed, list[dict[str, np.ndarray]]]:
     path, fed = real_inputs(zoo, name)
     calibration = {key: np.concatenate([inputs[key] for inputs in fed[:CALIBRATION_SAMPLES]]) for key in fed[0]}
-    done = place(path, target, calibration, None, None, "mse", None, None, SILENT)
+    done = place(path, target, calibration, None, None, "mse", None, None, SILENT, weights=formats)
     return done, fed[CALIBRATION_SAMPLES:]
 
 
@@ -108,7 +111,39 @@ def placed(zoo: Path, name: str, target: str) -> tuple[Placed, list[dict[str, np
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_reference_cpu_and_simulator_agree(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
-    done, samples = placed(zoo, name, target)
+    check_agreement(*placed(zoo, name, target), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20_cifar10", "squeezenet11"])
+@pytest.mark.parametrize("target", ["systolic-npu", "x86-cpu"])
+def test_four_bit_weights(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
+    """All layers but the first and last in half the bytes, and bit-exact."""
+    done, samples = placed(zoo, name, target, WeightRequest("int4"))
+    products = [item for item in done.partition.placements if item.op in ("Conv", "Gemm")]
+    assert [item.node for item in products if item.precision.endswith("int8")] == [products[0].node, products[-1].node]
+    assert all(item.backend == ("cpu" if done.target.npu is None else "npu") for item in products[1:-1])
+    eight, _ = placed(zoo, name, target)
+    bytes_of = [
+        sum(
+            [value.const_value.nbytes for node in model.graph if node.op_type in ("QConv", "QGemm")
+             if (value := node.inputs[1]) is not None and value.const_value is not None][1:-1]
+        )
+        for model in (eight.integer, done.integer)
+    ]  # fmt: skip
+    assert bytes_of[0] == 2 * bytes_of[1] > 100_000
+    check_agreement(done, samples, tmp_path)
+
+
+@pytest.mark.slow
+def test_sixteen_bit_activations(zoo: Path, tmp_path: Path) -> None:
+    done, samples = placed(zoo, "mobilenet_v1_025_128", "x86-cpu", WeightRequest(activations="int16"))
+    assert "int16*int8" in {item.precision for item in done.partition.placements}
+    check_agreement(done, samples, tmp_path)
+
+
+def check_agreement(done: Placed, samples: list[dict[str, np.ndarray]], tmp_path: Path) -> None:
+    """On every integer tensor that leaves the integer part, bit for bit."""
     integer_names = expose_integers(done.integer)
     assert integer_names
     reference = Executor(done.integer)
