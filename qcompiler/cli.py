@@ -42,6 +42,7 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join(
         "qcompile model.onnx -t my-chip.yaml -c photos/ --resize 224 --mean 123.7,116.3,103.5 --std 58.4",
         "qcompile run model.qc --input in.npz --output out.npz",
         "qcompile explain model.onnx --target systolic-npu --html report.html",
+        "qcompile debug model.onnx --calibration samples.npz",
         "qcompile bench model.onnx --targets arm-npu,systolic-npu --set memories.sram.size=64KiB",
         "qcompile model.onnx --target cortex-m55 --emit c -o firmware/model",
         "qcompile targets check my-chip.yaml",
@@ -65,7 +66,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
-VERBS = ("compile", "run", "explain", "bench", "targets")
+VERBS = ("compile", "run", "explain", "debug", "bench", "targets")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -318,6 +319,52 @@ def explain(
         _print_json(report.to_dict())
     else:
         _print_report(report)
+
+
+@app.command()
+def debug(
+    model: Model,
+    target: TargetName = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    input_shape: InputShapes = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
+    weights: Weights = "int8",
+    layer_weights: LayerWeights = None,
+    activations: Activations = "int8",
+) -> None:
+    """Find the layers whose quantization hurts, say why, and name the option that helps."""
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.diagnose import debug as diagnose
+        from qcompiler.diagnose_report import render
+        from qcompiler.quant.types import WeightRequest
+
+        diagnosis = diagnose(
+            model,
+            target,
+            calibration=calibration,
+            input_shapes=_input_shapes(input_shape or []),
+            method=method,
+            samples=samples,
+            images=_image_options(resize, mean, std, layout, color),
+            keep_float=keep_float or (),
+            overrides=overrides or (),
+            weights=WeightRequest(weights, _layer_weights(layer_weights or []), activations),
+            progress=progress,
+        )
+        progress.finish()
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    else:
+        _stdout().print(render(diagnosis))
 
 
 @app.command()

@@ -1,0 +1,226 @@
+"""Planted trouble is found in the layer it was planted in, with its cause; the measures are what onnxruntime gives."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+
+from qcompiler.cli import main
+from qcompiler.compile import prepare
+from qcompiler.diagnose import debug, units_of
+from qcompiler.diagnose_causes import Measured, Statistics, explain_noise
+from qcompiler.diagnose_report import Diagnosis, render
+from qcompiler.errors import QCompilerError
+from qcompiler.pipeline import Dumper
+from qcompiler.quant.quantize import quantize
+from qcompiler.selfcheck import sqnr
+
+SHAPE = (1, 4, 12, 12)
+COUNT = 6
+Net = tuple[Path, dict[str, np.ndarray]]
+
+
+def save(folder: Path, text: str, weights: dict[str, np.ndarray]) -> Path:
+    """A model of ONNX text, its nodes named after what they make."""
+    graph = onnx.parser.parse_graph(text)
+    for node in graph.node:
+        node.name = node.output[0]
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "net.onnx")
+    return folder / "net.onnx"
+
+
+def random_weights(*names: str, seed: int = 5) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(size=(8 if name != "last" else 4, 8 if name != "first" else 4, 1, 1)) / 3 for name in names
+    }
+
+
+def inputs(seed: int = 3) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).normal(size=(COUNT, *SHAPE[1:])).astype(np.float32)}
+
+
+CHAIN = (
+    "g (float[1,4,12,12] x) => (float[1,4,12,12] y)"
+    "{ a = Conv(x, first)  ra = Relu(a)  b = Conv(ra, middle)  rb = Relu(b)  y = Conv(rb, last) }"
+)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Net:
+    return save(tmp_path, CHAIN, random_weights("first", "middle", "last")), inputs()
+
+
+def worst(diagnosis: Diagnosis) -> tuple[str, str]:
+    finding = diagnosis.findings[0]
+    return finding.layer, finding.cause
+
+
+def test_nothing_is_wrong_with_a_plain_net(plain: Net) -> None:
+    diagnosis = debug(plain[0], calibration=plain[1])
+    assert [layer.layer for layer in diagnosis.layers] == ["x", "a + ra", "b + rb", "y"]
+    assert {finding.cause for finding in diagnosis.findings} == {"rounding"}
+    assert sum(layer.share for layer in diagnosis.layers) == pytest.approx(1)
+    assert diagnosis.sqnr is not None and diagnosis.sqnr > 25 and not diagnosis.synthetic
+
+
+def test_a_planted_channel_is_named(tmp_path: Path) -> None:
+    weights = random_weights("first", "middle", "last")
+    weights["middle"][3] *= 60
+    weights["last"][:, 3] /= 60
+    diagnosis = debug(save(tmp_path, CHAIN, weights), calibration=inputs())
+    assert worst(diagnosis) == ("b + rb", "channel imbalance")
+    finding = diagnosis.findings[0]
+    assert "channel 3" in finding.evidence and "--float 'b + rb' --float 'y'" in finding.advice
+    assert diagnosis.sqnr is not None and finding.sqnr_without is not None
+    assert finding.share > 0.6 and finding.sqnr_without > diagnosis.sqnr + 5
+    # What is said of the advice is what following it gives.
+    mended = debug(tmp_path / "net.onnx", calibration=inputs(), keep_float=["b + rb", "y"])
+    assert mended.sqnr == finding.sqnr_without
+
+
+def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
+    text = (
+        "g (float[1,4,12,12] x) => (float[1,8,12,12] y)"
+        "{ a = Conv(x, first)  p = Mul(a, a)  b = Conv(p, middle)  y = Sigmoid(b) }"
+    )
+    weights = {"first": np.eye(8, 4)[:, :, None, None] + 0.05, **random_weights("middle")}
+    data = inputs()
+    data["x"] = np.clip(data["x"], -2.5, 2.5)
+    # Five times the largest value: not much for `a`, but `p` squares it.
+    data["x"][:, 0, 4, 4] = 7.5
+    diagnosis = debug(save(tmp_path, text, weights), calibration=data, method="minmax")
+    by_layer = {finding.layer: finding for finding in diagnosis.findings}
+    assert by_layer["p"].cause == "range outlier" and "--method mse" in by_layer["p"].advice
+    # The advice holds.
+    without = debug(tmp_path / "net.onnx", calibration=data, method="minmax", keep_float=["p", "b"]).sqnr
+    assert without is not None and diagnosis.sqnr is not None and without > diagnosis.sqnr + 1
+
+
+def test_a_small_tensor_in_a_concat_with_a_large_one(tmp_path: Path) -> None:
+    text = (
+        "g (float[1,4,12,12] x) => (float[1,4,12,12] y)"
+        "{ small = Conv(x, first)  large = Conv(x, big)  c = Concat<axis = 1>(small, large)  y = Conv(c, mix) }"
+    )
+    rng = np.random.default_rng(4)
+    mix = rng.normal(size=(4, 16, 1, 1))
+    mix[:, 8:] /= 50
+    weights = random_weights("first") | {"big": rng.normal(size=(8, 4, 1, 1)) * 20, "mix": mix}
+    diagnosis = debug(save(tmp_path, text, weights), calibration=inputs())
+    found = {finding.layer: finding for finding in diagnosis.findings}["small"]
+    assert found.cause == "shared scale clash" and "'large'" in found.evidence
+
+
+def test_codes_that_a_symmetric_format_wastes(plain: Net) -> None:
+    diagnosis = debug(plain[0], calibration=plain[1], overrides=["quantization.activations.symmetric=true"])
+    causes = {finding.layer: finding for finding in diagnosis.findings}
+    assert causes["b + rb"].cause == "zero-point clash"
+    assert "symmetric" in causes["b + rb"].evidence
+
+
+def test_weights_of_four_bits(plain: Net) -> None:
+    from qcompiler.quant.types import WeightRequest
+
+    diagnosis = debug(plain[0], "systolic-npu", calibration=plain[1], weights=WeightRequest("int4"))
+    assert worst(diagnosis) == ("b + rb", "few bits")
+    finding = diagnosis.findings[0]
+    mended = debug(plain[0], "systolic-npu", calibration=plain[1], weights=WeightRequest("int4", {"b + rb": "int8"}))
+    assert "--layer-weights 'b + rb=int8'" in finding.advice
+    assert mended.sqnr is not None and diagnosis.sqnr is not None and mended.sqnr > diagnosis.sqnr + 3
+
+
+@pytest.mark.parametrize("planted", ["bias", "sum"])
+def test_accumulators_that_do_not_hold_what_may_come(tmp_path: Path, planted: str) -> None:
+    shape, weights = (4, 4, 1, 1), {"w": np.full((4, 4, 1, 1), 1e-5), "bias": np.array([0, 0, 90.0, 0])}
+    if planted == "sum":
+        shape, weights = (1, 200_000), {"w": np.ones((200_000, 4)), "bias": np.zeros(4)}
+    text = (
+        "g (float[1,4,12,12] x) => (float[1,4,12,12] y) { y = Conv(x, w, bias) }"
+        if planted == "bias"
+        else "g (float[1,200000] x) => (float[1,4] y) { y = Gemm(x, w, bias) }"
+    )
+    data = inputs() if planted == "bias" else {"x": np.random.default_rng(1).normal(size=(2, *shape[1:])).astype("f")}
+    model = save(tmp_path, text, weights)
+    prepared = prepare(model, "arm-npu", data, None, None, "mse", None, None, _Silent())
+    assert prepared.plan is not None and prepared.ranges is not None
+    unit = units_of(prepared.graph, prepared.plan)[-1]
+    statistics = Statistics(1, tuple(unit.output.shape or ()))  # pyright: ignore[reportArgumentType]
+    found = explain_noise(Measured(unit, 1.0, None, statistics), ["y"], prepared.plan, prepared.ranges, prepared.target)
+    assert found.cause == "saturating accumulator"
+    assert ("channel 2" in found.evidence) if planted == "bias" else ("32 bits" in found.evidence)
+
+
+class _Silent:
+    def stage(self, name: str) -> None:
+        return None
+
+    def advance(self, done: int, total: int) -> None:
+        return None
+
+
+def test_measures_agree_with_onnxruntime(plain: Net, tmp_path: Path) -> None:
+    model, data = plain
+    diagnosis = debug(model, calibration=data)
+    prepared = prepare(model, "arm-npu", data, None, Dumper(tmp_path / "dump"), "mse", None, None, _Silent())
+    assert prepared.plan is not None
+    everything = quantize(prepared.graph, prepared.plan)
+    file = Dumper(tmp_path / "quantized").dump(everything, "all")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    exact, rounded = (ort.InferenceSession(str(path), options) for path in (model, file))
+    signal = noise = 0.0
+    for sample in data["x"]:
+        wanted, got = (np.asarray(session.run(["y"], {"x": sample[None]})[0]) for session in (exact, rounded))
+        signal, noise = signal + float(np.sum(wanted.astype("d") ** 2)), noise + float(np.sum((wanted - got) ** 2.0))
+    expected = sqnr(signal, noise)
+    assert diagnosis.sqnr == pytest.approx(expected, abs=0.05)
+    # With everything up to the last layer quantized, its output is the model's.
+    assert diagnosis.layers[-1].so_far == pytest.approx(expected, abs=0.05)
+
+
+def test_layers_kept_in_float_are_not_measured(plain: Net) -> None:
+    diagnosis = debug(plain[0], calibration=plain[1], keep_float=["b"])
+    assert diagnosis.kept_float == dict.fromkeys(("b", "rb"), "kept in float on request")
+    # What `b` gets from quantized layers is rounded by them, what `y` reads of it on the way in.
+    assert [layer.layer for layer in diagnosis.layers] == ["x", "a + ra", "rb", "y"]
+    assert [layer.op for layer in diagnosis.layers] == ["input", "Conv", "input", "Conv"]
+
+
+def test_the_command(plain: Net, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "data.npz", **plain[1])  # pyright: ignore[reportArgumentType]
+    for arguments in ([], ["--json"]):
+        with pytest.raises(SystemExit) as leaving:
+            main(["debug", str(plain[0]), "-c", str(tmp_path / "data.npz"), *arguments])
+        assert leaving.value.code in (0, None)
+        printed = capsys.readouterr().out
+        if arguments:
+            assert json.loads(printed)["layers"][1]["layer"] == "a + ra"
+        else:
+            assert "What helps" in printed and "a + ra" in printed
+
+
+def test_a_quantized_model_is_refused(plain: Net, tmp_path: Path) -> None:
+    prepared = prepare(plain[0], "arm-npu", plain[1], None, None, "mse", None, None, _Silent())
+    assert prepared.plan is not None
+    file = Dumper(tmp_path / "quantized").dump(quantize(prepared.graph, prepared.plan), "all")
+    with pytest.raises(QCompilerError, match="arrived quantized"):
+        debug(file)
+
+
+def test_random_inputs_are_said_to_be(plain: Net) -> None:
+    from rich.console import Console
+
+    diagnosis = debug(plain[0])
+    assert diagnosis.synthetic
+    console = Console(width=150)
+    with console.capture() as captured:
+        console.print(render(diagnosis))
+    assert "synthetic random inputs" in captured.get()
