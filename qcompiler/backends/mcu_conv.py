@@ -23,6 +23,9 @@ from qcompiler.backends.schedules.reducing_dot import ReducingDot, reducing_dot
 from qcompiler.backends.te import Expr
 from qcompiler.graph import Shape
 
+_GATHER_GAIN = 2
+"""How many times fewer instructions pay for gathering windows."""
+
 
 def convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel | None:
     """The kernel, or None where no template here fits and the CPU backend's must do."""
@@ -149,23 +152,57 @@ def _outputs(accumulator: te.Tensor, finish: _Finish, parameters: Sequence[te.Te
 def _dot_convolution(problem: Problem, folded: Folded, x_value: ir.Value, dot: ReducingDot, host: HostCode) -> Kernel:
     out_channels, kh, kw, c = folded.weights.shape
     (sy, sx), dy = problem.strides, problem.dilations[0]
-    steps = -(-kw * c // dot.length)
-    width = problem.out_size[1]
-    tile = next(tile for tile in dot.tiles if width % tile[0] == 0 and out_channels % tile[1] == 0)
-    source, finish = _input(problem, folded, x_value, steps * dot.length), _finish(folded, problem.epilogue)
-    arrays = (_pack_runs(folded.weights, tile[1], dot.length), *finish.arrays)
+    tile = next(tile for tile in dot.tiles if problem.out_size[1] % tile[0] == 0 and out_channels % tile[1] == 0)
+    whole = -(-kh * kw * c // dot.length)
+    gathered = problem.dilate == (1, 1) and _GATHER_GAIN * whole <= kh * -(-kw * c // dot.length)
+    if gathered:
+        # Runs so short that instructions would be mostly padding: lay the rows of every window side by side.
+        source, pitch = _windows(problem, folded, x_value, whole * dot.length)
+        runs, rows_per_output, row_step, steps = folded.weights.reshape(out_channels, 1, 1, -1), 1, 0, whole
+    else:
+        steps = -(-kw * c // dot.length)
+        source = _input(problem, folded, x_value, steps * dot.length)
+        runs, rows_per_output, row_step, pitch = folded.weights, sy, dy, sx * c
+    finish = _finish(folded, problem.epilogue)
+    arrays = (_pack_runs(runs, tile[1], dot.length), *finish.arrays)
     weights, *parameters = parameters_of(arrays)
-    ky, s, r = te.reduce_axis(kh, "ky"), te.reduce_axis(steps, "s"), te.reduce_axis(dot.length, "r")
+    ky, s, r = (
+        te.reduce_axis(extent, name) for extent, name in ((runs.shape[1], "ky"), (steps, "s"), (dot.length, "r"))
+    )
 
     def product(b: Expr, i: Expr, j: Expr, o: Expr) -> Expr:
-        pixel = source.tensor[b, i * sy + ky * dy, j * (sx * c) + s * dot.length + r].astype("int32")
+        row, column = i * rows_per_output + ky * row_step, j * pitch + s * dot.length + r
+        pixel = source.tensor[b, row, column].astype("int32")
         return te.reduce_sum(pixel * weights[o // tile[1], ky, s, o % tile[1], r].astype("int32"), axis=[ky, s, r])
 
     shape = (problem.x_shape[0], *problem.out_size, out_channels)
     output = _outputs(te.compute(shape, product, "accumulator"), finish, parameters)
     function = te.prim_func([source.x, weights, *parameters, output])
-    scheduled = schedule.schedule_dot_convolution(function, dot, tile, host, staged=source.staged)
+    copied = (pitch // (kw * c), kw * c) if gathered else (1, 0) if source.staged else None
+    scheduled = schedule.schedule_dot_convolution(function, dot, tile, host, copied=copied)
     return Kernel(scheduled, (x_value,), arrays)
+
+
+def _windows(problem: Problem, folded: Folded, x_value: ir.Value, length: int) -> tuple[_Input, int]:
+    """Every window as one run, and the bytes from one to the next: whole window rows, at least `length`."""
+    n, h, w, c = problem.x_shape
+    oh, ow = problem.out_size
+    _, kh, kw, _ = folded.weights.shape
+    (sy, sx), dy, (top, left) = problem.strides, problem.dilations[0], problem.pad
+    run = kw * c
+    pitch = round_up(length, run)
+    x, zero = placeholder(x_value, (n, h, w * c)), te.const(folded.x_zero_point, "int8")
+
+    def element(b: Expr, i: Expr, column: Expr) -> Expr:
+        j, ky = column // pitch, column % pitch // run
+        y, source = i * sy + ky * dy - top, (j * sx - left) * c + column % run
+        load = x[b, y, source]
+        if folded.x_offset:
+            load = (load.astype("int32") + folded.x_offset).astype("int8")
+        inside = te.all_of(ky < kh, y >= 0, y < h, source >= 0, source < w * c)
+        return te.if_then_else(inside, load, zero)
+
+    return _Input(x, te.compute((n, oh, ow * pitch), element, "staged"), staged=True), pitch
 
 
 def _pack_runs(weights: np.ndarray, channels: int, length: int) -> np.ndarray:

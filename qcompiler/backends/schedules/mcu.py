@@ -28,12 +28,20 @@ def scalar_multiply_lanes(host: HostCode, out_channels: int) -> int:
 
 
 def schedule_dot_convolution(
-    function: tirx.PrimFunc, dot: ReducingDot, tile: tuple[int, int], host: HostCode, *, staged: bool
+    function: tirx.PrimFunc,
+    dot: ReducingDot,
+    tile: tuple[int, int],
+    host: HostCode,
+    *,
+    copied: tuple[int, int] | None,
 ) -> tirx.PrimFunc:
     """Schedule the blocks [staged,] accumulator, total, output of `mcu_conv`.
 
     A few pixels get all their channels' sums, a tile of pixels times channels at a time in core registers; then the
     output stage runs over the channels, vectorized.
+
+    Args:
+        copied: None without the block staged; else the rows of a gathered window and their bytes, or (1, 0).
     """
     pixels, channels = tile
     s = open_schedule(function)
@@ -51,8 +59,11 @@ def schedule_dot_convolution(
     s.reorder(ky, step, at_pixel, at_channel, r)
     s.unroll(at_pixel)
     s.unroll(at_channel)
-    if staged:
-        s.compute_at(s.get_sblock("staged"), row, preserve_unit_loops=True)
+    if copied is not None:
+        staged = s.get_sblock("staged")
+        s.compute_at(staged, row, preserve_unit_loops=True)
+        if copied[1]:
+            s.split(s.get_loops(staged)[-1], [None, *copied])
     init = s.decompose_reduction(accumulator, ky)
     if dot.name is not None:
         s.tensorize(r, dot.name)
@@ -97,7 +108,7 @@ def schedule_depthwise(function: tirx.PrimFunc, host: HostCode, *, staged: bool)
     accumulator, total, output = (s.get_sblock(name) for name in ("accumulator", "total", "output"))
     n, y, _, o = s.get_loops(output)
     row = s.fuse(n, y)
-    lanes = lane_count(int(s.get(o).extent), host, most=16 if "v" in host.features else 4)
+    lanes = lane_count(int(s.get(o).extent), host, most=16 if "v" in host.features else 8)
     block, lane = s.split(o, [None, lanes])
     s.compute_at(total, block, preserve_unit_loops=True)
     s.compute_at(accumulator, block, preserve_unit_loops=True)
