@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import value_name
 
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 _SCALE, _ZERO_POINT = "qcompiler.scale", "qcompiler.zero_point"
@@ -64,7 +63,7 @@ def recorded(value: ir.Value) -> TensorFormat | None:
 
 
 def formats_of(nodes: Iterable[ir.Node]) -> Mapping[ir.Value, TensorFormat]:
-    """The format of every tensor of an integer graph that has one, movement followed both ways.
+    """The format of every tensor of an integer graph that has just one, movement followed both ways.
 
     Tensors without: factors, biases, tables, indices and shapes.
     """
@@ -84,8 +83,9 @@ def formats_of(nodes: Iterable[ir.Node]) -> Mapping[ir.Value, TensorFormat]:
                 if noted is not None and value not in known:
                     known[value] = noted
                     pending = True
-                assert noted is None or known[value] == noted, f"{value_name(value)} has two formats"
-    return known
+    # A model may read the same integers in two formats; then neither is the tensor's own.
+    unclear = {value for tensors in links if len({known.get(value) for value in tensors}) > 1 for value in tensors}
+    return {value: noted for value, noted in known.items() if value not in unclear}
 
 
 def _shared(node: ir.Node) -> tuple[ir.Value, ...]:

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler.emit.tosa import serialize, tosa_of
 from qcompiler.errors import QCompilerError
+from qcompiler.graph import make_node
+from qcompiler.partition import Region
 from qcompiler.target_loader import load_target
 
 FEEDS = 2
@@ -216,3 +219,10 @@ def test_says_where_tosa_opt_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(QCompilerError, match=r"tosa-opt is not on PATH.*pip install tosa-tools"):
         serialize(tmp_path / "region.mlir")
+
+
+def test_refuses_wide_tensors():
+    x, y = (ir.Value(name=name, shape=ir.Shape((2, 3)), type=ir.TensorType(ir.DataType.INT16)) for name in "xy")
+    node = make_node("Transpose", [x], [y], {"perm": [1, 0]}, name="turn")
+    with pytest.raises(QCompilerError, match=r"'turn' \(Transpose\).*makes INT16"):
+        tosa_of(Region("npu_0", "npu", (node,), (x,), (y,)))
