@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 _SCALE, _ZERO_POINT = "qcompiler.scale", "qcompiler.zero_point"
 
