@@ -29,6 +29,8 @@ _GATHER_GAIN = 2
 
 def convolution(problem: Problem, x_value: ir.Value, host: HostCode) -> Kernel | None:
     """The kernel, or None where no template here fits and the CPU backend's must do."""
+    if problem.x_dtype not in ("int8", "uint8"):
+        return None
     out_channels, _, _, depth = problem.weights.shape
     folded = fold_zero_points(problem, "int8")
     if folded.w_zero_point != 0:
