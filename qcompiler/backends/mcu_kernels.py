@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qcompiler.backends import cpu, cpu_conv, mcu_conv
 from qcompiler.backends.base import HostCode, Lowering
-from qcompiler.graph import QCOMPILER_DOMAIN, data_input
+from qcompiler.graph import QCOMPILER_DOMAIN, data_input, dtype_of
 
 _PROBLEMS: Mapping[str, Callable[[ir.Node], cpu_conv.Problem]] = {
     "QConv": cpu_conv.conv_problem,
@@ -17,7 +17,7 @@ _PROBLEMS: Mapping[str, Callable[[ir.Node], cpu_conv.Problem]] = {
 
 def lower_node(node: ir.Node, host: HostCode) -> Lowering:
     """Code for one node. As `cpu.lower_node`."""
-    if node.domain == QCOMPILER_DOMAIN and node.op_type in _PROBLEMS:
+    if node.domain == QCOMPILER_DOMAIN and node.op_type in _PROBLEMS and dtype_of(data_input(node)).itemsize == 1:
         kernel = mcu_conv.convolution(_PROBLEMS[node.op_type](node), data_input(node), host)
         if kernel is not None:
             return kernel

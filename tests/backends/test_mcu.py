@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -188,6 +189,28 @@ def test_kernels_in_the_emulator(workbench, tmp_path: Path, name: str) -> None:
     assert facts["samples"] == facts["equal"] == 1
     assert facts["arena_bytes"] == program.arena.peak
     assert 0 < facts["stack_bytes"] < 8192
+
+
+def test_other_formats_in_the_emulator(workbench, tmp_path: Path) -> None:
+    """Of models that arrive with 16-bit activations or 4-bit weights."""
+    target = load_target("cortex-m4")
+    need_tools(target)
+    bench = workbench(seed=77)
+    for index, (x_dtype, group) in enumerate((("int16", 1), ("int16", 6), ("int8", 1), ("int8", 2), ("int8", 6))):
+        dtype = ml_dtypes.int4 if index else np.dtype(np.int8)
+        factors = arithmetic.multipliers(bench.rng.uniform(0.01, 0.05, 6), "tosa")
+        y_dtype = np.iinfo(x_dtype)
+        op = ops.QConv((3, 2), (1, 2), (1, 0, 1, 1), (1, 1), group, 0, 0, 0, y_dtype.min, y_dtype.max, "tosa")
+        inputs = [
+            bench.random((1, 6, 7, 6), x_dtype),
+            bench.constant(bench.rng.integers(-8, 8, (6, 3, 2, 6 // group)).astype(dtype)),
+            bench.constant(bench.rng.integers(-300, 300, 6).astype(np.int32)),
+            *map(bench.constant, factors),
+        ]
+        bench.integer(op, inputs, (1, 6, 4, 6), x_dtype)
+    emit_bench(bench, target, tmp_path / "out")
+    facts = run_example(tmp_path / "out")
+    assert facts["samples"] == facts["equal"] == 1
 
 
 def test_the_example_notices_a_wrong_output(workbench, tmp_path: Path) -> None:
