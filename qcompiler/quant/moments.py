@@ -135,6 +135,8 @@ class Tap:
         options.log_severity_level = 3
         # Rewrites would fuse integer kernels whose sums saturate on some CPUs.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        # Layers run for microseconds between copies: threads that spin meanwhile only take cores from numpy.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         proto = ir.to_proto(exposed).SerializeToString()
         self.session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"]) if self.names else None
 

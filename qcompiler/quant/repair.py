@@ -54,12 +54,16 @@ class Effort:
     seconds: float
     groups: int
     """Into how many groups layers are divided, at most."""
+    otherwise: "Effort | None" = None
+    """What to try if this does not help: with few rows to learn from, less may be more."""
 
+
+_BALANCED = Effort(("scales", "gptq", "bias"), 40.0, 4)
 
 EFFORTS: Mapping[Quality, Effort] = {
     "fast": Effort((), 0.0, 0),
-    "balanced": Effort(("scales", "gptq", "bias"), 40.0, 4),
-    "best": Effort(("scales", "gptq", "adaround", "feedback", "bias"), 600.0, 64),
+    "balanced": _BALANCED,
+    "best": Effort(("scales", "gptq", "adaround", "feedback", "bias"), 500.0, 64, _BALANCED),
 }
 """`fast` keeps the plan: its ranges minimise the squared error, and its biases are corrected analytically."""
 
@@ -108,7 +112,9 @@ def repair(
         size = max(size, -(-(len(layers) - done) // affordable))
     before, after = output_errors(model, [quantize(model, plan), quantize(model, repaired)], judged)
     _log.info("repair: output error %.3g -> %.3g on %d samples", before, after, len(judged))
-    return repaired if after < before else plan
+    if after < before:
+        return repaired
+    return plan if effort.otherwise is None else repair(model, plan, samples, effort.otherwise, progress)
 
 
 def output_errors(model: ir.Model, candidates: Sequence[ir.Model], samples: Sequence[Sample]) -> list[float]:
