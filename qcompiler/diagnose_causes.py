@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompiler.diagnose_report import Cause
 from qcompiler.graph import Shape, const_of, data_input, is_op, value_name
 from qcompiler.quant.formats import activation_format, limits, quantize_array, weight_format
-from qcompiler.quant.operators import MAC_OPS
+from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS
 from qcompiler.quant.plan import weight_axis
 from qcompiler.quant.types import QuantPlan, Ranges, TensorFormat
 from qcompiler.target import Target
@@ -139,8 +139,9 @@ def _output_cause(
 ) -> Explanation | None:
     name = value_name(unit.output)
     fmt = plan.activations.get(name)
-    if fmt is None or not seen.extents.any():
-        return None
+    bounded = unit.nodes and unit.nodes[-1].op_type in {op for op, _, _ in UNIT_OUTPUTS}
+    if fmt is None or bounded or not seen.extents.any():
+        return None  # the range of a Softmax is what it is
     wider = _sixteen_bits(target, fmt)
     choices = f"{wider}, or {keep}" if wider else keep
     values = seen.joined()
@@ -168,10 +169,11 @@ def _output_cause(
         )
     clipped = _clipped_share(values, fmt)
     if clipped > 0.5:
+        ends = _ends(fmt)
         return Explanation(
             "clipped range",
-            f"{clipped:.0%} of the error of its output is clipping: the format ends at {_ends(fmt)[1]:.3g} and values "
-            f"reach {seen.high.max():.3g}",
+            f"{clipped:.0%} of the error of its output is clipping: values lie in "
+            f"[{seen.low.min():.3g}, {seen.high.max():.3g}], the format ends at {ends[0]:.3g} and {ends[1]:.3g}",
             f"--method minmax, or more calibration samples; or {choices}",
         )
     used = _used_codes(seen, fmt)

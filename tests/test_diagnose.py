@@ -186,6 +186,31 @@ def test_measures_agree_with_onnxruntime(plain: Net, tmp_path: Path) -> None:
     assert diagnosis.layers[-1].so_far == pytest.approx(expected, abs=0.05)
 
 
+def test_a_softmax_has_no_outliers(tmp_path: Path) -> None:
+    text = "g (float[1,4,12,12] x) => (float[1,4,12,12] y) { a = Conv(x, sharp)  y = Softmax<axis = 1>(a) }"
+    weights = {"sharp": random_weights("last")["last"][:, :4] * 12}
+    diagnosis = debug(save(tmp_path, text, weights), calibration=inputs())
+    (row,) = [layer for layer in diagnosis.layers if layer.layer == "y"]
+    assert row.op == "Softmax" and row.alone is not None
+    assert all(finding.cause == "rounding" for finding in diagnosis.findings if finding.layer == "y")
+
+
+def test_a_clipped_range(plain: Net) -> None:
+    """The ranges of quiet samples do not hold what loud ones bring."""
+    model, quiet = plain
+    prepared = prepare(model, "arm-npu", quiet, None, None, "mse", None, None, _Silent())
+    assert prepared.plan is not None and prepared.ranges is not None
+    unit = units_of(prepared.graph, prepared.plan)[1]
+    weights = onnx.numpy_helper.to_array(onnx.load(model).graph.initializer[0])
+    loud = np.maximum(np.einsum("oi,nihw->nohw", weights[:, :, 0, 0], 4 * quiet["x"]), 0)
+    statistics = Statistics(1, loud.shape)
+    statistics.add(loud)
+    measured = Measured(unit, None, 10.0, statistics)
+    found = explain_noise(measured, ["a + ra"], prepared.plan, prepared.ranges, prepared.target)
+    assert found.cause == "clipped range" and "--method minmax" in found.advice
+    assert f"{loud.max():.3g}" in found.evidence
+
+
 def test_layers_kept_in_float_are_not_measured(plain: Net) -> None:
     diagnosis = debug(plain[0], calibration=plain[1], keep_float=["b"])
     assert diagnosis.kept_float == dict.fromkeys(("b", "rb"), "kept in float on request")
