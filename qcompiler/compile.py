@@ -245,7 +245,7 @@ def prepare(
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
     from qcompiler.quant.plan import plan
-    from qcompiler.quant.repair import EFFORTS, repair
+    from qcompiler.quant.repair import EFFORTS, equalize_if_better, repair
     from qcompiler.target_loader import load_target
 
     source = Path(model)
@@ -270,8 +270,16 @@ def prepare(
             progress.stage("calibrate")
             wide = weights.activations == "int16"
             symmetric = wide or chip.quantization.activations.symmetric
-            ranges = calibrate(graph, data, method, progress.advance, bits=16 if wide else 8, symmetric=symmetric)
-            formats = plan(graph, ranges, chip, keep_float, weights)
+
+            def planned(graph: "ir.Model") -> "tuple[Ranges, QuantPlan]":
+                ranges = calibrate(graph, data, method, progress.advance, bits=16 if wide else 8, symmetric=symmetric)
+                return ranges, plan(graph, ranges, chip, keep_float, weights)
+
+            ranges, formats = planned(graph)
+            if EFFORTS[quality].steps and not chip.quantization.weights.per_channel and not data.synthetic:
+                # One scale has to suit all channels of a tensor.
+                progress.stage("equalize")
+                graph, ranges, formats = equalize_if_better(graph, ranges, formats, planned, data)
             if EFFORTS[quality].steps:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, EFFORTS[quality], progress.advance)

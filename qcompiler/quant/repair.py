@@ -15,7 +15,7 @@ At last both plans run on samples that were not learned from, and the repaired o
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -25,13 +25,14 @@ import onnx_ir as ir
 
 from qcompiler.calibrate import Progress, Samples
 from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, users, value_name
+from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, limits
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, Sample, Tap, collect
 from qcompiler.quant.operators import MAC_OPS
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.rounding import Problem, adaround, damped, descend, gptq
-from qcompiler.quant.types import Quality, QuantPlan, TensorFormat
+from qcompiler.quant.types import Quality, QuantPlan, Ranges, TensorFormat
 
 Step = Literal["scales", "gptq", "adaround", "feedback", "bias"]
 
@@ -39,6 +40,8 @@ SAMPLES = 64
 """Samples learned from and judged on, at most."""
 JUDGED = 4
 """Every so-manieth sample is kept for judging, if there are enough."""
+JUDGED_BY = 16
+"""Samples that decide whether equalizing helps."""
 LOW_BITS = 6
 """Weights of fewer bits gain from smaller scales and learned rounding; eight bits hardly do."""
 _FACTORS = np.linspace(1.0, 0.4, 13)
@@ -115,6 +118,33 @@ def repair(
     if after < before:
         return repaired
     return plan if effort.otherwise is None else repair(model, plan, samples, effort.otherwise, progress)
+
+
+def equalize_if_better(
+    model: ir.Model,
+    ranges: Ranges,
+    plan: QuantPlan,
+    planned: Callable[[ir.Model], tuple[Ranges, QuantPlan]],
+    samples: Samples,
+) -> tuple[ir.Model, Ranges, QuantPlan]:
+    """The model after `EqualizeLayers` with its ranges and plan, if it then quantizes better; else what was given.
+
+    Even weights make for uneven activations, so that it does not always help.
+
+    Args:
+        planned: calibrates a model and plans its quantization.
+        samples: the first `JUDGED_BY` decide.
+    """
+    even = model.clone()
+    if not EqualizeLayers()(even).modified:
+        return model, ranges, plan
+    even_ranges, even_plan = planned(even)
+    judged = list(islice(samples, JUDGED_BY))
+    (before,), (after,) = (
+        output_errors(each, [quantize(each, formats)], judged) for each, formats in ((model, plan), (even, even_plan))
+    )
+    _log.info("equalize: output error %.3g -> %.3g on %d samples", before, after, len(judged))
+    return (even, even_ranges, even_plan) if after < before else (model, ranges, plan)
 
 
 def output_errors(model: ir.Model, candidates: Sequence[ir.Model], samples: Sequence[Sample]) -> list[float]:

@@ -10,7 +10,7 @@ from qcompiler.quant.formats import bias_format, weight_format
 from qcompiler.quant.moments import collect
 from qcompiler.quant.plan import plan as make_plan
 from qcompiler.quant.quantize import quantize
-from qcompiler.quant.repair import EFFORTS, Effort, output_errors, repair
+from qcompiler.quant.repair import EFFORTS, Effort, equalize_if_better, output_errors, repair
 from qcompiler.target_loader import load_target
 
 NET = """g (float[1,3,16,16] x) => (float[1,10] y) {
@@ -96,3 +96,28 @@ def test_no_time_left_still_gives_a_whole_plan(setting):
     model, plan, data = setting
     repaired = repair(model, plan, data, replace(EFFORTS["best"], seconds=0.0))
     assert repaired is not plan and len(repaired.rounded) == 4
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_equalizing_is_kept_where_it_helps(parse, samples, spread):
+    weights = load_target("systolic-npu").quantization.weights.model_copy(update={"per_channel": False})
+    target = load_target("systolic-npu")
+    quantization = target.quantization.model_copy(update={"weights": weights})
+    target = target.model_copy(update={"quantization": quantization})
+    channels = 10.0 ** np.random.default_rng(3).uniform(-spread, spread, (16, 1, 1, 1)).astype(np.float32)
+    first = np.random.default_rng(4).standard_normal((16, 3, 3, 3)).astype(np.float32)
+    model = parse(NET, {**SHAPES, "w1": channels * first, "b1": np.zeros(16, np.float32)})
+    data = samples(model, 16)
+
+    def planned(graph):
+        ranges = calibrate(graph, data)
+        return ranges, make_plan(graph, ranges, target)
+
+    ranges, plan = planned(model)
+    chosen, _, formats = equalize_if_better(model, ranges, plan, planned, data)
+    (before,) = _errors(model, data, plan)
+    (after,) = _errors(chosen, data, formats)
+    assert after <= before
+    if spread:
+        assert chosen is not model
+        assert after < 0.8 * before
