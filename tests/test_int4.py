@@ -145,3 +145,43 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and "write LAYER=int4 or LAYER=int8" in shown
     code, shown = explained("--weights", "int4", "-t", "arm-npu")
     assert code == 2 and "arm-npu has no int4 weights" in shown
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.UINT4, TensorProto.INT4])
+@pytest.mark.parametrize("target", ["x86-cpu", "systolic-npu"])
+def test_models_that_arrive_with_four_bit_weights(tmp_path: Path, dtype: int, target: str) -> None:
+    rng = np.random.default_rng(12)
+    low, zero = (0, 8) if dtype == TensorProto.UINT4 else (-8, 0)
+    weights = rng.integers(low, low + 16, (6, 5, 3, 3))
+    constants = [
+        helper.make_tensor("w", dtype, weights.shape, weights.ravel()),
+        helper.make_tensor("wz", dtype, [6], [zero] * 6),
+        numpy_helper.from_array(rng.uniform(0.02, 0.1, 6).astype(np.float32), "ws"),
+        numpy_helper.from_array(np.array(0.03, np.float32), "xs"),
+        numpy_helper.from_array(np.array(0.2, np.float32), "ys"),
+        numpy_helper.from_array(np.array(4, np.int8), "z"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "xs", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "xs", "z"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        helper.make_node("Conv", ["xd", "wd"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["c", "ys", "z"], ["cq"]),
+        helper.make_node("DequantizeLinear", ["cq", "ys", "z"], ["y"]),
+    ]
+    for node in nodes:
+        node.name = node.output[0]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, c, 8, 7]) for n, c in (("x", 5), ("y", 6)))
+    graph = helper.make_graph(nodes, "arrived", [x], [y], constants)
+    path = tmp_path / "arrived.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    done = place(path, target, None, None, None, "mse", None, None, SILENT)
+    (conv,) = [node for node in done.integer.graph if node.op_type == "QConv"]
+    assert conv.inputs[1] is not None and conv.inputs[1].dtype == ir.DataType.INT4
+    feeds = {"x": rng.standard_normal((1, 5, 8, 7)).astype(np.float32)}
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (theirs,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    ours = execute(done.integer, feeds)["y"]
+    assert np.abs(np.asarray(theirs) - ours).max() <= 0.2001 and np.mean(theirs != ours) < 0.02
+    assert len(np.unique(ours)) > 20

@@ -26,6 +26,8 @@ from qcompiler.quant.arithmetic import RequantizeVariant
 
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
+_STORED = (ml_dtypes.uint4, ml_dtypes.int4, np.int8, np.uint8, np.int32)
+
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 TABLE_SIZE = 256
 
@@ -139,9 +141,12 @@ def constant_of(value: ir.Value | None) -> Constant | None:
         return None
     array, scale = const_of(data_input(dequantize)), const_of(input_of(dequantize, 1))
     zero_point = const_of(input_of(dequantize, 2))
-    if array is None or scale is None or array.dtype not in (ml_dtypes.int4, np.int8, np.uint8, np.int32):
+    if array is None or scale is None or array.dtype not in _STORED:
         return None
     zero_point = np.zeros(scale.shape, np.int32) if zero_point is None else zero_point.astype(np.int32)
+    if array.dtype == ml_dtypes.uint4:
+        # The same numbers as int4: targets have no other 4-bit weights.
+        array, zero_point = (array.astype(np.int8) - 8).astype(ml_dtypes.int4), zero_point - 8
     axis = integer(dequantize, "axis", 1) % max(array.ndim, 1) if scale.size > 1 else None
     return Constant(array, scale.astype(np.float32), zero_point, axis)
 
