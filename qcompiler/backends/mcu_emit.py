@@ -20,6 +20,7 @@ import numpy as np
 from qcompiler.backends.base import host_code
 from qcompiler.backends.mcu import ArenaPlace, Call, ConstantPlace, Copy, InputPlace, McuProgram, Place, Port
 from qcompiler.backends.mcu_functions import RawFunction, c_source, generate, is_llvm
+from qcompiler.backends.npu_memory import aligned
 from qcompiler.errors import QCompilerError
 from qcompiler.target import BareMetal, Host, did_you_mean
 
@@ -157,7 +158,10 @@ def _header(program: McuProgram) -> str:
         for index, port in enumerate(ports):
             lines += _port_lines(f"MODEL_{kind}{index}", port)
     lines += [
-        "/* Run the model once. Buffers need no alignment beyond their type's. Returns 0. */",
+        "/* All buffers passed here start at multiples of this: kernels load whole vectors. */",
+        f"#define MODEL_ALIGNMENT {_ARRAY_ALIGNMENT}",
+        "",
+        "/* Run the model once. Returns 0. */",
         f"int model_run({_run_parameters(program)});",
         "",
     ]
@@ -319,8 +323,8 @@ def _vectors_source(program: McuProgram, vectors: Sequence[TestVector]) -> str:
         parts.append(_vector_array(f"input{index}", port, [vector.inputs[index] for vector in vectors]))
     for index, port in enumerate(program.outputs):
         parts.append(_vector_array(f"expected{index}", port, [vector.outputs[index] for vector in vectors]))
-        parts.append(f"static {_C_TYPES[port.dtype]} output{index}[{port.elements}];\n")
-    given = [f"input{index} + sample * {port.elements}u" for index, port in enumerate(program.inputs)]
+        parts.append(f"static _Alignas(MODEL_ALIGNMENT) {_C_TYPES[port.dtype]} output{index}[{port.elements}];\n")
+    given = [f"input{index} + sample * {_stride(port)}u" for index, port in enumerate(program.inputs)]
     given += [f"output{index}" for index in range(len(program.outputs))]
     parts += [f"void test_vector_run(uint32_t sample) {{ model_run({', '.join(given)}); }}", ""]
     parts += ["int test_vector_equal(uint32_t sample) {"]
@@ -331,12 +335,19 @@ def _vectors_source(program: McuProgram, vectors: Sequence[TestVector]) -> str:
 
 
 def _vector_array(name: str, port: Port, arrays: Sequence[np.ndarray]) -> str:
-    joined = np.concatenate([array.reshape(-1) for array in arrays]) if arrays else np.zeros(1, port.dtype)
-    return _array(name, joined.astype(port.dtype, copy=False), linkage="static ")
+    joined = np.zeros((max(len(arrays), 1), _stride(port)), port.dtype)
+    for row, array in zip(joined, arrays, strict=False):
+        row[: port.elements] = array.reshape(-1)
+    return _array(name, joined, linkage="static ")
+
+
+def _stride(port: Port) -> int:
+    """Elements from one sample to the next, whose start is aligned."""
+    return aligned(port.bytes, _ARRAY_ALIGNMENT) // np.dtype(port.dtype).itemsize
 
 
 def _comparison(index: int, port: Port) -> list[str]:
-    got, wanted = f"output{index}[i]", f"expected{index}[sample * {port.elements}u + i]"
+    got, wanted = f"output{index}[i]", f"expected{index}[sample * {_stride(port)}u + i]"
     loop = f"    for (uint32_t i = 0; i < {port.elements}u; i++)"
     if not port.dtype.startswith("float"):
         return [f"{loop} {{", f"        if ({got} != {wanted}) return 0;", "    }"]
