@@ -82,6 +82,18 @@ def test_compile_prints_placement_cost_and_check(capsys: pytest.CaptureFixture[s
     assert captured.err == "" and "\x1b" not in captured.out
 
 
+def test_a_bundle_holds_its_report_as_a_page(digits_bundle: Path) -> None:
+    page = (digits_bundle / "report.html").read_text("utf-8")
+    assert "<svg" in page and "SQNR" in page and len(page) < 100_000
+    assert "report.html" in json.loads((digits_bundle / "manifest.json").read_text())["files"]
+
+
+def test_pages_are_not_for_c(capsys: pytest.CaptureFixture[str]) -> None:
+    message = mistake(capsys, DIGITS, "-t", "cortex-m55", "--emit", "c", "--html", "page.html")
+    assert "--emit c" in message and "explain" in message
+    assert "cannot write nowhere/page.html" in mistake(capsys, "explain", DIGITS, "--html", "nowhere/page.html")
+
+
 def test_compile_as_json_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert qcompile("--json", DIGITS, "-c", CALIBRATION, "--samples", "16", "-o", "out/net.qc") == 0
     captured = capsys.readouterr()

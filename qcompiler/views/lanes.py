@@ -13,11 +13,17 @@ LANE, GAP, TOP, AXIS = 26, 8, 8, 30
 RESOLUTION = 0.5
 """Pixels; shorter commands of a layer grow to this and neighbours join, which bounds the size of the page."""
 
+_MOVEMENT = (
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split",
+    "Squeeze", "Tile", "Transpose", "Unsqueeze",
+)  # fmt: skip
+
 KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("product", "convolution, matrix product", ("Conv", "ConvTranspose", "Gemm", "MatMul")),
     ("pool", "pooling", ("MaxPool", "AveragePool", "ReduceMean", "ReduceMax", "Resize")),
     ("arithmetic", "elementwise", ("Add", "Sub", "Mul", "Div", "Requantize", "Clip", "Relu")),
     ("function", "lookup table, softmax", ("Lookup", "Softmax")),
+    ("movement", "data movement", _MOVEMENT),
     ("hand-over", "hand-over", ("hand-over",)),
 )
 """CSS class, legend and operators; others are "other"."""
