@@ -270,13 +270,14 @@ def _weight_cause(
     if not fmt.per_channel and extents.any():
         typical = float(np.median(extents[extents > 0]))
         if extents.max() / typical >= IMBALANCE_RATIO:
-            allowed = axis is not None and not target.quantization.weights.per_channel
-            remedy = "weights per channel (--set quantization.weights.per_channel=true, if the chip can)"
+            remedy = (
+                "" if target.quantization.weights.per_channel else "--quality balanced, which equalizes layers; or "
+            )
             return Explanation(
                 "channel imbalance",
                 f"the weights of output channel {int(extents.argmax())} reach {extents.max():.3g}, those of the median "
                 f"channel {typical:.3g}, but one scale serves all {extents.size}",
-                f"{remedy}; or {keep}" if allowed else keep,
+                f"{remedy}{keep}",
             )
     usual = _usual(array.reshape(-1) / np.maximum(_per_weight(array, fmt), 1e-30))
     spread = float(np.abs(array / np.maximum(_per_weight(array, fmt), 1e-30)).max())
