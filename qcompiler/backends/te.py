@@ -121,6 +121,11 @@ def rint(x: Expr) -> Expr:
     return _tirx.nearbyint(x)
 
 
+def reinterpret(x: Expr, dtype: str) -> Expr:
+    """The same bits as another type of that width."""
+    return _tirx.reinterpret(dtype, x)
+
+
 def if_then_else(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     """Evaluates one side only: the other may be an access out of bounds."""
     return _tirx.if_then_else(condition, then, otherwise)

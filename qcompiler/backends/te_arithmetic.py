@@ -6,6 +6,8 @@ rounding. And TVM rewrites a float division by a constant into a multiplication:
 loaded from parameters, never constants.
 """
 
+import numpy as np
+
 from qcompiler.backends import te
 from qcompiler.backends.te import Expr
 from qcompiler.quant import tflite_functions
@@ -19,6 +21,8 @@ DTYPE_RANGES: dict[str, tuple[int, int]] = {
     "int32": (-(1 << 31), (1 << 31) - 1),
 }
 _FLOAT_LIMIT = 1 << 30
+_WHOLE_FLOATS = 3 << 22
+_WHOLE_FLOATS_BITS = int(np.float32(_WHOLE_FLOATS).view(np.int32))
 
 
 def rescale(acc: Expr, multiplier: Expr, shift: Expr, variant: RequantizeVariant) -> Expr:
@@ -85,12 +89,23 @@ def requantize(
     low, high = limits[0] - zero_point, limits[1] - zero_point
     if variant == "float32":
         # The bounds are whole numbers a float32 holds, so clamping before rounding changes nothing and saves a step.
+        assert max(-low, high) < 1 << 22, f"{dtype} is too wide for {variant}"
         scaled = acc.astype("float32") * multiplier
-        rounded = te.rint(te.clamp(scaled, float(low), float(high))).astype("int32")
+        return _rounded(te.clamp(scaled, float(low), float(high)), zero_point).astype(dtype)
     else:
         scaled = (rescale_wide if wide else rescale)(acc, multiplier, shift, variant)
         rounded = te.clamp(scaled, low, high).astype("int32")
     return (rounded + zero_point).astype(dtype)
+
+
+def _rounded(x: Expr, offset: int) -> Expr:
+    """A float32 of magnitude below 2^22 to the nearest whole number, ties to even, plus `offset`, as int32.
+
+    Next to 1.5 * 2^23 floats are whole numbers, so adding that rounds, and the sum's bits count up from those of
+    1.5 * 2^23. TVM takes loops with its own `nearbyint` apart instead of vectorizing them.
+    """
+    shifted = te.reinterpret(x + te.const(float(_WHOLE_FLOATS), "float32"), "int32")
+    return shifted + (offset - _WHOLE_FLOATS_BITS)
 
 
 def add(a: Expr, b: Expr, factors: AddFactors, variant: RequantizeVariant, *, subtract: bool, bits: int = 8) -> Expr:
