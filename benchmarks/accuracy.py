@@ -251,13 +251,13 @@ def _compiled(model: Model, target: str, calibration: dict[str, np.ndarray] | No
 
 def _quantized(model: Model, target: str, calibration: dict[str, np.ndarray] | None, formats: Formats) -> Runner:
     """The QDQ graph that `compile` would lower, in onnxruntime without its own rewrites."""
-    from qcompiler.compile import SILENT, place
+    from qcompiler.compile import place
+    from qcompiler.options import Options
     from qcompiler.quant.types import WeightRequest
 
     request = WeightRequest(formats.weights, {}, formats.activations)
-    placed = place(
-        model.path, target, calibration, None, None, "mse", None, None, SILENT, weights=request, quality=formats.quality
-    )
+    options = Options(calibration=calibration, formats=request, quality=formats.quality)
+    placed = place(model.path, target, options)
     return _session(ir.to_proto(placed.quantized).SerializeToString(), optimize=False)
 
 

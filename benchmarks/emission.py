@@ -31,12 +31,13 @@ import typer
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from rich.console import Console
 
-from qcompiler.compile import SILENT, Placed, place, schedule
+from qcompiler.compile import Placed, place, schedule
 from qcompiler.costs import region_cost
 from qcompiler.emit.regions import emit_regions, write_tflite, write_tosa
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import const_of, dtype_of, shape_of, value_name
 from qcompiler.integer.reference import Executor
+from qcompiler.options import Options
 from qcompiler.partition import Region
 from qcompiler.report import VelaReport
 
@@ -116,7 +117,7 @@ def _measure(zoo: Path, entry: Mapping[str, str], evaluation: ModuleType) -> Row
 
     def placed_for(target: str) -> Placed:
         quantized = entry["kind"] != "fp32"
-        return place(path, target, None if quantized else calibration, None, None, "mse", None, None, SILENT)
+        return place(path, target, Options(calibration=None if quantized else calibration))
 
     placed = placed_for(TARGET)
     regions = [region for region in placed.partition.regions if region.backend == "npu"]

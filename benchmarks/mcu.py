@@ -19,11 +19,12 @@ import numpy as np
 import onnx_ir as ir
 import typer
 
-from qcompiler.compile import SILENT, Placed, place
+from qcompiler.compile import Placed, place
 from qcompiler.emit_c import write_placed
 from qcompiler.graph import QCOMPILER_DOMAIN, const_of, data_input, nodes_of, shape_of, value_name
 from qcompiler.integer.ops import QConv, QGemm
 from qcompiler.integer.reference import Executor
+from qcompiler.options import Options
 from qcompiler.target import Target
 
 TARGETS = ("cortex-m55", "cortex-m4", "cortex-m7", "riscv-rvv")
@@ -95,7 +96,7 @@ def inputs_of(zoo: Path, model: str, count: int) -> list[Arrays]:
 def placed(zoo: Path, model: str, target: str, samples: Sequence[Arrays]) -> Placed:
     """Compiled up to lowering, the integers before the last float operators being outputs too."""
     calibration = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
-    done = place(zoo / "models" / f"{model}.onnx", target, calibration, None, None, "mse", None, None, SILENT)
+    done = place(zoo / "models" / f"{model}.onnx", target, Options(calibration=calibration))
     graph = done.integer.graph
     graph.outputs.extend(data_input(node) for node in nodes_of(graph, "DequantizeLinear"))
     return done

@@ -27,10 +27,11 @@ import vela_reference
 from vela_reference import Network, Operator
 
 import qcompiler
-from qcompiler.compile import SILENT, Placed, place, schedule
+from qcompiler.compile import Placed, place, schedule
 from qcompiler.costs import cost, region_cost
 from qcompiler.emit.tflite import tflite_of
 from qcompiler.errors import QCompilerError
+from qcompiler.options import Options
 from qcompiler.simulator import engines
 from qcompiler.simulator.cost import RegionCost
 from qcompiler.simulator.mac_array import find_block, mac_array
@@ -124,7 +125,7 @@ def compare_with_vela(vela: Path, zoo: Path) -> tuple[list[Compared], list[Whole
             with TemporaryDirectory() as folder:
                 target = with_sram(accelerator, Path(folder))
                 try:
-                    placed = place(model, target, None, None, None, "minmax", 2, None, SILENT)
+                    placed = place(model, target, Options(method="minmax", samples=2))
                     found = priced(placed)
                 except QCompilerError as error:
                     left_out.append(f"{model.stem}: {error}")
@@ -306,7 +307,7 @@ def nvdla_report() -> str:
     with TemporaryDirectory() as folder:
         model = networks.resnet_50(Path(folder) / "resnet_50.onnx")
         for name, published in NVDLA.items():
-            placed = place(model, name, None, None, None, "minmax", 1, None, SILENT)
+            placed = place(model, name, Options(method="minmax", samples=1))
             programs = schedule(placed)
             seconds = sum(region_cost(program, placed.target).seconds for program in programs.values())
             close += abs(_off(1 / seconds, published)) <= 0.25
@@ -344,7 +345,7 @@ def speed_report(scalesim: Path | None) -> str:
     """Best of several, single-threaded."""
     with TemporaryDirectory() as folder:
         model = networks.mobilenet_v2(Path(folder) / "mobilenet_v2.onnx")
-        placed = place(model, "arm-npu", None, None, None, "minmax", 1, None, SILENT)
+        placed = place(model, "arm-npu", Options(method="minmax", samples=1))
         programs = schedule(placed)
         costs = cost(placed.partition, programs, placed.target, 0, placed.layers)
         planning = _best(lambda: schedule(placed))

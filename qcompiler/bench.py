@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -12,10 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from qcompiler.compile import SILENT, CalibrationSource, InputShapes, Placed, Progress, estimate, place
-from qcompiler.dataset import ImageOptions
+from qcompiler.compile import DEFAULTS, SILENT, Placed, Progress, estimate, place
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import RangeMethod
+from qcompiler.options import Options
 from qcompiler.report import Report, SelfCheck, byte_count, quantity
 from qcompiler.selfcheck import Arrays, self_check
 
@@ -68,12 +67,8 @@ def bench(
     model: str | os.PathLike[str],
     targets: Sequence[str],
     variants: Sequence[Sequence[str]] = (),
+    options: Options = DEFAULTS,
     *,
-    calibration: CalibrationSource | None = None,
-    input_shapes: InputShapes | None = None,
-    method: RangeMethod = "mse",
-    samples: int | None = None,
-    images: ImageOptions | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Estimate a model on each target as it is, and on each again with each variant's overrides.
@@ -81,7 +76,7 @@ def bench(
     Args:
         targets: bundled targets' names, or YAML specs.
         variants: lists of overrides such as "memories.sram.size=512KiB".
-        calibration: with it, the quantized model is also run beside the float one.
+        options: with calibration data, the quantized model is also run beside the float one; `overrides` are not read.
         Others: as in `compile.compile`.
 
     Raises:
@@ -92,11 +87,9 @@ def bench(
     columns: list[Column] = []
     for target in targets:
         for overrides in ((), *variants):
-            placed = place(
-                model, target, calibration, input_shapes, None, method, samples, images, progress, overrides=overrides
-            )
+            placed = place(model, target, replace(options, overrides=overrides), progress)
             check = None
-            if calibration is not None:
+            if options.calibration is not None:
                 progress.stage("self-check")
                 check = self_check(placed.source, _runner(placed), placed.samples)
             report, _ = estimate(placed, progress)

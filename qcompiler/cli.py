@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 from zipfile import BadZipFile
@@ -25,11 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import ActivationType, Quality, RangeMethod, WeightType
+from qcompiler.quant.types import ActivationType, Quality, RangeMethod, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
     from qcompiler.dataset import ImageOptions
+    from qcompiler.options import Options
     from qcompiler.report import Report
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -199,6 +200,13 @@ def compile_command(
     ] = None,
 ) -> None:
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
+
+    def options() -> "Options":
+        return _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(weights, layer_weights, activations), quality, dump,
+        )  # fmt: skip
+
     if emit == "c":
         with _mistakes(as_json), _console_progress() as progress:
             from qcompiler.emit_c import emit_c
@@ -207,24 +215,7 @@ def compile_command(
                 raise QCompilerError(
                     "--emit c writes sources and no report; `qcompile explain` takes --html and --trace for any target."
                 )
-            emitted = emit_c(
-                model,
-                target,
-                output or Path(f"{model.stem}.c"),
-                calibration=calibration,
-                input_shapes=_input_shapes(input_shape or []),
-                dump=dump,
-                method=method,
-                samples=samples,
-                images=_image_options(resize, mean, std, layout, color),
-                keep_float=keep_float or (),
-                overrides=overrides or (),
-                weights=weights,
-                layer_weights=_layer_weights(layer_weights or []),
-                activations=activations,
-                quality=quality,
-                progress=progress,
-            )
+            emitted = emit_c(model, target, output or Path(f"{model.stem}.c"), options(), progress=progress)
             progress.finish()
         if as_json:
             _print_json({**asdict(emitted), "path": str(emitted.path)})
@@ -232,27 +223,16 @@ def compile_command(
             _stdout().print(Text(emitted.summary()))
         return
     with _mistakes(as_json), _console_progress() as progress:
-        from qcompiler.compile import compile
+        from qcompiler.compile import build
 
-        bundle = compile(
+        bundle = build(
             model,
             target,
-            calibration=calibration,
+            options(),
             output=output or Path(f"{model.stem}.qc"),
-            input_shapes=_input_shapes(input_shape or []),
-            dump=dump,
-            method=method,
-            samples=samples,
-            images=_image_options(resize, mean, std, layout, color),
             emit=emit,
-            keep_float=keep_float or (),
-            overrides=overrides or (),
             html=html,
             trace=trace,
-            weights=weights,
-            layer_weights=_layer_weights(layer_weights or []),
-            activations=activations,
-            quality=quality,
             progress=progress,
         )
         report = bundle.report
@@ -296,24 +276,11 @@ def explain(
     with _mistakes(as_json), _console_progress() as progress:
         from qcompiler.compile import explain as explain_model
 
-        report = explain_model(
-            model,
-            target,
-            calibration=calibration,
-            input_shapes=_input_shapes(input_shape or []),
-            dump=dump,
-            method=method,
-            samples=samples,
-            images=_image_options(resize, mean, std, layout, color),
-            keep_float=keep_float or (),
-            overrides=overrides or (),
-            html=html,
-            trace=trace,
-            weights=weights,
-            layer_weights=_layer_weights(layer_weights or []),
-            activations=activations,
-            progress=progress,
-        )
+        options = _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(weights, layer_weights, activations), dump=dump,
+        )  # fmt: skip
+        report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
         progress.finish()
     if as_json:
         _print_json(report.to_dict())
@@ -345,21 +312,12 @@ def debug(
     with _mistakes(as_json), _console_progress() as progress:
         from qcompiler.diagnose import debug as diagnose
         from qcompiler.diagnose_report import render
-        from qcompiler.quant.types import WeightRequest
 
-        diagnosis = diagnose(
-            model,
-            target,
-            calibration=calibration,
-            input_shapes=_input_shapes(input_shape or []),
-            method=method,
-            samples=samples,
-            images=_image_options(resize, mean, std, layout, color),
-            keep_float=keep_float or (),
-            overrides=overrides or (),
-            weights=WeightRequest(weights, _layer_weights(layer_weights or []), activations),
-            progress=progress,
-        )
+        options = _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(weights, layer_weights, activations),
+        )  # fmt: skip
+        diagnosis = diagnose(model, target, options, progress=progress)
         progress.finish()
     if as_json:
         _print_json(diagnosis.to_dict())
@@ -405,11 +363,7 @@ def bench(
             model,
             [name for name in targets.split(",") if name],
             [[part.strip() for part in text.split(";")] for text in variants or ()],
-            calibration=calibration,
-            input_shapes=_input_shapes(input_shape or []),
-            method=method,
-            samples=samples,
-            images=_image_options(resize, mean, std, layout, color),
+            _options(calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color)),
             progress=progress,
         )
         progress.finish()
@@ -504,6 +458,58 @@ def targets_check(
 # --- reading options and data ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """The options about images, as typed."""
+
+    resize: str | None
+    mean: str
+    std: str
+    layout: Literal["NCHW", "NHWC"]
+    color: Literal["rgb", "bgr", "gray"]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The options about number formats, as typed."""
+
+    weights: WeightType = "int8"
+    by_layer: list[str] | None = None
+    activations: ActivationType = "int8"
+
+
+EIGHT_BITS = Formats()
+
+
+def _options(
+    calibration: Path | None,
+    input_shape: list[str] | None,
+    method: RangeMethod,
+    samples: int | None,
+    pixels: Pixels,
+    keep_float: list[str] | None = None,
+    overrides: list[str] | None = None,
+    formats: Formats = EIGHT_BITS,
+    quality: Quality = "fast",
+    dump: Path | None = None,
+) -> "Options":
+    """Read what was typed. Raises QCompilerError where it makes no sense."""
+    from qcompiler.options import Options
+
+    return Options(
+        calibration=calibration,
+        input_shapes=_input_shapes(input_shape or []),
+        method=method,
+        samples=samples,
+        images=_image_options(pixels),
+        keep_float=keep_float or (),
+        overrides=overrides or (),
+        formats=WeightRequest(formats.weights, _layer_weights(formats.by_layer or []), formats.activations),
+        quality=quality,
+        dump=dump,
+    )
+
+
 def _input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for text in texts:
@@ -530,17 +536,15 @@ def _layer_weights(texts: Sequence[str]) -> dict[str, WeightType]:
     return chosen
 
 
-def _image_options(
-    resize: str | None, mean: str, std: str, layout: Literal["NCHW", "NHWC"], color: Literal["rgb", "bgr", "gray"]
-) -> "ImageOptions":
+def _image_options(pixels: Pixels) -> "ImageOptions":
     from qcompiler.dataset import ImageOptions, parse_size
 
     return ImageOptions(
-        resize=None if resize is None else parse_size(resize),
-        mean=_numbers("--mean", mean),
-        std=_numbers("--std", std),
-        layout=layout,
-        color=color,
+        resize=None if pixels.resize is None else parse_size(pixels.resize),
+        mean=_numbers("--mean", pixels.mean),
+        std=_numbers("--std", pixels.std),
+        layout=pixels.layout,
+        color=pixels.color,
     )
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from qcompiler import bundle
 from qcompiler.bundle import Bundle
 from qcompiler.errors import QCompilerError
+from qcompiler.options import CalibrationSource, InputShapes, Options
 from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Ranges, WeightRequest, WeightType
 
 if TYPE_CHECKING:
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
 
 SYNTHETIC_SAMPLES = 8
 EIGHT_BITS = WeightRequest()
-
-CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
-InputShapes = Mapping[str, tuple[int, ...]]
+DEFAULTS = Options()
 
 
 class Progress(Protocol):
@@ -118,25 +115,47 @@ def compile(
     Raises:
         QCompilerError: anything wrong with what was given; nothing is written then.
     """
+    options = Options(
+        calibration=calibration,
+        input_shapes=input_shapes or {},
+        method=method,
+        samples=samples,
+        images=images,
+        keep_float=keep_float,
+        overrides=overrides,
+        formats=WeightRequest(weights, layer_weights or {}, activations),
+        quality=quality,
+        dump=dump,
+    )
+    return build(model, target, options, output=output, emit=emit, html=html, trace=trace, progress=progress)
+
+
+def build(
+    model: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    options: Options = DEFAULTS,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    emit: "EmitFormat | None" = None,
+    html: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | None = None,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """`compile`, with what concerns quantization in one `Options`. Arguments and errors as there."""
     from qcompiler.backends import relax
 
-    if emit is not None and {weights, activations, *(layer_weights or {}).values()} != {"int8"}:
-        raise QCompilerError(f"--emit {emit} knows 8-bit formats only; leave out --weights and --activations.")
     if emit is not None:
         from qcompiler.emit.regions import check_emission
         from qcompiler.target_loader import load_target
 
-        check_emission(load_target(target, overrides), emit)
+        if options.formats != EIGHT_BITS:
+            raise QCompilerError(f"--emit {emit} knows 8-bit formats only; leave out --weights and --activations.")
+        check_emission(load_target(target, options.overrides), emit)
 
     keep = TemporaryDirectory(prefix="qcompiler-") if output is None else None
     folder = Path(keep.name) / f"{Path(model).stem}.qc" if keep else Path(output or "")
     with bundle.staging(folder) as stage:
-        placed = place(
-            model, target, calibration, input_shapes, dump, method, samples, images, progress,
-            keep_float=keep_float, overrides=overrides,
-            weights=WeightRequest(weights, layer_weights or {}, activations),
-            quality=quality,
-        )  # fmt: skip
+        placed = place(model, target, options, progress)
         chip = placed.target
         progress.stage("schedule")
         programs = schedule(placed)
@@ -162,28 +181,14 @@ def compile(
 def explain(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str] = "arm-npu",
+    options: Options = DEFAULTS,
     *,
-    calibration: CalibrationSource | None = None,
-    input_shapes: InputShapes | None = None,
-    dump: str | os.PathLike[str] | None = None,
-    method: RangeMethod = "mse",
-    samples: int | None = None,
-    images: "ImageOptions | None" = None,
-    keep_float: Sequence[str] = (),
-    overrides: Sequence[str] = (),
     html: str | os.PathLike[str] | None = None,
     trace: str | os.PathLike[str] | None = None,
-    weights: WeightType = "int8",
-    layer_weights: Mapping[str, WeightType] | None = None,
-    activations: ActivationType = "int8",
     progress: Progress = SILENT,
 ) -> "Report":
     """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
-    placed = place(
-        model, target, calibration, input_shapes, dump, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides,
-        weights=WeightRequest(weights, layer_weights or {}, activations),
-    )  # fmt: skip
+    placed = place(model, target, options, progress)
     report, costs = estimate(placed, progress)
     _write_views(placed, costs, report, html, trace)
     return report
@@ -226,20 +231,11 @@ class Prepared:
 def prepare(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    calibration: CalibrationSource | None,
-    input_shapes: InputShapes | None,
-    dumper: "Dumper | None",
-    method: RangeMethod,
-    samples: int | None,
-    images: "ImageOptions | None",
-    progress: Progress,
-    *,
-    keep_float: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    weights: WeightRequest = EIGHT_BITS,
-    quality: Quality = "fast",
+    options: Options = DEFAULTS,
+    progress: Progress = SILENT,
+    dumper: "Dumper | None" = None,
 ) -> Prepared:
-    """Every stage up to planning the quantization. Arguments as in `compile`; a dumper in place of a folder."""
+    """Every stage up to planning the quantization, which goes to `dumper` if there is one. Errors as of `compile`."""
     from qcompiler.calibrate import calibrate
     from qcompiler.dataset import input_specs, lint
     from qcompiler.importer import import_onnx
@@ -248,17 +244,17 @@ def prepare(
     from qcompiler.quant.repair import EFFORTS, equalize_if_better, repair
     from qcompiler.target_loader import load_target
 
-    source = Path(model)
+    source, effort = Path(model), EFFORTS[options.quality]
     run = partial(run_passes, dumper=dumper)
     with _Warnings(source) as warnings:
-        chip = load_target(target, overrides)
+        chip = load_target(target, options.overrides)
         if (reason := _foreign(chip)) is not None:
             warnings.messages.append(f"the bundle cannot be checked on this machine: {reason}")
         progress.stage("import")
-        graph = import_onnx(source, input_shapes)
+        graph = import_onnx(source, options.input_shapes)
         if dumper is not None:
             dumper.dump(graph, "import")
-        data = _open_data(calibration, input_specs(graph), samples, images)
+        data = _open_data(options, input_specs(graph))
         progress.stage("simplify")
         graph = run(graph, SIMPLIFY, stage="simplify")
         graph = run(graph, legalize(chip), stage="legalize")
@@ -268,30 +264,32 @@ def prepare(
         ranges = formats = None
         if not _is_quantized(graph):
             progress.stage("calibrate")
-            wide = weights.activations == "int16"
+            wide = options.formats.activations == "int16"
             symmetric = wide or chip.quantization.activations.symmetric
 
             def planned(graph: "ir.Model") -> "tuple[Ranges, QuantPlan]":
-                ranges = calibrate(graph, data, method, progress.advance, bits=16 if wide else 8, symmetric=symmetric)
-                return ranges, plan(graph, ranges, chip, keep_float, weights)
+                ranges = calibrate(
+                    graph, data, options.method, progress.advance, bits=16 if wide else 8, symmetric=symmetric
+                )
+                return ranges, plan(graph, ranges, chip, options.keep_float, options.formats)
 
             ranges, formats = planned(graph)
-            if EFFORTS[quality].steps and not chip.quantization.weights.per_channel and not data.synthetic:
+            if effort.steps and not chip.quantization.weights.per_channel and not data.synthetic:
                 # One scale has to suit all channels of a tensor.
                 progress.stage("equalize")
                 graph, ranges, formats = equalize_if_better(graph, ranges, formats, planned, data)
-            if EFFORTS[quality].steps:
+            if effort.steps:
                 progress.stage("repair")
-                formats = repair(graph, formats, data, EFFORTS[quality], progress.advance)
-        elif weights != EIGHT_BITS:
+                formats = repair(graph, formats, data, effort, progress.advance)
+        elif options.formats != EIGHT_BITS:
             raise QCompilerError(
                 f"{source} arrived quantized, so its formats stay as they are and --weights and --activations cannot "
                 "be heeded; compile the float model it was made from."
             )
-        elif keep_float:
+        elif options.keep_float:
             raise QCompilerError(
-                f"{source} arrived quantized, so its scales stand and --float {keep_float[0]} cannot be heeded; "
-                "compile the float model it was made from."
+                f"{source} arrived quantized, so its scales stand and --float {options.keep_float[0]} cannot be "
+                "heeded; compile the float model it was made from."
             )
     return Prepared(source, chip, data, graph, ranges, formats, tuple(warnings.messages))
 
@@ -299,20 +297,10 @@ def prepare(
 def place(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    calibration: CalibrationSource | None,
-    input_shapes: InputShapes | None,
-    dump: str | os.PathLike[str] | None,
-    method: RangeMethod,
-    samples: int | None,
-    images: "ImageOptions | None",
-    progress: Progress,
-    *,
-    keep_float: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    weights: WeightRequest = EIGHT_BITS,
-    quality: Quality = "fast",
+    options: Options = DEFAULTS,
+    progress: Progress = SILENT,
 ) -> Placed:
-    """Every stage up to partitioning. Arguments as in `compile`."""
+    """Every stage up to partitioning. Errors as of `compile`."""
     from qcompiler.backends.npu import can_run
     from qcompiler.integer.realize import realize
     from qcompiler.layer_names import layer_names
@@ -321,7 +309,7 @@ def place(
     from qcompiler.quant.plan import ON_REQUEST
     from qcompiler.quant.quantize import quantize
 
-    dumper = Dumper(Path(dump)) if dump is not None else None
+    dumper = Dumper(Path(options.dump)) if options.dump is not None else None
     run = partial(run_passes, dumper=dumper)
 
     def dumped(model: "ir.Model", stage: str) -> "ir.Model":
@@ -329,10 +317,7 @@ def place(
             dumper.dump(model, stage)
         return model
 
-    prepared = prepare(
-        model, target, calibration, input_shapes, dumper, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides, weights=weights, quality=quality,
-    )  # fmt: skip
+    prepared = prepare(model, target, options, progress, dumper)
     source, chip, graph = prepared.source, prepared.target, prepared.graph
     with _Warnings(source) as warnings:
         if prepared.plan is not None:
@@ -394,18 +379,13 @@ class _Warnings(logging.Handler):
         logging.getLogger("qcompiler").removeHandler(self)
 
 
-def _open_data(
-    calibration: CalibrationSource | None,
-    inputs: "tuple[InputSpec, ...]",
-    samples: int | None,
-    images: "ImageOptions | None",
-) -> "Dataset":
+def _open_data(options: Options, inputs: "tuple[InputSpec, ...]") -> "Dataset":
     from qcompiler.dataset import load_dataset, synthetic
 
-    if calibration is None:
+    if options.calibration is None:
         return synthetic(inputs, SYNTHETIC_SAMPLES)
-    source = calibration if isinstance(calibration, Mapping) else Path(calibration)
-    return load_dataset(source, inputs, images, samples)
+    source = options.calibration if isinstance(options.calibration, Mapping) else Path(options.calibration)
+    return load_dataset(source, inputs, options.images, options.samples)
 
 
 def _emit(

@@ -18,18 +18,18 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompiler.compile import SILENT, CalibrationSource, InputShapes, Prepared, Progress, prepare
-from qcompiler.dataset import ImageOptions
+from qcompiler.compile import DEFAULTS, SILENT, Prepared, Progress, prepare
 from qcompiler.diagnose_causes import Measured, Statistics, Unit, explain_noise
 from qcompiler.diagnose_report import Diagnosis, Finding, LayerNoise
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import shape_of, users, value_name
 from qcompiler.layer_names import JOINT
+from qcompiler.options import Options
 from qcompiler.quant import operators
 from qcompiler.quant.formats import dequantize_array, quantize_array
 from qcompiler.quant.plan import plan
 from qcompiler.quant.quantize import quantize
-from qcompiler.quant.types import QuantPlan, RangeMethod, WeightRequest
+from qcompiler.quant.types import QuantPlan
 from qcompiler.selfcheck import Arrays, sqnr
 
 SAMPLES = 16
@@ -41,31 +41,20 @@ NAMED, NAMED_SHARE = 5, 0.05
 def debug(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str] = "arm-npu",
+    options: Options = DEFAULTS,
     *,
-    calibration: CalibrationSource | None = None,
-    input_shapes: InputShapes | None = None,
-    method: RangeMethod = "mse",
-    samples: int | None = None,
-    images: ImageOptions | None = None,
-    keep_float: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    weights: WeightRequest | None = None,
     progress: Progress = SILENT,
 ) -> Diagnosis:
     """Measure every layer and explain the worst.
 
     Args:
-        samples: calibrate with the first so many; the first `SAMPLES` of them are measured on.
+        options: how to quantize; the first `SAMPLES` calibration samples are measured on.
         Others: as in `compile.compile`.
 
     Raises:
         QCompilerError: anything wrong with what was given, or a model that arrives quantized.
     """
-    stored = weights or WeightRequest()
-    prepared = prepare(
-        model, target, calibration, input_shapes, None, method, samples, images, progress,
-        keep_float=keep_float, overrides=overrides, weights=stored,
-    )  # fmt: skip
+    prepared = prepare(model, target, options, progress)
     if prepared.plan is None or prepared.ranges is None:
         raise QCompilerError(
             f"{prepared.source} arrived quantized, so there is no float model to measure its layers against; give the "
@@ -76,9 +65,11 @@ def debug(
         assert prepared.ranges is not None
         parts = {part for name in names for part in name.split(JOINT)}
         # What stays in float has no say in how its weights are stored.
-        left = {layer: dtype for layer, dtype in stored.by_layer.items() if not parts & set(layer.split(JOINT))}
-        wanted = replace(stored, by_layer=left)
-        return plan(prepared.graph, prepared.ranges, prepared.target, [*keep_float, *names], wanted)
+        left = {
+            layer: dtype for layer, dtype in options.formats.by_layer.items() if not parts & set(layer.split(JOINT))
+        }
+        wanted = replace(options.formats, by_layer=left)
+        return plan(prepared.graph, prepared.ranges, prepared.target, [*options.keep_float, *names], wanted)
 
     return _Bench(prepared, prepared.plan, replan, progress).diagnose()
 

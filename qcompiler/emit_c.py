@@ -1,7 +1,7 @@
 """`qcompile MODEL --target cortex-m55 --emit c`: a folder of C for a chip without an operating system."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qcompiler import bundle
-from qcompiler.compile import SILENT, CalibrationSource, InputShapes, Placed, Progress, place
+from qcompiler.compile import DEFAULTS, SILENT, Placed, Progress, place
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import ActivationType, Quality, RangeMethod, WeightRequest, WeightType
+from qcompiler.options import Options
 
 if TYPE_CHECKING:
     from qcompiler.backends.mcu import McuProgram, Port
     from qcompiler.backends.mcu_emit import TestVector
-    from qcompiler.dataset import ImageOptions
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -50,19 +49,8 @@ def emit_c(
     model: str | os.PathLike[str],
     target: str | os.PathLike[str],
     output: str | os.PathLike[str],
+    options: Options = DEFAULTS,
     *,
-    calibration: CalibrationSource | None = None,
-    input_shapes: InputShapes | None = None,
-    dump: str | os.PathLike[str] | None = None,
-    method: RangeMethod = "mse",
-    samples: int | None = None,
-    images: "ImageOptions | None" = None,
-    keep_float: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    weights: WeightType = "int8",
-    layer_weights: Mapping[str, WeightType] | None = None,
-    activations: ActivationType = "int8",
-    quality: Quality = "fast",
     progress: Progress = SILENT,
     vectors: int = TEST_VECTORS,
 ) -> Emitted:
@@ -77,12 +65,7 @@ def emit_c(
         QCompilerError: anything wrong with what was given, or a target that says nothing of bare metal.
     """
     with bundle.staging(Path(output)) as stage:
-        placed = place(
-            model, target, calibration, input_shapes, dump, method, samples, images, progress,
-            keep_float=keep_float, overrides=overrides,
-            weights=WeightRequest(weights, layer_weights or {}, activations),
-            quality=quality,
-        )  # fmt: skip
+        placed = place(model, target, options, progress)
         program = write_placed(stage, placed, islice(placed.samples, vectors), progress)
     return Emitted(
         path=Path(output),

@@ -12,6 +12,7 @@ from qcompiler.bench import bench, render
 from qcompiler.cli import main
 from qcompiler.compile import explain
 from qcompiler.errors import QCompilerError
+from qcompiler.options import Options
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, CALIBRATION = EXAMPLES / "digits.onnx", EXAMPLES / "digits_calibration.npz"
@@ -30,7 +31,7 @@ def test_each_target_with_and_without_each_variant() -> None:
     assert small.peak_sram <= 8 << 10
     assert slow.latency > plain.latency
     for column, overrides in zip(columns[:3], ([], *variants), strict=True):
-        totals = explain(DIGITS, "arm-npu", overrides=overrides).totals
+        totals = explain(DIGITS, "arm-npu", Options(overrides=overrides)).totals
         assert (column.latency, column.energy, column.traffic) == (totals.latency, totals.energy, totals.traffic)
         assert column.npu_cycles == totals.npu_cycles and column.utilisation is not None
         peak = 128 * column.npu_cycles  # MAC/cycle of the Ethos-U55-128
@@ -40,7 +41,7 @@ def test_each_target_with_and_without_each_variant() -> None:
 
 
 def test_a_cpu_beside_an_accelerator_with_accuracy() -> None:
-    columns = bench(DIGITS, ["arm-npu", "x86-cpu"], calibration=CALIBRATION, samples=32).columns
+    columns = bench(DIGITS, ["arm-npu", "x86-cpu"], options=Options(calibration=CALIBRATION, samples=32)).columns
     on_npu, on_cpu = columns
     assert on_cpu.utilisation is None and on_cpu.npu_macs == 0 and on_cpu.fallbacks == {} and on_cpu.sram == 0
     assert on_npu.fallbacks == {"QuantizeLinear": 1, "DequantizeLinear": 1}

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler import Bundle, QCompilerError
 from qcompiler.compile import Silent, explain
+from qcompiler.options import Options
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS = EXAMPLES / "digits.onnx"
@@ -86,7 +87,7 @@ def test_report_adds_up(digits: Bundle) -> None:
 
 
 def test_explain_agrees_with_the_bundle(digits: Bundle) -> None:
-    report = explain(DIGITS, calibration=CALIBRATION)
+    report = explain(DIGITS, options=Options(calibration=CALIBRATION))
     assert report.self_check is None
     assert report.placements == digits.report.placements
     assert report.layers == digits.report.layers
@@ -167,7 +168,7 @@ def test_progress_names_the_stages() -> None:
             self.steps.append((done, total))
 
     recorder = Recorder()
-    explain(DIGITS, calibration=CALIBRATION, samples=7, progress=recorder)
+    explain(DIGITS, options=Options(calibration=CALIBRATION, samples=7), progress=recorder)
     assert recorder.stages[0] == "import" and "calibrate" in recorder.stages
     assert (7, 7) in recorder.steps
 

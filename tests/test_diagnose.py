@@ -15,6 +15,7 @@ from qcompiler.diagnose import debug, units_of
 from qcompiler.diagnose_causes import Measured, Statistics, explain_noise
 from qcompiler.diagnose_report import Diagnosis, render
 from qcompiler.errors import QCompilerError
+from qcompiler.options import Options
 from qcompiler.pipeline import Dumper
 from qcompiler.quant.quantize import quantize
 from qcompiler.selfcheck import sqnr
@@ -65,7 +66,7 @@ def worst(diagnosis: Diagnosis) -> tuple[str, str]:
 
 
 def test_nothing_is_wrong_with_a_plain_net(plain: Net) -> None:
-    diagnosis = debug(plain[0], calibration=plain[1])
+    diagnosis = debug(plain[0], options=Options(calibration=plain[1]))
     assert [layer.layer for layer in diagnosis.layers] == ["x", "a + ra", "b + rb", "y"]
     assert {finding.cause for finding in diagnosis.findings} == {"rounding"}
     assert sum(layer.share for layer in diagnosis.layers) == pytest.approx(1)
@@ -76,14 +77,14 @@ def test_a_planted_channel_is_named(tmp_path: Path) -> None:
     weights = random_weights("first", "middle", "last")
     weights["middle"][3] *= 60
     weights["last"][:, 3] /= 60
-    diagnosis = debug(save(tmp_path, CHAIN, weights), calibration=inputs())
+    diagnosis = debug(save(tmp_path, CHAIN, weights), options=Options(calibration=inputs()))
     assert worst(diagnosis) == ("b + rb", "channel imbalance")
     finding = diagnosis.findings[0]
     assert "channel 3" in finding.evidence and "--float 'b + rb' --float 'y'" in finding.advice
     assert diagnosis.sqnr is not None and finding.sqnr_without is not None
     assert finding.share > 0.6 and finding.sqnr_without > diagnosis.sqnr + 5
     # What is said of the advice is what following it gives.
-    mended = debug(tmp_path / "net.onnx", calibration=inputs(), keep_float=["b + rb", "y"])
+    mended = debug(tmp_path / "net.onnx", options=Options(calibration=inputs(), keep_float=["b + rb", "y"]))
     assert mended.sqnr == finding.sqnr_without
 
 
@@ -97,11 +98,13 @@ def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
     data["x"] = np.clip(data["x"], -2.5, 2.5)
     # Five times the largest value: not much for `a`, but `p` squares it.
     data["x"][:, 0, 4, 4] = 7.5
-    diagnosis = debug(save(tmp_path, text, weights), calibration=data, method="minmax")
+    diagnosis = debug(save(tmp_path, text, weights), options=Options(calibration=data, method="minmax"))
     by_layer = {finding.layer: finding for finding in diagnosis.findings}
     assert by_layer["p"].cause == "range outlier" and "--method mse" in by_layer["p"].advice
     # The advice holds.
-    without = debug(tmp_path / "net.onnx", calibration=data, method="minmax", keep_float=["p", "b"]).sqnr
+    without = debug(
+        tmp_path / "net.onnx", options=Options(calibration=data, method="minmax", keep_float=["p", "b"])
+    ).sqnr
     assert without is not None and diagnosis.sqnr is not None and without > diagnosis.sqnr + 1
 
 
@@ -114,13 +117,15 @@ def test_a_small_tensor_in_a_concat_with_a_large_one(tmp_path: Path) -> None:
     mix = rng.normal(size=(4, 16, 1, 1))
     mix[:, 8:] /= 50
     weights = random_weights("first") | {"big": rng.normal(size=(8, 4, 1, 1)) * 20, "mix": mix}
-    diagnosis = debug(save(tmp_path, text, weights), calibration=inputs())
+    diagnosis = debug(save(tmp_path, text, weights), options=Options(calibration=inputs()))
     found = {finding.layer: finding for finding in diagnosis.findings}["small"]
     assert found.cause == "shared scale clash" and "'large'" in found.evidence
 
 
 def test_codes_that_a_symmetric_format_wastes(plain: Net) -> None:
-    diagnosis = debug(plain[0], calibration=plain[1], overrides=["quantization.activations.symmetric=true"])
+    diagnosis = debug(
+        plain[0], options=Options(calibration=plain[1], overrides=["quantization.activations.symmetric=true"])
+    )
     causes = {finding.layer: finding for finding in diagnosis.findings}
     assert causes["b + rb"].cause == "zero-point clash"
     assert "symmetric" in causes["b + rb"].evidence
@@ -129,10 +134,14 @@ def test_codes_that_a_symmetric_format_wastes(plain: Net) -> None:
 def test_weights_of_four_bits(plain: Net) -> None:
     from qcompiler.quant.types import WeightRequest
 
-    diagnosis = debug(plain[0], "systolic-npu", calibration=plain[1], weights=WeightRequest("int4"))
+    diagnosis = debug(plain[0], "systolic-npu", Options(calibration=plain[1], formats=WeightRequest("int4")))
     assert worst(diagnosis) == ("b + rb", "few bits")
     finding = diagnosis.findings[0]
-    mended = debug(plain[0], "systolic-npu", calibration=plain[1], weights=WeightRequest("int4", {"b + rb": "int8"}))
+    mended = debug(
+        plain[0],
+        "systolic-npu",
+        options=Options(calibration=plain[1], formats=WeightRequest("int4", {"b + rb": "int8"})),
+    )
     assert "--layer-weights 'b + rb=int8'" in finding.advice
     assert mended.sqnr is not None and diagnosis.sqnr is not None and mended.sqnr > diagnosis.sqnr + 3
 
@@ -149,7 +158,7 @@ def test_accumulators_that_do_not_hold_what_may_come(tmp_path: Path, planted: st
     )
     data = inputs() if planted == "bias" else {"x": np.random.default_rng(1).normal(size=(2, *shape[1:])).astype("f")}
     model = save(tmp_path, text, weights)
-    prepared = prepare(model, "arm-npu", data, None, None, "mse", None, None, _Silent())
+    prepared = prepare(model, "arm-npu", Options(calibration=data), _Silent())
     assert prepared.plan is not None and prepared.ranges is not None
     unit = units_of(prepared.graph, prepared.plan)[-1]
     statistics = Statistics(1, tuple(unit.output.shape or ()))  # pyright: ignore[reportArgumentType]
@@ -168,7 +177,7 @@ class _Silent:
 
 def test_measures_agree_with_onnxruntime(plain: Net, tmp_path: Path) -> None:
     model, data = plain
-    diagnosis = debug(model, calibration=data)
+    diagnosis = debug(model, options=Options(calibration=data))
     prepared = prepare(model, "arm-npu", data, None, Dumper(tmp_path / "dump"), "mse", None, None, _Silent())
     assert prepared.plan is not None
     everything = quantize(prepared.graph, prepared.plan)
@@ -189,7 +198,7 @@ def test_measures_agree_with_onnxruntime(plain: Net, tmp_path: Path) -> None:
 def test_a_softmax_has_no_outliers(tmp_path: Path) -> None:
     text = "g (float[1,4,12,12] x) => (float[1,4,12,12] y) { a = Conv(x, sharp)  y = Softmax<axis = 1>(a) }"
     weights = {"sharp": random_weights("last")["last"][:, :4] * 12}
-    diagnosis = debug(save(tmp_path, text, weights), calibration=inputs())
+    diagnosis = debug(save(tmp_path, text, weights), options=Options(calibration=inputs()))
     (row,) = [layer for layer in diagnosis.layers if layer.layer == "y"]
     assert row.op == "Softmax" and row.alone is not None
     assert all(finding.cause == "rounding" for finding in diagnosis.findings if finding.layer == "y")
@@ -212,7 +221,7 @@ def test_a_clipped_range(plain: Net) -> None:
 
 
 def test_layers_kept_in_float_are_not_measured(plain: Net) -> None:
-    diagnosis = debug(plain[0], calibration=plain[1], keep_float=["b"])
+    diagnosis = debug(plain[0], options=Options(calibration=plain[1], keep_float=["b"]))
     assert diagnosis.kept_float == dict.fromkeys(("b", "rb"), "kept in float on request")
     # What `b` gets from quantized layers is rounded by them, what `y` reads of it on the way in.
     assert [layer.layer for layer in diagnosis.layers] == ["x", "a + ra", "rb", "y"]

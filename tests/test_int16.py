@@ -14,9 +14,10 @@ import qcompiler
 from qcompiler import bundle as bundle_files
 from qcompiler import cli
 from qcompiler.backends import relax
-from qcompiler.compile import SILENT, place
+from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
 from qcompiler.integer.reference import execute
+from qcompiler.options import Options
 from qcompiler.quant.types import WeightRequest
 from qcompiler.runtime import Executable
 
@@ -64,7 +65,7 @@ def network(path: Path, seed: int) -> Path:
 @pytest.mark.parametrize("wanted", [SIXTEEN, FOUR_SIXTEEN], ids=["w8", "w4"])
 def test_reference_cpu_and_onnxruntime(tmp_path: Path, wanted: WeightRequest) -> None:
     model = network(tmp_path / "model.onnx", 3)
-    done = place(model, "x86-cpu", None, None, None, "mse", None, None, SILENT, weights=wanted)
+    done = place(model, "x86-cpu", Options(formats=wanted))
     by_node = {item.node: (item.op, item.precision) for item in done.partition.placements}
     products = [precision for op, precision in by_node.values() if op in ("Conv", "Gemm")]
     assert len(products) == 5 and products[0] == products[-1] == "int16*int8"
@@ -128,7 +129,7 @@ def test_a_bundle(tmp_path: Path) -> None:
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(QCompilerError, match="arm-npu has no int16 activations: its spec lists int8, uint8"):
-        place(DIGITS, "arm-npu", None, None, None, "mse", None, None, SILENT, weights=SIXTEEN)
+        place(DIGITS, "arm-npu", Options(formats=SIXTEEN))
     with pytest.raises(SystemExit) as leaving:
         cli.main(["explain", str(DIGITS), "-t", "x86-cpu", "--activations", "int16", "--json"])
     assert not leaving.value.code

@@ -16,9 +16,10 @@ from qcompiler import bundle as bundle_files
 from qcompiler import cli
 from qcompiler.backends import npu, relax
 from qcompiler.backends.base import NpuFunction
-from qcompiler.compile import SILENT, place
+from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
 from qcompiler.integer.reference import execute
+from qcompiler.options import Options
 from qcompiler.partition import Region, partition
 from qcompiler.quant.types import WeightRequest
 from qcompiler.runtime import Executable
@@ -67,7 +68,7 @@ def random_network(path: Path, seed: int) -> Path:
 def test_reference_cpu_and_simulator_agree(tmp_path: Path, target: str) -> None:
     seed = 5 + TARGETS.index(target)
     model = random_network(tmp_path / "model.onnx", seed)
-    done = place(model, target, None, None, None, "mse", None, None, SILENT, weights=WeightRequest("int4"))
+    done = place(model, target, Options(formats=WeightRequest("int4")))
     precisions = [item.precision for item in done.partition.placements]
     assert sum(precision.endswith("*int4") for precision in precisions) == 4
     feeds = {"x": np.random.default_rng(seed).standard_normal(done.integer.graph.inputs[0].shape).astype(np.float32)}  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -116,17 +117,17 @@ def test_the_bundle_holds_half_the_weights(tmp_path: Path) -> None:
 def test_our_own_model_compiles_again_to_the_same_integers(tmp_path: Path) -> None:
     """A QDQ model with 4-bit weights is read, not requantized."""
     model = random_network(tmp_path / "model.onnx", 9)
-    first = place(model, "x86-cpu", None, None, None, "mse", None, None, SILENT, weights=WeightRequest("int4"))
+    first = place(model, "x86-cpu", Options(formats=WeightRequest("int4")))
     onnx_file = tmp_path / "quantized.onnx"
     ir.save(first.quantized, onnx_file)
-    second = place(onnx_file, "x86-cpu", None, None, None, "mse", None, None, SILENT)
+    second = place(onnx_file, "x86-cpu")
     assert [item.precision for item in second.partition.placements] == [
         item.precision for item in first.partition.placements
     ]
     feeds = {"x": np.random.default_rng(2).standard_normal(first.integer.graph.inputs[0].shape).astype(np.float32)}  # pyright: ignore[reportArgumentType, reportCallIssue]
     np.testing.assert_array_equal(execute(first.integer, feeds)["y"], execute(second.integer, feeds)["y"])
     with pytest.raises(QCompilerError, match="arrived quantized"):
-        place(onnx_file, "x86-cpu", None, None, None, "mse", None, None, SILENT, weights=WeightRequest("int4"))
+        place(onnx_file, "x86-cpu", Options(formats=WeightRequest("int4")))
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +176,7 @@ def test_models_that_arrive_with_four_bit_weights(tmp_path: Path, dtype: int, ta
     graph = helper.make_graph(nodes, "arrived", [x], [y], constants)
     path = tmp_path / "arrived.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
-    done = place(path, target, None, None, None, "mse", None, None, SILENT)
+    done = place(path, target)
     (conv,) = [node for node in done.integer.graph if node.op_type == "QConv"]
     assert conv.inputs[1] is not None and conv.inputs[1].dtype == ir.DataType.INT4
     feeds = {"x": rng.standard_normal((1, 5, 8, 7)).astype(np.float32)}

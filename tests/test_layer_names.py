@@ -1,12 +1,13 @@
 from pathlib import Path
 
-from qcompiler.compile import SILENT, place
+from qcompiler.compile import place
+from qcompiler.options import Options
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def test_operators_go_by_the_names_of_the_users_model() -> None:
-    placed = place(EXAMPLES / "digits.onnx", "arm-npu", None, None, None, "minmax", None, None, SILENT)
+    placed = place(EXAMPLES / "digits.onnx", "arm-npu", Options(method="minmax"))
     by_op: dict[str, list[str]] = {}
     for node in placed.integer.graph:
         by_op.setdefault(node.op_type, []).append(placed.layers[node.name or ""])

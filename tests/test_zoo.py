@@ -13,9 +13,10 @@ import pytest
 
 from qcompiler.backends import npu, relax
 from qcompiler.backends.base import NpuFunction
-from qcompiler.compile import EIGHT_BITS, SILENT, Placed, place
+from qcompiler.compile import EIGHT_BITS, Placed, place
 from qcompiler.graph import QCOMPILER_DOMAIN, dtype_of, is_op, users, value_name
 from qcompiler.integer.reference import Executor
+from qcompiler.options import Options
 from qcompiler.partition import Region, partition
 from qcompiler.quant.types import WeightRequest
 from qcompiler.runtime import Executable, Simulator
@@ -103,7 +104,7 @@ def placed(
 ) -> tuple[Placed, list[dict[str, np.ndarray]]]:
     path, fed = real_inputs(zoo, name)
     calibration = {key: np.concatenate([inputs[key] for inputs in fed[:CALIBRATION_SAMPLES]]) for key in fed[0]}
-    done = place(path, target, calibration, None, None, "mse", None, None, SILENT, weights=formats)
+    done = place(path, target, Options(calibration=calibration, formats=formats))
     return done, fed[CALIBRATION_SAMPLES:]
 
 

@@ -19,12 +19,13 @@ from qcompiler.backends import mcu
 from qcompiler.backends.base import host_code
 from qcompiler.backends.mcu_emit import TestVector, write_c
 from qcompiler.backends.mcu_functions import generate
-from qcompiler.compile import SILENT, Placed, place
+from qcompiler.compile import Placed, place
 from qcompiler.emit_c import emit_c, write_placed
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import data_input, is_op, nodes_of, value_name
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
+from qcompiler.options import Options
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import RequantizeVariant
 from qcompiler.target import Target
@@ -426,7 +427,7 @@ def network(zoo: Path, name: str, target: str, samples: int) -> tuple[Placed, Se
     """A placed model whose integers before the last float operators are outputs too."""
     path, fed = real_inputs(zoo, name, CALIBRATION_SAMPLES + samples)
     calibration = {key: np.concatenate([inputs[key] for inputs in fed[:CALIBRATION_SAMPLES]]) for key in fed[0]}
-    done = place(path, target, calibration, None, None, "mse", None, None, SILENT)
+    done = place(path, target, Options(calibration=calibration))
     graph = done.integer.graph
     graph.outputs.extend(data_input(node) for node in nodes_of(graph, "DequantizeLinear"))
     assert any(is_op(node, "DequantizeLinear") for node in graph)

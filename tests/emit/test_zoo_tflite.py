@@ -9,9 +9,10 @@ pytest.importorskip("ai_edge_litert", reason="the extra 'ethosu' is not installe
 
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from qcompiler.compile import SILENT, place
+from qcompiler.compile import place
 from qcompiler.emit.tflite import tflite_of
 from qcompiler.emit.tosa import tosa_of
+from qcompiler.options import Options
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from qcompiler.emit.tosa import tosa_of
     ["mnist_cnn", "kws_dscnn", "resnet8_tflite_int8_qdq", "mobilenet_v1_025_128_tflite_qat_qdq", "resnet20_cifar10"],
 )
 def test_reference_kernels_give_our_integers(zoo, run_reference, feeds_of, name):
-    placed = place(zoo / "models" / f"{name}.onnx", "arm-npu", None, None, None, "minmax", 2, None, SILENT)
+    placed = place(zoo / "models" / f"{name}.onnx", "arm-npu", Options(method="minmax", samples=2))
     regions = [region for region in placed.partition.regions if region.backend == "npu"]
     assert regions
     rng = np.random.default_rng(len(name))

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qcompiler.compile import SILENT, Placed, place, schedule
+from qcompiler.compile import Placed, place, schedule
 from qcompiler.costs import region_cost
 from qcompiler.graph import element_count, shape_of
+from qcompiler.options import Options
 from qcompiler.simulator.cost import RegionCost
 
 CHIPS = ("edge-tpu", "gemmini", "vector-dsp", "vta", "nvdla-large", "nvdla-small")
@@ -15,7 +16,7 @@ CHIPS = ("edge-tpu", "gemmini", "vector-dsp", "vta", "nvdla-large", "nvdla-small
 def largest_region(zoo: Path, chip: str) -> tuple[Placed, str, RegionCost]:
     """ResNet-8 on a chip: the accelerator's largest region and its cost."""
     model = zoo / "models" / "resnet8_cifar10.onnx"
-    placed = place(model, chip, None, None, None, "minmax", 1, None, SILENT)
+    placed = place(model, chip, Options(method="minmax", samples=1))
     programs = schedule(placed)
     regions = [region for region in placed.partition.regions if region.backend == "npu"]
     region = max(regions, key=lambda one: len(one.nodes))
