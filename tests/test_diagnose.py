@@ -122,6 +122,21 @@ def test_a_small_tensor_in_a_concat_with_a_large_one(tmp_path: Path) -> None:
     assert found.cause == "shared scale clash" and "'large'" in found.evidence
 
 
+def test_one_scale_for_weights_of_different_size(tmp_path: Path) -> None:
+    weights = random_weights("first", "middle", "last")
+    weights["middle"][5] *= 40
+    model = save(tmp_path, CHAIN, weights)
+    per_tensor = ["quantization.weights.per_channel=false"]
+    prepared = prepare(model, "arm-npu", Options(calibration=inputs(), overrides=per_tensor), _Silent())
+    assert prepared.plan is not None and prepared.ranges is not None
+    (unit,) = [unit for unit in units_of(prepared.graph, prepared.plan) if unit.name == "b + rb"]
+    # As if all of the noise came from the weights.
+    measured = Measured(unit, 10.0, None, Statistics(1, (1, 8, 12, 12)))
+    found = explain_noise(measured, ["b + rb"], prepared.plan, prepared.ranges, prepared.target)
+    assert found.cause == "channel imbalance" and "output channel 5" in found.evidence
+    assert "--quality balanced" in found.advice and "--float 'b + rb'" in found.advice
+
+
 def test_codes_that_a_symmetric_format_wastes(plain: Net) -> None:
     diagnosis = debug(
         plain[0], options=Options(calibration=plain[1], overrides=["quantization.activations.symmetric=true"])
@@ -178,7 +193,7 @@ class _Silent:
 def test_measures_agree_with_onnxruntime(plain: Net, tmp_path: Path) -> None:
     model, data = plain
     diagnosis = debug(model, options=Options(calibration=data))
-    prepared = prepare(model, "arm-npu", data, None, Dumper(tmp_path / "dump"), "mse", None, None, _Silent())
+    prepared = prepare(model, "arm-npu", Options(calibration=data), _Silent(), Dumper(tmp_path / "dump"))
     assert prepared.plan is not None
     everything = quantize(prepared.graph, prepared.plan)
     file = Dumper(tmp_path / "quantized").dump(everything, "all")
@@ -207,7 +222,7 @@ def test_a_softmax_has_no_outliers(tmp_path: Path) -> None:
 def test_a_clipped_range(plain: Net) -> None:
     """The ranges of quiet samples do not hold what loud ones bring."""
     model, quiet = plain
-    prepared = prepare(model, "arm-npu", quiet, None, None, "mse", None, None, _Silent())
+    prepared = prepare(model, "arm-npu", Options(calibration=quiet), _Silent())
     assert prepared.plan is not None and prepared.ranges is not None
     unit = units_of(prepared.graph, prepared.plan)[1]
     weights = onnx.numpy_helper.to_array(onnx.load(model).graph.initializer[0])
@@ -242,7 +257,7 @@ def test_the_command(plain: Net, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_quantized_model_is_refused(plain: Net, tmp_path: Path) -> None:
-    prepared = prepare(plain[0], "arm-npu", plain[1], None, None, "mse", None, None, _Silent())
+    prepared = prepare(plain[0], "arm-npu", Options(calibration=plain[1]), _Silent())
     assert prepared.plan is not None
     file = Dumper(tmp_path / "quantized").dump(quantize(prepared.graph, prepared.plan), "all")
     with pytest.raises(QCompilerError, match="arrived quantized"):
