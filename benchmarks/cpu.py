@@ -221,22 +221,29 @@ def _race(
     if tflite is not None:
         models["litert"] = tflite
     inputs, types = _inputs(bundle), tuple(tensor.dtype for tensor in bundle.outputs)
-    workers = {engine: Worker(Work(engine, model, threads, inputs, types)) for engine, model in models.items()}
-    for engine in [engine for engine, worker in workers.items() if worker.refusal is not None]:
-        refused = workers.pop(engine)
-        print(f"{network}: {engine} cannot run it: {refused.refusal}")
-        refused.close()
+    workers: dict[Engine, Worker] = {
+        engine: Worker(Work(engine, model, threads, inputs, types)) for engine, model in models.items()
+    }
+    for engine in ENGINES:
+        worker = workers.get(engine)
+        if worker is not None and worker.refusal is not None:
+            print(f"{network}: {engine} cannot run it: {worker.refusal}")
+            workers.pop(engine).close()
     runs: dict[Engine, list[float]] = {engine: [] for engine in workers}
     for _ in range(rounds):
         for engine, worker in workers.items():
             runs[engine] += worker.slice(seconds)
-    distances = {engine: _distance(worker, workers["onnxruntime"]) for engine, worker in workers.items()}
+    distances: dict[Engine, float] = {
+        engine: _distance(worker, workers["onnxruntime"]) for engine, worker in workers.items()
+    }
     for worker in workers.values():
         worker.close()
     for engine, distance in distances.items():
         if not distance <= AGREEMENT:
             sys.exit(f"{network}: {engine}'s outputs are {distance:.2f} of their norm away from ONNX Runtime's")
-    times = {engine: Time(1e3 * min(values), 1e3 * float(np.median(values))) for engine, values in runs.items()}
+    times: dict[Engine, Time] = {
+        engine: Time(1e3 * min(values), 1e3 * float(np.median(values))) for engine, values in runs.items()
+    }
     return Row(network, threads, bundle.report.totals.macs, times, distances)
 
 

@@ -146,7 +146,7 @@ def test_threads(workbench, run_on_cpu, tmp_path) -> None:
     ):
         pad, (_, h, w, channels) = kernel // 2, shape
         depth = channels // group
-        op = ops.QConv((kernel,) * 2, (1, 1), (pad,) * 4, (1, 1), group, 7, 0, -3, -128, 127, "float32")
+        op = ops.QConv((kernel, kernel), (1, 1), (pad, pad, pad, pad), (1, 1), group, 7, 0, -3, -128, 127, "float32")
         inputs = [
             bench.random(shape, "int8"),
             bench.constant(bench.rng.integers(-127, 128, (outs, kernel, kernel, depth)).astype(np.int8)),
