@@ -241,7 +241,7 @@ def prepare(
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
     from qcompiler.quant.plan import plan
-    from qcompiler.quant.repair import EFFORTS, equalize_if_better, repair
+    from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
     from qcompiler.target_loader import load_target
 
     source, effort = Path(model), EFFORTS[options.quality]
@@ -274,10 +274,10 @@ def prepare(
                 return ranges, plan(graph, ranges, chip, options.keep_float, options.formats)
 
             ranges, formats = planned(graph)
-            if effort.steps and not chip.quantization.weights.per_channel and not data.synthetic:
-                # One scale has to suit all channels of a tensor.
+            if effort.steps and not data.synthetic:
                 progress.stage("equalize")
-                graph, ranges, formats = equalize_if_better(graph, ranges, formats, planned, data)
+                for change in equalizers(graph, data, per_channel=chip.quantization.weights.per_channel):
+                    graph, ranges, formats = change_if_better(graph, change, ranges, formats, planned, data)
             if effort.steps:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, effort, progress.advance)

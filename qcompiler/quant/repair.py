@@ -26,6 +26,7 @@ import onnx_ir as ir
 from qcompiler.calibrate import Progress, Samples
 from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, users, value_name
 from qcompiler.passes.equalize_layers import EqualizeLayers
+from qcompiler.passes.migrate_scales import MigrateScales
 from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, limits
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, Sample, Tap, collect
@@ -120,30 +121,51 @@ def repair(
     return plan if effort.otherwise is None else repair(model, plan, samples, effort.otherwise, progress)
 
 
-def equalize_if_better(
+def equalizers(model: ir.Model, samples: Samples, *, per_channel: bool) -> list[ir.passes.InPlacePass]:
+    """Passes that may make a float model quantize better.
+
+    Args:
+        samples: the first `JUDGED_BY` say how large channels become.
+        per_channel: whether weights have one scale per output channel; else `EqualizeLayers` is among them.
+    """
+    passes: list[ir.passes.InPlacePass] = [] if per_channel else [EqualizeLayers()]
+    names = [value_name(data_input(node)) for node in model.graph if is_op(node, "MatMul") and has_rows(node)]
+    if names:
+        tap, maxima = Tap(model, names), dict[str, np.ndarray]()
+        for sample in islice(samples, JUDGED_BY):
+            for name, tensor in tap.run(sample).items():
+                largest = np.abs(tensor).max(axis=tuple(range(tensor.ndim - 1)))
+                maxima[name] = np.maximum(maxima.get(name, 0), largest)
+        passes.append(MigrateScales({name: maxima[name] for name in names}))
+    return passes
+
+
+def change_if_better(
     model: ir.Model,
+    change: ir.passes.InPlacePass,
     ranges: Ranges,
     plan: QuantPlan,
     planned: Callable[[ir.Model], tuple[Ranges, QuantPlan]],
     samples: Samples,
 ) -> tuple[ir.Model, Ranges, QuantPlan]:
-    """The model after `EqualizeLayers` with its ranges and plan, if it then quantizes better; else what was given.
+    """The model after `change` with its ranges and plan, if it then quantizes better; else what was given.
 
-    Even weights make for uneven activations, so that it does not always help.
+    Evening out weights makes activations uneven and the other way round, so that it does not always help.
 
     Args:
+        change: computes the same; one of `equalizers`.
         planned: calibrates a model and plans its quantization.
         samples: the first `JUDGED_BY` decide.
     """
     even = model.clone()
-    if not EqualizeLayers()(even).modified:
+    if not change(even).modified:
         return model, ranges, plan
     even_ranges, even_plan = planned(even)
     judged = list(islice(samples, JUDGED_BY))
     (before,), (after,) = (
         output_errors(each, [quantize(each, formats)], judged) for each, formats in ((model, plan), (even, even_plan))
     )
-    _log.info("equalize: output error %.3g -> %.3g on %d samples", before, after, len(judged))
+    _log.info("%s: output error %.3g -> %.3g on %d samples", type(change).__name__, before, after, len(judged))
     return (even, even_ranges, even_plan) if after < before else (model, ranges, plan)
 
 

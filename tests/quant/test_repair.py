@@ -10,7 +10,7 @@ from qcompiler.quant.formats import bias_format, weight_format
 from qcompiler.quant.moments import collect
 from qcompiler.quant.plan import plan as make_plan
 from qcompiler.quant.quantize import quantize
-from qcompiler.quant.repair import EFFORTS, Effort, equalize_if_better, output_errors, repair
+from qcompiler.quant.repair import EFFORTS, Effort, change_if_better, equalizers, output_errors, repair
 from qcompiler.target_loader import load_target
 
 NET = """g (float[1,3,16,16] x) => (float[1,10] y) {
@@ -114,7 +114,8 @@ def test_equalizing_is_kept_where_it_helps(parse, samples, spread):
         return ranges, make_plan(graph, ranges, target)
 
     ranges, plan = planned(model)
-    chosen, _, formats = equalize_if_better(model, ranges, plan, planned, data)
+    (equalize,) = equalizers(model, data, per_channel=False)
+    chosen, _, formats = change_if_better(model, equalize, ranges, plan, planned, data)
     (before,) = _errors(model, data, plan)
     (after,) = _errors(chosen, data, formats)
     assert after <= before
