@@ -122,3 +122,25 @@ def test_equalizing_is_kept_where_it_helps(parse, samples, spread):
     if spread:
         assert chosen is not model
         assert after < 0.8 * before
+
+
+def test_outliers_behind_a_normalization_are_migrated(parse, samples):
+    gamma = np.ones(16, np.float32)
+    gamma[3] = 80.0
+    text = """g (float[1,7,16] x) => (float[1,7,8] y) {
+        n = Mul(x, gamma)
+        s = Add(n, beta)
+        y = MatMul(s, w)
+    }"""
+    model = parse(text, {"gamma": gamma, "beta": (16,), "w": (16, 8)})
+    data, target = samples(model, 8), load_target("systolic-npu")
+
+    def planned(graph):
+        ranges = calibrate(graph, data, "minmax")
+        return ranges, make_plan(graph, ranges, target)
+
+    ranges, plan = planned(model)
+    (migrate,) = equalizers(model, data, per_channel=True)
+    chosen, _, formats = change_if_better(model, migrate, ranges, plan, planned, data)
+    (before,), (after,) = _errors(model, data, plan), _errors(chosen, data, formats)
+    assert chosen is not model and after < before
