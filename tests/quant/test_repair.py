@@ -39,6 +39,7 @@ def setting(parse, samples):
         if node.name in biases:
             fmt = full.weights[node.inputs[1].name]
             array = const_of(node.inputs[1])
+            assert array is not None
             weights[node.inputs[1].name] = weight_format(array, "int4", fmt.axis, symmetric=True, narrow=True)
             scale = full.activations[node.inputs[0].name].scale
             biases[node.name] = bias_format(scale, weights[node.inputs[1].name])
@@ -71,6 +72,7 @@ def test_the_repaired_integers_are_what_is_stored(setting):
     assert set(repaired.rounded) == {"w1", "w2", "w3", "w4"}
     for name, integers in repaired.rounded.items():
         found = const_of(stored[f"{name}_quantized"])
+        assert found is not None
         np.testing.assert_array_equal(found.astype(np.int64), integers)
         assert found.dtype == ir.DataType.INT4.numpy()
 
