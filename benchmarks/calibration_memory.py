@@ -23,6 +23,8 @@ import psutil
 import typer
 from networks import mobilenet_v2
 
+from qcompiler.quant.types import RangeMethod
+
 ALLOWED = 400e6
 RESULTS = Path(__file__).parent / "results"
 Measurement = tuple[float, float]
@@ -53,7 +55,7 @@ def _growth(work: Callable[[], object]) -> Measurement:
     return peak - before, time.perf_counter() - start
 
 
-def ours(path: Path, count: int, method: str) -> Measurement:
+def ours(path: Path, count: int, method: RangeMethod) -> Measurement:
     from qcompiler.calibrate import calibrate
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, run_passes
@@ -70,7 +72,8 @@ def theirs(path: Path, count: int) -> Measurement:
         def __init__(self) -> None:
             self.images = iter(Images(count))
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        # Its documentation asks for None at the end, its annotation forbids it.
+        def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             return next(self.images, None)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -99,10 +102,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         path = mobilenet_v2(Path(folder) / "mobilenet_v2.onnx")
         few = images // 8
-        rows = [
-            (f"qcompiler, {method}", count, _apart(partial(ours, path, count, method)))
-            for method, count in (("mse", few), ("auto", few), ("mse", images))
-        ]
+        runs: tuple[tuple[RangeMethod, int], ...] = (("mse", few), ("auto", few), ("mse", images))
+        rows = [(f"qcompiler, {method}", count, _apart(partial(ours, path, count, method))) for method, count in runs]
         for count in map(int, others.split(",")):
             rows.append(("onnxruntime, entropy", count, _apart(partial(theirs, path, count))))
     lines = [

@@ -73,7 +73,7 @@ def _onnxruntime(work: Work) -> Loaded:
 
 
 def _openvino(work: Work) -> Loaded:
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
     config = {"INFERENCE_NUM_THREADS": work.threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}

@@ -2,7 +2,7 @@
 
 import sys
 
-import nncf
+import nncf  # pyright: ignore[reportMissingImports]
 import numpy as np
 import onnx
 

@@ -69,7 +69,7 @@ def main(
     nncf: Annotated[Path | None, typer.Option(help="Python of an environment with NNCF")] = None,
 ) -> None:
     """Quantize, evaluate, print, write."""
-    wanted = tuple(quality for quality in QUALITIES if quality in qualities.split(","))
+    wanted: tuple[Quality, ...] = tuple(quality for quality in QUALITIES if quality in qualities.split(","))
     console, evaluation, text = Console(width=160), _load_evaluation(zoo), ""
     rows: dict[str, tuple[Model, float, dict[str, Result]]] = {}
     for model in _models(zoo):
