@@ -51,8 +51,11 @@ _EXP_OF_POWERS = (
 
 def softmax_table(scale: float) -> np.ndarray:
     """exp(-d * scale) for d = 0…255, Q0.31 as int32 [256]; 0 where the kernel leaves the term out."""
-    multiplier, left = _greater_than_one(min(scale * (1 << (31 - _DIFFERENCE_BITS)), float((1 << 31) - 1)))
-    distance = np.arange(256, dtype=np.int64)
+    real, distance = scale * (1 << (31 - _DIFFERENCE_BITS)), np.arange(256, dtype=np.int64)
+    if real >= 1 << 30:
+        # One step of so coarse an input is beyond what the kernel's input radius admits: the largest wins alone.
+        return np.where(distance == 0, _exp_on_negative(0 * distance, _DIFFERENCE_BITS), 0).astype(np.int32)
+    multiplier, left = _greater_than_one(real)
     rescaled = _mul(-np.minimum(distance, _radius(_DIFFERENCE_BITS, left)) << left, multiplier)
     table = _exp_on_negative(rescaled, _DIFFERENCE_BITS)
     return np.where(distance <= _radius(_DIFFERENCE_BITS, left), table, 0).astype(np.int32)
@@ -96,7 +99,8 @@ def _logistic_input(
     """|x| in fixed point, whether x is negative, whether it lies beyond what the kernel computes; each [256]."""
     info = np.iinfo(dtype)
     centred = np.arange(info.min, info.max + 1, dtype=np.int64) - zero_point
-    multiplier, left = fixed_point_multiplier(scale * (1 << (31 - integer_bits)))
+    # From 2^30 on every input but zero lies beyond, whatever the scale.
+    multiplier, left = fixed_point_multiplier(min(scale * (1 << (31 - integer_bits)), float((1 << 30) - 1)))
     radius = _radius(integer_bits, left)
     inside = np.clip(centred, -radius, radius)
     return np.abs(_mul(inside << left, multiplier)), centred < 0, np.abs(centred) >= radius

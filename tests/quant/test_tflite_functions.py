@@ -81,3 +81,19 @@ def test_logistic_is_within_one(dtype, scale, zero_point):
     real = 256 / (1 + np.exp(-(np.arange(256) + lowest - zero_point) * scale))
     assert got.dtype == np.dtype(dtype) and (np.diff(got.astype(int)) >= 0).all()
     assert np.abs(got.astype(int) - lowest - np.clip(real, 0, 255)).max() <= 0.51
+
+
+@pytest.mark.parametrize("scale", [16.0, 31.9, 1e6])
+def test_a_coarse_softmax_gives_all_to_the_largest(scale: float) -> None:
+    table = tflite_functions.softmax_table(scale)
+    assert table[0] == (1 << 31) - 1 and not table[1:].any()
+    x = np.array([[-128, 5, 4, 127], [3, 3, 0, -7]], np.int8)
+    probabilities = tflite_functions.softmax(x, table, -128, (-128, 127), np.int8)
+    assert probabilities.tolist() == [[-128, -128, -128, 127], [0, 0, -128, -128]]
+
+
+@pytest.mark.parametrize("scale", [8.0, 1e6])
+def test_a_coarse_sigmoid_is_a_step(scale: float) -> None:
+    table = tflite_functions.logistic_table(scale, 3, np.int8).astype(int)
+    at_zero = 3 + 128
+    assert (table[:at_zero] <= -127).all() and (table[at_zero + 1 :] >= 126).all() and table[at_zero] == 0
