@@ -48,7 +48,7 @@ DEFAULT_ZOO = HERE.parents[1] / "shared" / "zoo"
 TFLITE_TARGET = "arm-npu"
 """A target that computes as TFLite does: what its accelerator takes can be written as .tflite."""
 PACKAGES: Mapping[Engine, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino", "litert": "ai-edge-litert"}
-AGREEMENT = 0.2
+AGREEMENT = 0.1
 """Largest distance of an engine's outputs from ONNX Runtime's, relative to their norm: each rounds its own way."""
 
 ZOO_NETWORKS: Mapping[str, str] = {
