@@ -6,6 +6,7 @@ TVM's small runtime library through `tvm_ffi` alone, and the compiler may be imp
 
 import ctypes
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def _load_runtime() -> ctypes.CDLL:
             "running a compiled model needs the package apache-tvm; install qcompiler with its dependencies"
         )
     folder = Path(package.submodule_search_locations[0]) / "lib"
+    # Left to itself the thread pool takes every second CPU for a hyper-thread and never uses it.
+    os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
     # Compiled libraries find the runtime's functions among the global symbols.
     return load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
 

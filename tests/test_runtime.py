@@ -1,13 +1,17 @@
 """Running without the compiler half of TVM."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper, parser
 
+import qcompiler
 from qcompiler.backends.relax import Lowered, build, lower
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import make_node
@@ -101,3 +105,36 @@ def test_a_file_that_is_no_library(tmp_path) -> None:
     path.write_bytes(b"not a library")
     with pytest.raises(QCompilerError, match="cannot be loaded here"):
         Executable(path, [])
+
+
+_PARALLEL = """
+import os, sys
+import numpy as np
+import qcompiler
+
+bundle = qcompiler.load(sys.argv[1])
+(spec,) = bundle.inputs
+bundle.run({spec.name: np.zeros(spec.shape, spec.dtype)})
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_bundle_starts_the_threads_its_spec_says(tmp_path: Path, threads: int) -> None:
+    graph = parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 21]> agraph (float[1,64,56,56] x, float[64,64,3,3] w)'
+        " => (float[1,64,56,56] y) { y = Conv<pads=[1,1,1,1]>(x, w) }"
+    )
+    weights = np.random.default_rng(0).normal(size=(64, 64, 3, 3)).astype(np.float32)
+    graph.graph.initializer.append(numpy_helper.from_array(weights, "w"))
+    del graph.graph.input[1]
+    onnx.save(graph, tmp_path / "net.onnx")
+    overrides = [f"host.threads={threads}"]
+    qcompiler.compile(tmp_path / "net.onnx", "x86-cpu", overrides=overrides, output=tmp_path / "net.qc")
+    # The numerics libraries' own pools would be counted too.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment.pop("TVM_NUM_THREADS", None)
+    command = [sys.executable, "-c", _PARALLEL, str(tmp_path / "net.qc")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    assert int(finished.stdout) == threads
