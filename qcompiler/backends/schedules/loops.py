@@ -14,7 +14,7 @@ def open_schedule(function: tirx.PrimFunc) -> Any:
     return Schedule(function)
 
 
-MIN_PARALLEL = 50_000
+MIN_PARALLEL = 20_000
 """Vector instructions below which waking other threads, some microseconds, gains nothing."""
 
 
