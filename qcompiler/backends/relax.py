@@ -1,7 +1,6 @@
 """Assemble one Relax function from the kernels of all nodes and regions, and build it into a shared library."""
 
 import math
-import os
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from qcompiler.backends.workspace import Lifetime, plan
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import Shape, const_of, dtype_of, shape_of, value_name
 from qcompiler.partition import Partition, Region
-from qcompiler.simulator.machine import compile_simulator
+from qcompiler.simulator import machine
 from qcompiler.target import Host, Target
 
 # TVM's annotations are too narrow for what its functions take.
@@ -324,7 +323,7 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
     # Relative names in a fresh folder: object files carry their names into the library's symbol table.
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         work = Path(folder)
-        addons = [str(compile_simulator(work))] if lowered.uses_npu else []
+        addons = [str(machine.compile_simulator(work))] if lowered.uses_npu else []
         executable.export_library(
             str(work / "model.so"),
             fcompile=lambda output, objects, **_: _link(compiler, work, output, objects),
@@ -343,18 +342,15 @@ def c_compiler(host: Host) -> tuple[str, ...]:
     with lld, which needs no libraries of the other machine because a shared library may leave them to be found there.
     """
     triple = str(host.tvm_target.get("mtriple", ""))
-    foreign = bool(triple) and triple.partition("-")[0] != host_cpu.architecture()
-    if foreign:
-        candidates = [(f"{triple}-gcc",), ("clang", f"--target={triple}", "-fuse-ld=lld", "-nostdlib")]
-    else:
-        candidates = [(os.environ.get("CC", ""),), ("cc",), ("gcc",), ("clang",)]
+    if not triple or triple.partition("-")[0] == host_cpu.architecture():
+        return (machine.c_compiler(),)
+    candidates = [(f"{triple}-gcc",), ("clang", f"--target={triple}", "-fuse-ld=lld", "-nostdlib")]
     for candidate in candidates:
-        if candidate[0] and shutil.which(candidate[0]):
+        if shutil.which(candidate[0]):
             return candidate
-    names = ", ".join(candidate[0] for candidate in candidates if candidate[0])
+    names = ", ".join(candidate[0] for candidate in candidates)
     raise QCompilerError(
-        f"no C compiler found to link the compiled model (looked for {names}); "
-        + (f"install one for {triple}." if foreign else "install gcc or clang, or set CC to the one to use.")
+        f"no C compiler found to link the compiled model (looked for {names}); install one for {triple}."
     )
 
 

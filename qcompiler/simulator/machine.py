@@ -26,8 +26,8 @@ def c_compiler() -> str:
         if candidate and shutil.which(candidate):
             return candidate
     raise QCompilerError(
-        "no C compiler found, and the NPU simulator is compiled from C; install one (for example the package gcc) "
-        "or point the environment variable CC at yours"
+        f"no C compiler found to build and link the compiled model (looked for {', '.join(filter(None, candidates))}); "
+        "install gcc or clang, or set CC to the one to use."
     )
 
 
