@@ -372,7 +372,12 @@ def test_interrupted_in_mid_build(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_control_c_leaves_nothing_behind() -> None:
     """A real signal to a real process, once it has begun to write."""
-    command = [sys.executable, "-c", "from qcompiler.cli import main; main()", DIGITS, "-c", CALIBRATION]
+    # A fast machine would be done before the signal: the build waits for it.
+    program = (
+        "import time; from qcompiler.backends import relax; from qcompiler.cli import main; "
+        "relax.build = lambda *_: time.sleep(60); main()"
+    )
+    command = [sys.executable, "-c", program, DIGITS, "-c", CALIBRATION]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(Path.cwd().iterdir()) and time.monotonic() < deadline:
