@@ -17,25 +17,29 @@ class ConvTile:
     blocks: int
 
 
-def conv_tile(width: int, blocks: int, *, registers: int) -> ConvTile:
-    """The tile that loads least per multiply, pixels past the row's end counted.
+def conv_tiles(blocks: int, *, registers: int) -> tuple[ConvTile, ...]:
+    """Every tile whose accumulators and operands the registers hold, `blocks` vectors of output channels being there.
 
     A step loads `blocks` weight vectors and `pixels` broadcasts for pixels * blocks dot products. Four registers
     are left for those operands.
     """
-    candidates = [
+    return tuple(
         ConvTile(pixels, count)
         for count in (1, 2, 3)
         if blocks % count == 0
         for pixels in range(1, min(16, (registers - 4) // count) + 1)
-    ]
+    )
+
+
+def conv_tile(width: int, blocks: int, *, registers: int) -> ConvTile:
+    """The tile that loads least per multiply, pixels past the end of a row of `width` counted."""
 
     def cost(tile: ConvTile) -> float:
         covered = -(-width // tile.pixels) * tile.pixels
         # What was computed past the end is cut off by a copy.
         return covered * (1 + 1 / tile.pixels + 1 / tile.blocks) * (1.05 if covered > width else 1)
 
-    return min(candidates, key=cost)
+    return min(conv_tiles(blocks, registers=registers), key=cost)
 
 
 def schedule_dot_convolution(
