@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from qcompiler.backends import te, te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
-from qcompiler.backends.cpu_conv import Epilogue, Folded, Problem, flattened, fold_zero_points, round_up
+from qcompiler.backends.cpu_conv import Epilogue, Problem, fold_zero_points
+from qcompiler.backends.cpu_packed import Operands, flattened, round_up
 from qcompiler.backends.schedules import mcu as schedule
 from qcompiler.backends.schedules.reducing_dot import ReducingDot, reducing_dot
 from qcompiler.backends.te import Expr
@@ -60,7 +61,7 @@ class _Input:
     staged: bool
 
 
-def _input(problem: Problem, folded: Folded, x_value: ir.Value, run: int) -> _Input:
+def _input(problem: Problem, folded: Operands, x_value: ir.Value, run: int) -> _Input:
     """The input for windows whose rows are read `run` bytes at a time."""
     n, h, w, c = problem.x_shape
     (sy, sx), dy = problem.strides, problem.dilations[0]
@@ -73,7 +74,7 @@ def _input(problem: Problem, folded: Folded, x_value: ir.Value, run: int) -> _In
     return _Input(x, _stage(x, problem, folded, (n, rows, row_bytes)), staged=True)
 
 
-def _stage(x: te.Tensor, problem: Problem, folded: Folded, shape: Shape) -> te.Tensor:
+def _stage(x: te.Tensor, problem: Problem, folded: Operands, shape: Shape) -> te.Tensor:
     """The input as int8 with padding and, for transposed convolutions, zeros between."""
     _, h, w, c = problem.x_shape
     (top, left), (up_y, up_x) = problem.pad, problem.dilate
@@ -113,7 +114,7 @@ class _Finish:
     """Whether the high half of the product suffices."""
 
 
-def _finish(folded: Folded, epilogue: Epilogue) -> _Finish:
+def _finish(folded: Operands, epilogue: Epilogue) -> _Finish:
     """Where every channel shifts its product by more than 32 bits, the low half of the product cannot matter.
 
     For `tosa`, (a m + 2^(t-1)) >> t with t > 32 is ((a m >> 32) + 2^(t-33)) >> (t - 32): one high multiply.
@@ -151,7 +152,7 @@ def _outputs(accumulator: te.Tensor, finish: _Finish, parameters: Sequence[te.Te
 # --- sums by dot products ----------------------------------------------------------------------------------
 
 
-def _dot_convolution(problem: Problem, folded: Folded, x_value: ir.Value, dot: ReducingDot, host: HostCode) -> Kernel:
+def _dot_convolution(problem: Problem, folded: Operands, x_value: ir.Value, dot: ReducingDot, host: HostCode) -> Kernel:
     out_channels, kh, kw, c = folded.weights.shape
     (sy, sx), dy = problem.strides, problem.dilations[0]
     tile = next(tile for tile in dot.tiles if problem.out_size[1] % tile[0] == 0 and out_channels % tile[1] == 0)
@@ -185,7 +186,7 @@ def _dot_convolution(problem: Problem, folded: Folded, x_value: ir.Value, dot: R
     return Kernel(scheduled, (x_value,), arrays)
 
 
-def _windows(problem: Problem, folded: Folded, x_value: ir.Value, length: int) -> tuple[_Input, int]:
+def _windows(problem: Problem, folded: Operands, x_value: ir.Value, length: int) -> tuple[_Input, int]:
     """Every window as one run, and the bytes from one to the next: whole window rows, at least `length`."""
     n, h, w, c = problem.x_shape
     oh, ow = problem.out_size
@@ -219,7 +220,7 @@ def _pack_runs(weights: np.ndarray, channels: int, length: int) -> np.ndarray:
 # --- output channels in lanes ------------------------------------------------------------------------------
 
 
-def _lane_convolution(problem: Problem, folded: Folded, x_value: ir.Value, lanes: int, host: HostCode) -> Kernel:
+def _lane_convolution(problem: Problem, folded: Operands, x_value: ir.Value, lanes: int, host: HostCode) -> Kernel:
     out_channels, kh, kw, c = folded.weights.shape
     (sy, sx), dy = problem.strides, problem.dilations[0]
     source, finish = _input(problem, folded, x_value, kw * c), _finish(folded, problem.epilogue)
@@ -244,7 +245,7 @@ def _lane_convolution(problem: Problem, folded: Folded, x_value: ir.Value, lanes
 # --- depthwise ---------------------------------------------------------------------------------------------
 
 
-def _depthwise_convolution(problem: Problem, folded: Folded, x_value: ir.Value, host: HostCode) -> Kernel:
+def _depthwise_convolution(problem: Problem, folded: Operands, x_value: ir.Value, host: HostCode) -> Kernel:
     channels, kh, kw, _ = folded.weights.shape
     (sy, sx), (dy, dx) = problem.strides, problem.dilations
     source = _input(problem, folded, x_value, ((kw - 1) * dx + 1) * channels)
