@@ -301,15 +301,22 @@ def place(
     progress: Progress = SILENT,
 ) -> Placed:
     """Every stage up to partitioning. Errors as of `compile`."""
+    from qcompiler.pipeline import Dumper
+
+    dumper = Dumper(Path(options.dump)) if options.dump is not None else None
+    return place_prepared(prepare(model, target, options, progress, dumper), progress, dumper)
+
+
+def place_prepared(prepared: Prepared, progress: Progress = SILENT, dumper: "Dumper | None" = None) -> Placed:
+    """The stages of `place` from the plan on; `prepared` stays as it is, unless it arrived quantized."""
     from qcompiler.backends.npu import can_run
     from qcompiler.integer.realize import realize
     from qcompiler.layer_names import layer_names
     from qcompiler.partition import partition
-    from qcompiler.pipeline import LAYOUT, Dumper, harmonize, run_passes
+    from qcompiler.pipeline import LAYOUT, harmonize, run_passes
     from qcompiler.quant.plan import ON_REQUEST
     from qcompiler.quant.quantize import quantize
 
-    dumper = Dumper(Path(options.dump)) if options.dump is not None else None
     run = partial(run_passes, dumper=dumper)
 
     def dumped(model: "ir.Model", stage: str) -> "ir.Model":
@@ -317,7 +324,6 @@ def place(
             dumper.dump(model, stage)
         return model
 
-    prepared = prepare(model, target, options, progress, dumper)
     source, chip, graph = prepared.source, prepared.target, prepared.graph
     with _Warnings(source) as warnings:
         if prepared.plan is not None:
