@@ -17,11 +17,11 @@ def facts_for(target: Target, node: ir.Node) -> OpFacts:
 def admits(
     target: Target, facts: OpFacts, changes: Mapping[str, FactValue] | None = None, op: str | None = None
 ) -> bool:
-    """Whether the accelerator takes the operator `facts` describes, with `changes` made to it."""
+    """Whether an accelerator takes the operator `facts` describes, with `changes` made to it."""
     changed = replace(facts, op=op or facts.op, facts={**facts.facts, **(changes or {})})
     return isinstance(target.match(changed), Match)
 
 
 def refused(target: Target, node: ir.Node) -> bool:
-    """Whether there is an accelerator, and it does not take the node as it stands."""
-    return target.npu is not None and not admits(target, facts_for(target, node))
+    """Whether there are accelerators, and none takes the node as it stands."""
+    return bool(target.accelerators) and not admits(target, facts_for(target, node))

@@ -18,7 +18,7 @@ class SplitGroupedConv(ir.passes.InPlacePass):
     """Conv of several groups, which the target refuses => Split, one Conv a group, Concat; or one dense Conv.
 
     The dense form fills the weight with zeros between groups. It is taken where it needs no more multiplications than
-    the pieces, whose channels the accelerator rounds up (`npu.channel_alignment`), or where the pieces are too many.
+    the pieces, whose channels the accelerator rounds up (`channel_alignment`), or where the pieces are too many.
     Nothing changes unless the target takes the result. Quantized weights are cut with their scales.
     """
 
@@ -45,8 +45,7 @@ class SplitGroupedConv(ir.passes.InPlacePass):
         return take_pieces and _cut(node, group)
 
     def _pieces_are_cheaper(self, channels: int, outputs: int, group: int) -> bool:
-        assert self.target.npu is not None
-        unit = self.target.npu.channel_alignment
+        unit = max(accelerator.channel_alignment for accelerator in self.target.accelerators.values())
         piece = -(-channels // group // unit) * -(-outputs // group // unit) * unit**2
         return group * piece < channels * outputs
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qcompiler.backends.npu import NpuProgram
-    from qcompiler.backends.relax import Lowered, NpuLowering
+    from qcompiler.backends.relax import Lowered, RegionLowering
     from qcompiler.costs import Costs
     from qcompiler.dataset import Dataset, ImageOptions, InputSpec
     from qcompiler.emit.regions import EmitFormat
@@ -309,7 +309,7 @@ def place(
 
 def place_prepared(prepared: Prepared, progress: Progress = SILENT, dumper: "Dumper | None" = None) -> Placed:
     """The stages of `place` from the plan on; `prepared` stays as it is, unless it arrived quantized."""
-    from qcompiler.backends.npu import can_run
+    from qcompiler.backends.accelerators import can_run
     from qcompiler.integer.realize import realize
     from qcompiler.layer_names import layer_names
     from qcompiler.partition import partition
@@ -336,7 +336,7 @@ def place_prepared(prepared: Prepared, progress: Progress = SILENT, dumper: "Dum
         graph = run(graph, LAYOUT, stage="layout")
         progress.stage("partition")
         _refuse_unsupported(source, graph)
-        parts = partition(graph, chip, can_run=partial(can_run, target=chip) if chip.npu is not None else None)
+        parts = partition(graph, chip, can_run=partial(can_run, target=chip))
     reasons = prepared.plan.float_nodes if prepared.plan is not None else {}
     kept_float = (name for name, reason in reasons.items() if reason == ON_REQUEST)
     return Placed(
@@ -346,11 +346,15 @@ def place_prepared(prepared: Prepared, progress: Progress = SILENT, dumper: "Dum
 
 
 def schedule(placed: Placed) -> "dict[str, NpuProgram]":
-    """Plan memory and tiles of the accelerator's regions; by region name."""
+    """Plan memory and tiles of the regions that drivers run; by region name."""
     from qcompiler.backends.npu import compile_region
+    from qcompiler.target import Npu
 
-    regions = [region for region in placed.partition.regions if region.backend == "npu"]
-    return {region.name: compile_region(region, placed.target) for region in regions}
+    return {
+        region.name: compile_region(region, placed.target.alone(region.backend))
+        for region in placed.partition.regions
+        if region.backend != "cpu" and isinstance(placed.target.accelerators[region.backend], Npu)
+    }
 
 
 def estimate(placed: Placed, progress: Progress = SILENT) -> "tuple[Report, Costs]":
@@ -400,21 +404,21 @@ def _emit(
     from qcompiler.costs import region_cost
     from qcompiler.emit.regions import emit_regions
 
-    costs = {name: region_cost(program, placed.target) for name, program in programs.items()}
+    backends = {region.name: region.backend for region in placed.partition.regions}
+    on_npu = {name: program for name, program in programs.items() if backends[name] == "npu"}
+    costs = {name: region_cost(program, placed.target) for name, program in on_npu.items()}
     return emit_regions(placed.partition, costs, placed.target, form, folder)
 
 
-def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]") -> "NpuLowering":
-    """Makes the code that drives the accelerator through a region. Regions are numbered in the simulator's log."""
-    from qcompiler.backends.base import NpuFunction
-    from qcompiler.backends.npu import driver
+def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]") -> "RegionLowering":
+    """Makes the code that runs an accelerator's region. Regions are numbered in the simulator's log."""
+    from qcompiler.backends.base import AcceleratorFunction
+    from qcompiler.backends.npu import region_function
 
     numbers = {region.name: number for number, region in enumerate(partition.regions)}
 
-    def lower(region: "Region") -> NpuFunction:
-        program = programs[region.name]
-        function = driver(program, region.name, numbers[region.name])
-        return NpuFunction(function, program.blob, max(1, program.workspace_bytes))
+    def lower(region: "Region") -> AcceleratorFunction:
+        return region_function(programs[region.name], numbers[region.name])
 
     return lower
 

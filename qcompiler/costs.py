@@ -10,14 +10,17 @@ from qcompiler.backends.npu import NpuProgram, words
 from qcompiler.graph import const_of, element_count, is_op, shape_of
 from qcompiler.integer.facts import facts_of_integer
 from qcompiler.partition import Partition, Region
-from qcompiler.partition_cost import multiplications, tensor_bytes
+from qcompiler.partition_cost import accelerator_seconds, multiplications, tensor_bytes
 from qcompiler.report import LayerReport, Totals
 from qcompiler.simulator.cost import RegionCost, Traffic, crossing_cost, host_cost, host_rate, price
-from qcompiler.target import Npu, Target
+from qcompiler.target import Gpu, Npu, Target
 
 PICO = 1e-12
 HAND_OVER = "hand-over"
 """What the cost table calls giving a region to the accelerator and taking its results back."""
+
+GPU_MEMORY = "gpu memory"
+"""What the cost table calls the memory of a GPU."""
 
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 """Nothing to run: the same bytes under another shape."""
@@ -34,7 +37,7 @@ class Costs:
 
 
 def region_cost(program: NpuProgram, target: Target) -> RegionCost:
-    """The command words of one accelerator region, priced."""
+    """The command words of one region of `target.npu`, priced."""
     assert target.npu is not None
     blob = program.bases.blob
     return price(words(program), target, {blob: target.npu.weight_memory}, {blob: program.encoded})
@@ -59,11 +62,16 @@ def cost(
     for region in partition.regions:
         if region.backend == "cpu":
             layers += [_host_layer(node, target, names[_name(node)]) for node in region.nodes]
+            continue
+        unit = target.accelerators[region.backend]
+        if isinstance(unit, Gpu):
+            layers += [_gpu_layer(node, unit, engines[_name(node)], names[_name(node)]) for node in region.nodes]
         else:
-            assert target.npu is not None
-            priced = regions[region.name] = region_cost(programs[region.name], target)
-            layers += [*_npu_layers(region, priced, engines, names), _hand_over(region, target.npu)]
+            priced = region_cost(programs[region.name], target.alone(region.backend))
+            regions[region.name] = priced
+            layers += _npu_layers(region, priced, engines, names)
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
+        layers.append(_hand_over(region, unit))
     return Costs(tuple(layers), _totals(layers, target, npu_cycles, peak, weights), regions)
 
 
@@ -109,7 +117,7 @@ def _npu_layers(
                 layer=names[_name(node)] if node is not None else region.name,
                 node=_name(node) if node is not None else region.name,
                 op=facts_of_integer(node).op if node is not None else "prologue",
-                backend="npu",
+                backend=region.backend,
                 engine=engines[_name(node)] if node is not None else "",
                 macs=layer.macs,
                 cycles=layer.cycles,
@@ -123,20 +131,46 @@ def _npu_layers(
     return rows
 
 
-def _hand_over(region: Region, npu: Npu) -> LayerReport:
+def _gpu_layer(node: ir.Node, gpu: Gpu, engine: str, layer: str) -> LayerReport:
+    """One kernel, estimated: kernels leave no log to price."""
+    facts = facts_of_integer(node)
+    macs, seconds = multiplications(node, facts), accelerator_seconds(node, facts, engine, gpu)
+    moved = sum(tensor_bytes(value) for value in (*node.inputs, *node.outputs) if value is not None) if seconds else 0
+    rate = gpu.engines[engine].precisions.get(facts.precision)
+    picojoules = macs * rate.energy if rate is not None else 0.0
+    picojoules += moved * (gpu.memory.energy.read + gpu.memory.energy.write) / 2
+    busy = macs / rate.rate / gpu.clock if rate is not None else 0.0
+    moving = moved / gpu.memory.bandwidth.per_cycle(gpu.clock) / gpu.clock
+    return LayerReport(
+        layer=layer,
+        node=_name(node),
+        op=facts.op,
+        backend="gpu",
+        engine=engine,
+        macs=macs,
+        cycles=seconds * gpu.clock,
+        seconds=seconds,
+        utilisation=busy / seconds if macs else None,
+        traffic={GPU_MEMORY: moved},
+        bound=GPU_MEMORY if moving >= busy else "compute",
+        energy=picojoules * PICO + gpu.idle_power * seconds,
+    )
+
+
+def _hand_over(region: Region, unit: Npu | Gpu) -> LayerReport:
     moved = sum(tensor_bytes(value) for value in (*region.inputs, *region.outputs))
-    priced = crossing_cost(npu, moved)
+    priced = crossing_cost(unit, moved)
     return LayerReport(
         layer=region.name,
         node=region.name,
         op=HAND_OVER,
-        backend="npu",
+        backend=region.backend,
         engine="",
         macs=0,
-        cycles=priced.seconds * npu.clock,
+        cycles=priced.seconds * unit.clock,
         seconds=priced.seconds,
         utilisation=None,
-        traffic={npu.memory_name("external"): moved},
+        traffic={GPU_MEMORY if isinstance(unit, Gpu) else unit.memory_name("external"): moved},
         bound="",
         energy=priced.energy * PICO,
     )
@@ -147,17 +181,20 @@ def _totals(layers: Sequence[LayerReport], target: Target, npu_cycles: float, pe
     traffic: Counter[str] = Counter()
     for layer in layers:
         traffic.update(layer.traffic)
-    # The rows of the accelerator hold its idle power while it works; it goes on while the host works.
-    waiting = sum(layer.seconds for layer in layers if layer.backend == "cpu" or layer.op == HAND_OVER)
-    idle = waiting * target.npu.idle_power if target.npu is not None else 0.0
+    # An accelerator's rows hold its idle power while it works; it goes on while others work.
+    idle = sum(
+        unit.idle_power * sum(layer.seconds for layer in layers if layer.backend != name or layer.op == HAND_OVER)
+        for name, unit in target.accelerators.items()
+    )
+    driven = [unit for unit in target.accelerators.values() if isinstance(unit, Npu)]
     return Totals(
         latency=latency,
         npu_cycles=npu_cycles,
         macs=sum(layer.macs for layer in layers),
-        npu_macs=sum(layer.macs for layer in layers if layer.backend == "npu"),
+        npu_macs=sum(layer.macs for layer in layers if layer.backend != "cpu"),
         traffic=dict(traffic),
         peak_sram=peak,
-        sram=target.npu.scratchpad.size if target.npu is not None else 0,
+        sram=max((unit.scratchpad.size for unit in driven), default=0),
         weights=weights,
         energy=sum(layer.energy for layer in layers) + idle,
     )

@@ -88,8 +88,8 @@ def write_placed(folder: Path, placed: Placed, samples: Iterable[Arrays], progre
     from qcompiler.backends.mcu_emit import write_c
 
     chip = placed.target
-    if chip.host.bare_metal is None or chip.npu is not None:
-        problem = "has an accelerator" if chip.npu is not None else "says nothing of bare metal (host.bare_metal)"
+    if chip.host.bare_metal is None or chip.accelerators:
+        problem = "has an accelerator" if chip.accelerators else "says nothing of bare metal (host.bare_metal)"
         raise QCompilerError(
             f"--emit c writes code for microcontrollers, and the target {chip.name} {problem}; choose a target such as "
             "cortex-m55, or leave --emit out."

@@ -1,28 +1,23 @@
 """Decide which operator runs where, and cut the integer graph into regions.
 
-An operator runs on the accelerator if a rule of the target takes it (and the backend, asked through `can_run`,
-agrees), else on the CPU, with the reason. Regions come from levels: an operator's level is that of its
-inputs, or the next one where the backend changes. So every edge stays in its region or leads to a later
-one, which rules out cycles; and every region reads from the one before it, so that merging two of one backend would
-make a cycle with what lies between.
+An operator runs on the first accelerator of which a rule takes it (and the backend, asked through `can_run`,
+agrees), else on the CPU, with the reason.
 
 An island on the accelerator that costs more to reach than it saves goes back to the CPU, and so does an operator at
 the edge of a region that the CPU runs faster, such as the transpose of an NCHW input.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import onnx_ir as ir
 
 from qcompiler.graph import const_of
 from qcompiler.integer.facts import facts_of_integer
-from qcompiler.partition_cost import host_seconds, npu_seconds, tensor_bytes
+from qcompiler.partition_cost import accelerator_seconds, host_seconds, tensor_bytes
+from qcompiler.regions import Region, border, cut, predecessors
 from qcompiler.simulator.cost import crossing_cost
-from qcompiler.target import Npu, OpFacts, Refusal, Target
-
-Backend = Literal["cpu", "npu"]
+from qcompiler.target import AcceleratorName, Backend, OpFacts, Refusal, Target, joined_reasons
 
 
 @dataclass(frozen=True)
@@ -40,20 +35,6 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Region:
-    """Operators one backend runs without a break."""
-
-    name: str
-    backend: Backend
-    nodes: tuple[ir.Node, ...]
-    """In execution order."""
-    inputs: tuple[ir.Value, ...]
-    """Values from outside that are not constants."""
-    outputs: tuple[ir.Value, ...]
-    """Values read outside, graph outputs included."""
-
-
-@dataclass(frozen=True)
 class Partition:
     regions: tuple[Region, ...]
     """In execution order; no cycles between them."""
@@ -61,8 +42,8 @@ class Partition:
     """One per node, in graph order."""
 
 
-CanRun = Callable[[ir.Node], str | None]
-"""Why a backend cannot run an operator that a rule takes, or None if it can."""
+CanRun = Callable[[ir.Node, AcceleratorName], str | None]
+"""Why an accelerator's backend cannot run an operator that a rule takes, or None if it can."""
 
 _CPU = "cpu"
 
@@ -75,17 +56,17 @@ def partition(
     Args:
         model: the realized graph, after the layout passes.
         target: its rules place operators; its costs judge islands. Without an accelerator there is one CPU region.
-        can_run: the accelerator backend's own refusal, asked after a rule has matched.
+        can_run: the refusal of an accelerator's backend, asked after a rule has matched.
         keep_islands: leave islands on the accelerator even where crossing costs more than it saves.
     """
     judged = {node: _judge(node, target, can_run) for node in model.graph}
-    if target.npu is not None and not keep_islands:
-        while (island := _worst_island(judged, target, target.npu)) is not None:
+    if not keep_islands:
+        while (island := _worst_island(judged, target)) is not None:
             judged.update({node: _give_back(judged[node], island) for node in island.nodes})
-        while (edge := _losing_edge(judged, target, target.npu)) is not None:
+        while (edge := _losing_edge(judged, target)) is not None:
             judged.update(edge)
     placements = tuple(item.placement for item in judged.values())
-    return Partition(_regions(judged), placements)
+    return Partition(_cut(judged), placements)
 
 
 # --- placing ------------------------------------------------------------------------------------------------
@@ -105,68 +86,20 @@ def _judge(node: ir.Node, target: Target, can_run: CanRun | None) -> _Judged:
     facts = facts_of_integer(node)
     assert node.name, "every node is named"
     on_cpu = Placement(node.name, facts.op, "cpu", _CPU, facts.precision, None)
-    if target.npu is None:
-        return _Judged(facts, on_cpu)
-    match = target.match(facts)
-    if isinstance(match, Refusal):
-        return _Judged(facts, replace(on_cpu, reason=match.reason))
-    reason = can_run(node) if can_run is not None else None
-    if reason is not None:
-        return _Judged(facts, replace(on_cpu, reason=reason))
-    return _Judged(facts, replace(on_cpu, backend="npu", engine=match.engine))
+    reasons: dict[AcceleratorName, str] = {}
+    for name in target.accelerators:
+        match = target.match_on(name, facts)
+        if isinstance(match, Refusal):
+            reasons[name] = match.reason
+        elif can_run is not None and (reason := can_run(node, name)) is not None:
+            reasons[name] = reason
+        else:
+            return _Judged(facts, replace(on_cpu, backend=name, engine=match.engine))
+    return _Judged(facts, replace(on_cpu, reason=joined_reasons(reasons) if reasons else None))
 
 
-# --- regions ------------------------------------------------------------------------------------------------
-
-
-def _levels(judged: Mapping[ir.Node, _Judged]) -> dict[ir.Node, int]:
-    """Even levels are the CPU's, odd ones the accelerator's. Each level but the first reads from the one before."""
-    levels: dict[ir.Node, int] = {}
-    for node, item in judged.items():
-        own = 0 if item.backend == "cpu" else 1
-        before = [levels[made_by] for made_by in _predecessors(node)]
-        latest = max(before, default=own)
-        levels[node] = latest if latest % 2 == own else latest + 1
-    if not any(levels[node] == 1 and levels[made_by] == 0 for node in levels for made_by in _predecessors(node)):
-        # CPU operators that the first accelerator region does not wait for run after it, with those that follow it.
-        return {node: level or 2 for node, level in levels.items()}
-    return levels
-
-
-def _regions(judged: Mapping[ir.Node, _Judged]) -> tuple[Region, ...]:
-    levels = _levels(judged)
-    by_level: dict[int, list[ir.Node]] = {}
-    for node, level in levels.items():
-        by_level.setdefault(level, []).append(node)
-    regions: list[Region] = []
-    for level in sorted(by_level):
-        backend: Backend = "npu" if level % 2 else "cpu"
-        inputs, outputs = _border(by_level[level])
-        regions.append(Region(f"{backend}_{len(regions)}", backend, tuple(by_level[level]), inputs, outputs))
-    return tuple(regions)
-
-
-def _border(nodes: Iterable[ir.Node]) -> tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]:
-    """Values that come in (constants aside) and go out, each once, in order."""
-    inside = dict.fromkeys(nodes)
-    inputs = [
-        value
-        for node in inside
-        for value in node.inputs
-        if value is not None and const_of(value) is None and value.producer() not in inside
-    ]
-    outputs = [
-        value
-        for node in inside
-        for value in node.outputs
-        if value.is_graph_output() or any(use.node not in inside for use in value.uses())
-    ]
-    return tuple(dict.fromkeys(inputs)), tuple(dict.fromkeys(outputs))
-
-
-def _predecessors(node: ir.Node) -> list[ir.Node]:
-    makers = [value.producer() for value in node.inputs if value is not None]
-    return [made_by for made_by in makers if made_by is not None]
+def _cut(judged: Mapping[ir.Node, _Judged]) -> tuple[Region, ...]:
+    return cut({node: item.backend for node, item in judged.items()})
 
 
 # --- islands ------------------------------------------------------------------------------------------------
@@ -193,56 +126,65 @@ def _give_back(item: _Judged, island: _Island) -> _Judged:
     return replace(item, placement=replace(item.placement, backend="cpu", engine=_CPU, reason=reason))
 
 
-def _worst_island(judged: Mapping[ir.Node, _Judged], target: Target, npu: Npu) -> _Island | None:
+def _worst_island(judged: Mapping[ir.Node, _Judged], target: Target) -> _Island | None:
     """The island that loses most, or None if none loses."""
     losing: list[_Island] = []
-    for region in _regions(judged):
-        if region.backend == "npu":
+    for region in _cut(judged):
+        if region.backend != "cpu":
             groups = _components(region.nodes)
             losing += [
                 island
                 for nodes in groups
-                if (island := _island(nodes, judged, target, npu, alone=len(groups) == 1)).loss > 0
+                if (island := _island(nodes, judged, target, region.backend, alone=len(groups) == 1)).loss > 0
             ]
     return max(losing, key=lambda island: island.loss, default=None)
 
 
 def _island(
-    nodes: tuple[ir.Node, ...], judged: Mapping[ir.Node, _Judged], target: Target, npu: Npu, *, alone: bool
+    nodes: tuple[ir.Node, ...],
+    judged: Mapping[ir.Node, _Judged],
+    target: Target,
+    backend: AcceleratorName,
+    *,
+    alone: bool,
 ) -> _Island:
     """Price a component; one that shares its region with others shares their synchronization too."""
-    inputs, outputs = _border(nodes)
-    by_host = [value for value in inputs if (made_by := value.producer()) is None or judged[made_by].backend == "cpu"]
-    to_host = [
+    unit = target.accelerators[backend]
+    inputs, outputs = border(nodes)
+    by_others = [
+        value for value in inputs if (made_by := value.producer()) is None or judged[made_by].backend != backend
+    ]
+    to_others = [
         value
         for value in outputs
-        if value.is_graph_output() or any(judged[use.node].backend == "cpu" for use in value.uses())
+        if value.is_graph_output() or any(judged[use.node].backend != backend for use in value.uses())
     ]
-    crossing = crossing_cost(npu, sum(tensor_bytes(value) for value in (*by_host, *to_host))).seconds
+    crossing = crossing_cost(unit, sum(tensor_bytes(value) for value in (*by_others, *to_others))).seconds
     if not alone:
-        crossing -= crossing_cost(npu, 0).seconds
+        crossing -= crossing_cost(unit, 0).seconds
     saving = sum(
-        host_seconds(node, judged[node].facts, target, npu)
-        - npu_seconds(node, judged[node].facts, judged[node].placement.engine, npu)
+        host_seconds(node, judged[node].facts, target)
+        - accelerator_seconds(node, judged[node].facts, judged[node].placement.engine, unit)
         for node in nodes
     )
     return _Island(nodes, crossing, saving)
 
 
-def _losing_edge(judged: Mapping[ir.Node, _Judged], target: Target, npu: Npu) -> dict[ir.Node, _Judged] | None:
+def _losing_edge(judged: Mapping[ir.Node, _Judged], target: Target) -> dict[ir.Node, _Judged] | None:
     """The first operator that the CPU could run before or after its region, faster, with what crosses counted."""
     for node, item in judged.items():
         if item.backend == "cpu":
             continue
+        unit = target.accelerators[item.backend]
         before = [value for value in node.inputs if value is not None and const_of(value) is None]
         first = all((made_by := value.producer()) is None or judged[made_by].backend == "cpu" for value in before)
         last = all(judged[use.node].backend == "cpu" for value in node.outputs for use in value.uses())
         if first == last:  # inside its region, or an island of its own, which is judged as such
             continue
         grown = sum(map(tensor_bytes, node.outputs)) - sum(map(tensor_bytes, before))
-        crossing = (grown if first else -grown) / npu.crossing.bandwidth.per_cycle(npu.clock) / npu.clock
-        there = npu_seconds(node, item.facts, item.placement.engine, npu)
-        here = host_seconds(node, item.facts, target, npu) + crossing
+        crossing = (grown if first else -grown) / unit.crossing.bandwidth.per_cycle(unit.clock) / unit.clock
+        there = accelerator_seconds(node, item.facts, item.placement.engine, unit)
+        here = host_seconds(node, item.facts, target) + crossing
         if here < there:
             reason = f"supported, but takes {there * 1e6:.1f} µs there and {here * 1e6:.1f} µs on the CPU beside it"
             placement = replace(item.placement, backend="cpu", engine=_CPU, reason=reason)
@@ -261,7 +203,7 @@ def _components(nodes: tuple[ir.Node, ...]) -> list[tuple[ir.Node, ...]]:
         return node
 
     for node in nodes:
-        for made_by in _predecessors(node):
+        for made_by in predecessors(node):
             if made_by in leader:
                 leader[find(node)] = find(made_by)
     groups: dict[ir.Node, list[ir.Node]] = {}

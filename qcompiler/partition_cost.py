@@ -12,7 +12,7 @@ from qcompiler.graph import const_of, element_count, ints, is_op, shape_of
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
 from qcompiler.simulator.workload import Feed, OpClass, Port, Shape
-from qcompiler.target import FactValue, Npu, OpFacts, Target
+from qcompiler.target import FactValue, Gpu, Npu, OpFacts, Target
 
 _CLASSES: Mapping[str, OpClass] = {
     "Conv": "conv",
@@ -37,20 +37,41 @@ _BITS = 8
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
-def host_seconds(node: ir.Node, facts: OpFacts, target: Target, npu: Npu) -> float:
-    """The operator on the CPU, which reads the weights from where the accelerator would, waiting for every burst."""
+def host_seconds(node: ir.Node, facts: OpFacts, target: Target) -> float:
+    """The operator on the CPU, which reads weights from where a driven accelerator would, waiting for every burst."""
     elements = max((element_count(shape_of(value)) for value in (*_tensors(node), *node.outputs)), default=0)
     if facts.op in _FREE:
         elements = 0
     cost = host_cost(
         target.host, precision=facts.precision, macs=multiplications(node, facts), elements=elements, transferred=0
     )
-    memory = npu.memories[npu.weight_memory]
-    burst = memory.latency.cycles(npu.clock) + memory.burst / memory.bandwidth.per_cycle(npu.clock)
-    return max(cost.seconds, _weight_bytes(node) / memory.burst * burst / npu.clock)
+    driven = next((unit for unit in target.accelerators.values() if isinstance(unit, Npu)), None)
+    if driven is None:
+        return cost.seconds
+    memory = driven.memories[driven.weight_memory]
+    burst = memory.latency.cycles(driven.clock) + memory.burst / memory.bandwidth.per_cycle(driven.clock)
+    return max(cost.seconds, _weight_bytes(node) / memory.burst * burst / driven.clock)
 
 
-def npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> float:
+def accelerator_seconds(node: ir.Node, facts: OpFacts, engine: str, unit: Npu | Gpu) -> float:
+    """The operator on an engine of an accelerator."""
+    return _gpu_seconds(node, facts, engine, unit) if isinstance(unit, Gpu) else _npu_seconds(node, facts, engine, unit)
+
+
+def _gpu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, gpu: Gpu) -> float:
+    """One launch, then whichever takes longer: computing, or reading and writing every tensor once."""
+    if facts.op in _FREE:
+        return 0.0
+    engine, macs = gpu.engines[engine_name], multiplications(node, facts)
+    if macs and facts.precision in engine.precisions:
+        busy = macs / engine.precisions[facts.precision].rate
+    else:
+        busy = max(element_count(shape_of(value)) for value in (*_tensors(node), *node.outputs)) / engine.element_rate
+    moved = sum(tensor_bytes(value) for value in (*node.inputs, *node.outputs) if value is not None)
+    return (gpu.launch.cycles(gpu.clock) + max(busy, moved / gpu.memory.bandwidth.per_cycle(gpu.clock))) / gpu.clock
+
+
+def _npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> float:
     """The operator on an engine, from scratchpad, with its weights streamed in beside it."""
     engine = npu.engines[engine_name]
     kind = _command_class(facts)

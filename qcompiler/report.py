@@ -5,8 +5,10 @@ A report holds nothing about the machine or the moment of compiling, so that equ
 
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from pydantic import TypeAdapter
 from rich.box import SIMPLE_HEAD
@@ -15,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qcompiler.partition import Backend
+from qcompiler.target import AcceleratorName, Backend
 
 TEXT_WIDTH = 160
 """Columns of report.txt."""
@@ -210,7 +212,7 @@ def _table(*columns: tuple[str, bool]) -> Table:
 def _placement_table(placements: Sequence[PlacementReport]) -> Table:
     table = _table(("operator", False), ("layer", False), ("runs on", False), ("precision", False), ("reason", False))
     for placement in placements:
-        where = f"npu: {placement.engine}" if placement.backend == "npu" else "cpu"
+        where = "cpu" if placement.backend == "cpu" else f"{placement.backend}: {placement.engine}"
         style = "yellow" if placement.reason else ""
         cells = (placement.op, _shortened(placement.layer), where, placement.precision, placement.reason or "")
         table.add_row(*(Text(cell, style=style) for cell in cells))
@@ -218,10 +220,12 @@ def _placement_table(placements: Sequence[PlacementReport]) -> Table:
 
 
 def _placement_summary(placements: Sequence[PlacementReport]) -> str:
-    on_npu = sum(placement.backend == "npu" for placement in placements)
-    return (
-        f"{on_npu} of {_count(len(placements), 'operator')} on the accelerator, {len(placements) - on_npu} on the CPU"
-    )
+    counts = Counter(placement.backend for placement in placements)
+    used = [name for name in get_args(AcceleratorName) if counts[name]]
+    everything = _count(len(placements), "operator")
+    if len(used) < 2:
+        return f"{len(placements) - counts['cpu']} of {everything} on the accelerator, {counts['cpu']} on the CPU"
+    return f"{everything}: {', '.join(f'{counts[name]} on the {name.upper()}' for name in (*used, 'cpu'))}"
 
 
 def _cost_table(layers: Sequence[LayerReport]) -> Table:

@@ -437,10 +437,16 @@ class OpFacts:
     facts: Mapping[str, FactValue]
 
 
+AcceleratorName = Literal["npu", "dsp", "gpu"]
+Backend = Literal["cpu", "npu", "dsp", "gpu"]
+"""Where an operator can run."""
+
+
 @dataclass(frozen=True)
 class Match:
     rule: OpRule
     engine: str
+    accelerator: AcceleratorName
 
 
 @dataclass(frozen=True)
@@ -537,18 +543,39 @@ class Host(Spec):
         return self.mac_rate
 
 
-class Npu(Spec):
-    """The accelerator. Memories, DMA paths and engines by name."""
+class Accelerator(Spec):
+    """What the compiler asks of every accelerator, however it is driven."""
 
     clock: Hertz
-    memories: Mapping[str, Memory]
-    dma: Mapping[str, Dma]
-    engines: Mapping[str, Engine]
     rules: tuple[OpRule, ...]
     idle_power: Watts
     crossing: Crossing
     channel_alignment: int = Field(default=1, ge=1)
-    """Feature map depth is rounded up to this in cost estimates and in scratchpad."""
+    """Feature map depth is rounded up to this in cost estimates and in memory."""
+
+    def match(self, facts: OpFacts, chip: str) -> OpRule | Refusal:
+        """The first rule that takes an operator, or why none does; `chip` is the name a refusal may give."""
+        candidates = [rule for rule in self.rules if facts.op in rule.ops]
+        if not candidates:
+            return Refusal(f"{chip} has no rule for {facts.op}")
+        reasons: list[str] = []
+        for rule in candidates:
+            reason = _refusal(rule, facts)
+            if reason is None:
+                return rule
+            reasons.append(reason)
+        return Refusal("; or ".join(dict.fromkeys(reasons)))
+
+
+class Npu(Accelerator):
+    """Engines that compute from a scratchpad which DMA fills: an NPU, or a DSP with tightly coupled memory.
+
+    A driver feeds it commands through `runtime_stubs/qrt.h`. Memories, DMA paths and engines go by name.
+    """
+
+    memories: Mapping[str, Memory]
+    dma: Mapping[str, Dma]
+    engines: Mapping[str, Engine]
     weight_code: Literal["plain", "golomb_rice"] = "plain"
     """How constant int8 weights are kept in memory; the engines decode them as fast as they read them."""
     keeps_feature_maps: bool = True
@@ -628,6 +655,61 @@ class Npu(Spec):
         return next(memory for memory in self.memories.values() if memory.kind == "external")
 
 
+class GpuMemory(Spec):
+    """The memory a GPU computes from, which may be the host's own."""
+
+    size: Bytes
+    bandwidth: Bandwidth
+    energy: Energy
+
+
+class GpuEngine(Spec):
+    """One way of computing on all compute units: their vector lanes, dot product instructions, matrix units."""
+
+    precisions: Mapping[str, MacPrecision] = {}
+    """By pair, activation*weight; the rate counts the whole GPU."""
+    element_rate: ElementRate
+    """Elements per cycle of the whole GPU for operators that do not multiply and accumulate."""
+
+    @model_validator(mode="after")
+    def known_precisions(self) -> Self:
+        for precision in self.precisions:
+            check_precision(precision, "precisions", precision)
+        return self
+
+
+class Gpu(Accelerator):
+    """An accelerator that runs kernels: one launch per operator, everything in one memory. Engines go by name."""
+
+    api: Literal["opencl", "cuda"]
+    architectures: tuple[str, ...] = ()
+    """What code is made for, e.g. sm_75 and sm_90 with CUDA; with OpenCL the driver compiles."""
+    features: tuple[str, ...] = ()
+    """What kernels may use beside the API's core, e.g. dp4a, mma, cl_khr_integer_dot_product."""
+    compute_units: int = Field(ge=1)
+    local_memory: Bytes
+    """Shared by the work items of one group, per compute unit."""
+    memory: GpuMemory
+    engines: Mapping[str, GpuEngine]
+    launch: Duration
+    """Fixed cost of one kernel."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        for index, rule in enumerate(self.rules):
+            if rule.engine not in self.engines:
+                raise spec_error(
+                    f"no engine {rule.engine!r}{did_you_mean(rule.engine, self.engines)}", "rules", index, "engine"
+                )
+            rates = self.engines[rule.engine].precisions
+            for place, precision in enumerate(rule.precisions):
+                if precision not in rates and any(op in WEIGHTED_OPS for op in rule.ops):
+                    raise spec_error(
+                        f"the engine {rule.engine!r} has no rate for {precision!r}", "rules", index, "precisions", place
+                    )
+        return self
+
+
 class VelaConfig(Spec):
     """How Arm's Vela compiler knows the chip. The names are those of its own options and of its Arm/vela.ini."""
 
@@ -644,7 +726,7 @@ class Emit(Spec):
 
 
 class Target(Spec):
-    """One chip: a host CPU and, usually, an accelerator."""
+    """One chip: a host CPU and, usually, accelerators."""
 
     name: str
     description: str
@@ -653,22 +735,46 @@ class Target(Spec):
     quantization: Quantization
     host: Host
     npu: Npu | None = None
+    dsp: Npu | None = None
+    """A second accelerator of the same kind, with its own memories: a vector DSP beside an NPU."""
+    gpu: Gpu | None = None
     emit: Emit = Emit()
 
+    @property
+    def accelerators(self) -> Mapping[AcceleratorName, Npu | Gpu]:
+        """Those the chip has, in the order in which they are asked."""
+        units: tuple[tuple[AcceleratorName, Npu | Gpu | None], ...] = (
+            ("npu", self.npu), ("dsp", self.dsp), ("gpu", self.gpu),
+        )  # fmt: skip
+        return {name: unit for name, unit in units if unit is not None}
+
+    def alone(self, name: AcceleratorName) -> "Target":
+        """The chip as a driver of one scratchpad accelerator sees it: that one is its `npu`, and there is no other."""
+        unit = self.accelerators[name]
+        assert isinstance(unit, Npu), f"{name} has no scratchpad"
+        return self.model_copy(update={"npu": unit, "dsp": None, "gpu": None})
+
     def match(self, facts: OpFacts) -> Match | Refusal:
-        """Which rule of the accelerator takes an operator, or why none does."""
-        if self.npu is None:
-            return Refusal("this target has no accelerator")
-        candidates = [rule for rule in self.npu.rules if facts.op in rule.ops]
-        if not candidates:
-            return Refusal(f"{self.name} has no rule for {facts.op}")
-        reasons: list[str] = []
-        for rule in candidates:
-            reason = _refusal(rule, facts)
-            if reason is None:
-                return Match(rule, rule.engine)
-            reasons.append(reason)
-        return Refusal("; or ".join(dict.fromkeys(reasons)))
+        """Which accelerator's rule takes an operator first, or why none does."""
+        reasons: dict[AcceleratorName, str] = {}
+        for name in self.accelerators:
+            match = self.match_on(name, facts)
+            if isinstance(match, Match):
+                return match
+            reasons[name] = match.reason
+        return Refusal(joined_reasons(reasons)) if reasons else Refusal("this target has no accelerator")
+
+    def match_on(self, name: AcceleratorName, facts: OpFacts) -> Match | Refusal:
+        """Which rule of one accelerator takes an operator, or why none does."""
+        rule = self.accelerators[name].match(facts, self.name)
+        return rule if isinstance(rule, Refusal) else Match(rule, rule.engine, name)
+
+
+def joined_reasons(reasons: Mapping[AcceleratorName, str]) -> str:
+    """Why none of several accelerators runs an operator; which of them says what only matters if they differ."""
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _refusal(rule: OpRule, facts: OpFacts) -> str | None:

@@ -1,6 +1,6 @@
 """A target in tables, for people to read: what `qcompile targets show` prints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompiler.target import (
     BYTE_UNITS,
@@ -8,6 +8,7 @@ from qcompiler.target import (
     DotArray,
     Duration,
     Engine,
+    Gpu,
     Host,
     MacArray,
     Npu,
@@ -18,6 +19,8 @@ from qcompiler.target import (
 )
 
 Row = tuple[str, ...]
+
+_RATE_HEADS = ("engine", "work", "rate", "energy")
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,12 @@ class Table:
 
 
 def describe(target: Target) -> tuple[Table, ...]:
-    """Identity and quantization, then the accelerator's memories, DMA, engines and rules, then the host and sources."""
+    """Identity and quantization, then each accelerator's memories, engines and rules, then the host and sources."""
     tables = [_identity(target)]
-    if target.npu is not None:
-        tables += [
-            _memories(target.npu),
-            _dma(target.npu),
-            _engines(target.npu),
-            _rates(target.npu),
-            _rules(target.npu),
-        ]
+    for name, unit in target.accelerators.items():
+        own = _gpu_tables(unit) if isinstance(unit, Gpu) else _npu_tables(unit)
+        several = len(target.accelerators) > 1
+        tables += [replace(table, title=f"{name.upper()}: {table.title}") if several else table for table in own]
     return (*tables, _host(target.host), Table("Sources", ("source",), tuple((line,) for line in target.sources)))
 
 
@@ -58,14 +57,35 @@ def _identity(target: Target) -> Table:
         ("requantize", quantization.requantize),
         ("shared scale", ", ".join(quantization.shared_scale)),
     ]
-    if target.npu is not None:
-        crossing = target.npu.crossing
+    for name, unit in target.accelerators.items():
+        whose = f"{name} " if len(target.accelerators) > 1 else ""
         rows += [
-            ("clock", _hertz(target.npu.clock)),
-            ("idle power", f"{target.npu.idle_power * 1e3:g} mW"),
-            ("crossing", f"{_duration(crossing.sync)}, {_bandwidth(crossing.bandwidth)}"),
+            (f"{whose}clock", _hertz(unit.clock)),
+            (f"{whose}idle power", f"{unit.idle_power * 1e3:g} mW"),
+            (f"{whose}crossing", f"{_duration(unit.crossing.sync)}, {_bandwidth(unit.crossing.bandwidth)}"),
         ]
     return Table("Target", ("", ""), tuple(rows))
+
+
+def _npu_tables(npu: Npu) -> tuple[Table, ...]:
+    return _memories(npu), _dma(npu), _engines(npu), _rates(npu), _rules(npu)
+
+
+def _gpu_tables(gpu: Gpu) -> tuple[Table, ...]:
+    rows: list[Row] = [
+        ("API", f"{gpu.api}{''.join(f', {name}' for name in gpu.architectures)}"),
+        ("features", ", ".join(gpu.features) or "none"),
+        ("compute units", f"{gpu.compute_units}, each with {_bytes(gpu.local_memory)} of local memory"),
+        ("memory", f"{_bytes(gpu.memory.size)}, {_bandwidth(gpu.memory.bandwidth)}"),
+        ("memory energy", f"{gpu.memory.energy.read:g} / {gpu.memory.energy.write:g} pJ/B"),
+        ("launch", _duration(gpu.launch)),
+    ]
+    rates: list[Row] = []
+    for name, engine in gpu.engines.items():
+        for precision, cost in engine.precisions.items():
+            rates.append((name, precision, f"{cost.rate:g} MAC/cycle", f"{cost.energy:g} pJ/MAC"))
+        rates.append((name, "elements", f"{engine.element_rate:g} element/cycle", ""))
+    return Table("GPU", ("", ""), tuple(rows)), Table("Rates", _RATE_HEADS, tuple(rates)), _rules(gpu)
 
 
 def _memories(npu: Npu) -> Table:
@@ -127,13 +147,13 @@ def _rates(npu: Npu) -> Table:
         if isinstance(engine.geometry, Simd):
             for kind, rate in engine.geometry.element_rate.items():
                 rows.append((name, kind, f"{rate:g} element/cycle", ""))
-    return Table("Rates", ("engine", "work", "rate", "energy"), tuple(rows))
+    return Table("Rates", _RATE_HEADS, tuple(rows))
 
 
-def _rules(npu: Npu) -> Table:
+def _rules(unit: Npu | Gpu) -> Table:
     rows = tuple(
         (", ".join(rule.ops), rule.engine, ", ".join(rule.precisions), _constraints(rule), rule.note)
-        for rule in npu.rules
+        for rule in unit.rules
     )
     return Table("Rules (the first that holds wins)", ("operators", "engine", "precisions", "where", "note"), rows)
 

@@ -19,11 +19,13 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from qcompiler.errors import QCompilerError
-from qcompiler.target import Npu, Target, did_you_mean
+from qcompiler.target import Accelerator, Gpu, Npu, Target, did_you_mean
 
 Scalar = str | int | float | bool | None
 Plain = Scalar | list["Plain"] | dict[str, "Plain"]
 
+ACCELERATORS: Mapping[str, type[Accelerator]] = {"npu": Npu, "dsp": Npu, "gpu": Gpu}
+"""The sections of a spec that describe one."""
 _OWN_KEYS = ("extends", "name", "description")
 """What a spec does not inherit."""
 _RULE_OPS = ("Lookup", "Requantize")
@@ -78,8 +80,8 @@ def load_target(name_or_path: str | os.PathLike[str], overrides: Sequence[str] =
 
     Args:
         name_or_path: a bundled target, or a path.
-        overrides: KEY=VALUE, such as "memories.sram.size=512KiB": dots lead into the spec, `npu.` may be left out, the
-            value is YAML. They become part of the target's name.
+        overrides: KEY=VALUE, such as "memories.sram.size=512KiB": dots lead into the spec, the name of the
+            only accelerator may be left out, the value is YAML. They become part of the target's name.
 
     Raises:
         QCompilerError: no such target (the nearest is suggested), or anything wrong with the file, every
@@ -215,11 +217,15 @@ def _override(spec: Node, text: str) -> Node:
     except YAMLError:
         raise QCompilerError(f"--set {text}: the value is not valid YAML") from None
     if steps[0] not in Target.model_fields:
-        has_npu = spec.child("npu") is not None
-        known = (*Target.model_fields, *(Npu.model_fields if has_npu else ()))
-        if steps[0] not in known:
+        units = {name: unit for name, unit in ACCELERATORS.items() if spec.child(name) is not None}
+        owners = [name for name, unit in units.items() if steps[0] in unit.model_fields]
+        if not owners:
+            known = {key: None for model in (Target, *units.values()) for key in model.model_fields}
             _report([Problem(steps[:1], f"unknown key{did_you_mean(steps[0], known)}", place)])
-        steps = ("npu", *steps)
+        if len(owners) > 1:
+            choices = " or ".join(f"{name}.{'.'.join(steps)}" for name in owners)
+            _report([Problem(steps, f"this target has several accelerators; say {choices}", place)])
+        steps = (owners[0], *steps)
     return _replaced(spec, steps, (), _at(_node(parsed, "", place, place), place), place)
 
 
@@ -410,11 +416,12 @@ def _unknown_operators(spec: Node) -> Iterator[Problem]:
 
 
 def _operator_names(spec: Node) -> Iterator[tuple[tuple[str | int, ...], Node]]:
-    rules, _ = _walk(spec, ("npu", "rules"))
     lists: list[tuple[str | int, ...]] = [("quantization", "shared_scale")]
-    lists += [
-        ("npu", "rules", index, "ops") for index in range(len(rules.value) if isinstance(rules.value, tuple) else 0)
-    ]
+    for name in ACCELERATORS:
+        rules, _ = _walk(spec, (name, "rules"))
+        lists += [
+            (name, "rules", index, "ops") for index in range(len(rules.value) if isinstance(rules.value, tuple) else 0)
+        ]
     for path in lists:
         names, found = _walk(spec, path)
         if found == path and isinstance(names.value, tuple):

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler import bundle as bundle_files
 from qcompiler import cli
-from qcompiler.backends import npu, relax
-from qcompiler.backends.base import NpuFunction
+from qcompiler.backends import accelerators, npu, relax
+from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
 from qcompiler.integer.reference import execute
@@ -74,15 +74,14 @@ def test_reference_cpu_and_simulator_agree(tmp_path: Path, target: str) -> None:
     feeds = {"x": np.random.default_rng(seed).standard_normal(done.integer.graph.inputs[0].shape).astype(np.float32)}  # pyright: ignore[reportArgumentType, reportCallIssue]
     wanted = execute(done.integer, feeds)["y"]
     for index, chip in enumerate((done.target, done.target.model_copy(update={"npu": None}))):
-        can_run = partial(npu.can_run, target=chip) if chip.npu is not None else None
+        can_run = partial(accelerators.can_run, target=chip)
         parts = partition(done.integer, chip, can_run=can_run, keep_islands=True)
         if chip.npu is not None:
             on_npu = [item for item in parts.placements if item.backend == "npu" and item.precision == "int8*int4"]
             assert len(on_npu) == 4
 
-        def driver(region: Region, chip=chip) -> NpuFunction:
-            program = npu.compile_region(region, chip)
-            return NpuFunction(npu.driver(program, region.name), program.blob, program.workspace_bytes)
+        def driver(region: Region, chip=chip) -> AcceleratorFunction:
+            return npu.region_function(npu.compile_region(region, chip), 0)
 
         lowered = relax.lower(done.integer, parts, chip, driver)
         relax.build(lowered, chip.host, tmp_path / f"{index}.so")

@@ -138,7 +138,7 @@ def test_backend_refusal_becomes_the_reason() -> None:
     parts = partition(
         chain("Max", "Max"),
         target_for("Max"),
-        can_run=lambda node: "does not fit the scratchpad" if node.name == "Max1" else None,
+        can_run=lambda node, accelerator: "does not fit the scratchpad" if node.name == "Max1" else None,
         keep_islands=True,
     )
     assert [(p.backend, p.reason) for p in parts.placements] == [("npu", None), ("cpu", "does not fit the scratchpad")]

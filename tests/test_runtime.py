@@ -17,6 +17,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.graph import make_node
 from qcompiler.partition import Partition, Region
 from qcompiler.runtime import Executable, Simulator
+from qcompiler.simulator.machine import SIMULATOR
 from qcompiler.target_loader import load_target
 
 TARGET = load_target("x86-cpu")
@@ -88,7 +89,7 @@ def test_a_replaced_library_is_the_one_that_runs(tmp_path) -> None:
     build(addition(1.5), TARGET.host, path)
     old = Executable(path, addition(1.5).parameters)
     lowered = addition(2.5)
-    lowered = Lowered(lowered.module, lowered.parameters, lowered.inputs, lowered.outputs, uses_npu=True)
+    lowered = Lowered(lowered.module, lowered.parameters, lowered.inputs, lowered.outputs, sources=(SIMULATOR,))
     build(lowered, TARGET.host, path)
     new = Executable(path, lowered.parameters)
     assert old.run([x])[0][0, 0] == 1.5 and new.run([x])[0][0, 0] == 2.5

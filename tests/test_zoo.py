@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.backends import npu, relax
-from qcompiler.backends.base import NpuFunction
+from qcompiler.backends import accelerators, npu, relax
+from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.compile import EIGHT_BITS, Placed, place
 from qcompiler.graph import QCOMPILER_DOMAIN, dtype_of, is_op, users, value_name
 from qcompiler.integer.reference import Executor
@@ -80,14 +80,11 @@ def expose_integers(model: ir.Model) -> list[str]:
 
 
 def built(model: ir.Model, target: Target, library: Path) -> tuple[relax.Lowered, Executable]:
-    parts = partition(model, target, can_run=partial(npu.can_run, target=target) if target.npu else None)
+    parts = partition(model, target, can_run=partial(accelerators.can_run, target=target))
     numbers = {region.name: number for number, region in enumerate(parts.regions)}
 
-    def driver(region: Region) -> NpuFunction:
-        program = npu.compile_region(region, target)
-        return NpuFunction(
-            npu.driver(program, region.name, numbers[region.name]), program.blob, program.workspace_bytes
-        )
+    def driver(region: Region) -> AcceleratorFunction:
+        return npu.region_function(npu.compile_region(region, target), numbers[region.name])
 
     lowered = relax.lower(model, parts, target, driver)
     relax.build(lowered, target.host, library)

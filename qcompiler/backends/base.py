@@ -9,6 +9,7 @@ import tvm
 from tvm import tirx
 
 from qcompiler.backends import te
+from qcompiler.c_code import CSource
 from qcompiler.graph import Shape, dtype_of, shape_of
 from qcompiler.target import Host
 
@@ -38,14 +39,16 @@ Lowering = Kernel | View
 
 
 @dataclass(frozen=True)
-class NpuFunction:
-    """The driver of one NPU region: ``function(inputs…, constants uint8[n], outputs…, workspace uint8[m])``."""
+class AcceleratorFunction:
+    """Host code that runs one region: ``function(inputs…, constants uint8[n], outputs…, workspace uint8[m])``."""
 
     function: tirx.PrimFunc
     constants: np.ndarray
     """uint8 [n]: weights, biases and scales in the accelerator's layout."""
     workspace: int
     """Bytes of external memory the driver needs beside its arguments; at least 1."""
+    sources: tuple[CSource, ...]
+    """The C it calls, compiled into the library."""
 
 
 @dataclass(frozen=True)

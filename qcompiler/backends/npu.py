@@ -14,6 +14,7 @@ import onnx_ir as ir
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 
+from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.backends.npu_emit import Emitter, TirEmitter, WordEmitter, builder, tirx
 from qcompiler.backends.npu_layers import recipe_of
 from qcompiler.backends.npu_layout import plan_layout
@@ -24,6 +25,7 @@ from qcompiler.backends.npu_tiling import Work, smallest_need
 from qcompiler.graph import Shape, dtype_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
+from qcompiler.simulator.machine import SIMULATOR
 from qcompiler.simulator.weight_code import EncodedSpan, golomb_rice_bytes
 from qcompiler.target import Target
 
@@ -160,6 +162,13 @@ def driver(program: NpuProgram, name: str, region: int = 0) -> PrimFunc:
         function = ir_builder.get()
     assert isinstance(function, PrimFunc)
     return function
+
+
+def region_function(program: NpuProgram, number: int) -> AcceleratorFunction:
+    """The driver of a compiled region, and the simulator it calls; `number` is the region's in the simulator's log."""
+    return AcceleratorFunction(
+        driver(program, program.name, number), program.blob, max(1, program.workspace_bytes), (SIMULATOR,)
+    )
 
 
 def _host(function: str, *arguments: Any) -> None:

@@ -16,21 +16,21 @@ import tvm
 from tvm import relax as _relax_module
 from tvm.relax import transform
 
-from qcompiler import host_cpu
+from qcompiler import host_cpu, tools
 from qcompiler.backends import cpu
-from qcompiler.backends.base import HostCode, Kernel, NpuFunction, View, host_code
+from qcompiler.backends.base import AcceleratorFunction, HostCode, Kernel, View, host_code
 from qcompiler.backends.workspace import Lifetime, plan
+from qcompiler.c_code import CSource, compile_c
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import Shape, const_of, dtype_of, shape_of, value_name
 from qcompiler.partition import Partition, Region
-from qcompiler.simulator import machine
 from qcompiler.target import Host, Target
 
 # TVM's annotations are too narrow for what its functions take.
 relax: Any = _relax_module
 RelaxExpr = Any
 
-NpuLowering = Callable[[Region], NpuFunction]
+RegionLowering = Callable[[Region], AcceleratorFunction]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Lowered:
     parameters: tuple[np.ndarray, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    uses_npu: bool
-    """Whether the library needs the NPU simulator linked in."""
+    sources: tuple[CSource, ...]
+    """C to link in: the NPU simulator where a region runs on it."""
 
 
 # --- lowering ----------------------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ class _Call:
     outputs: tuple[ir.Value, ...]
     workspace: int
     """Bytes of an extra last output that nobody reads; 0 for none."""
+    sources: tuple[CSource, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,29 +75,27 @@ class _Alias:
     output: ir.Value
 
 
-def lower(model: ir.Model, partition: Partition, target: Target, npu_lowering: NpuLowering | None = None) -> Lowered:
+def lower(model: ir.Model, partition: Partition, target: Target, lower_region: RegionLowering | None = None) -> Lowered:
     """Lower a partitioned integer graph.
 
     Args:
         model: the integer graph; `float_ops.unsupported` must have found nothing in it.
         partition: covers every node of the graph.
         target: says what CPU the code is for.
-        npu_lowering: makes the driver of an NPU region; needed if there is one.
+        lower_region: makes the code of an accelerator's region; needed if there is one.
     """
     host = host_code(target.host)
-    steps = [step for region in partition.regions for step in _region_steps(region, host, npu_lowering)]
-    return _Assembler(model, steps).assemble(
-        uses_npu=any(region.backend == "npu" for region in partition.regions), host=host
-    )
+    steps = [step for region in partition.regions for step in _region_steps(region, host, lower_region)]
+    return _Assembler(model, steps).assemble()
 
 
-def _region_steps(region: Region, host: HostCode, npu_lowering: NpuLowering | None) -> list[_Call | _Alias]:
+def _region_steps(region: Region, host: HostCode, lower_region: RegionLowering | None) -> list[_Call | _Alias]:
     if region.backend == "cpu":
         return [_node_step(node, host) for node in region.nodes]
-    assert npu_lowering is not None, f"nothing lowers the NPU region {region.name}"
-    driver = npu_lowering(region)
+    assert lower_region is not None, f"nothing lowers the {region.backend} region {region.name}"
+    driver = lower_region(region)
     kernel = Kernel(driver.function, region.inputs, (driver.constants,))
-    return [_Call(region.name, kernel, region.outputs, max(driver.workspace, 1))]
+    return [_Call(region.name, kernel, region.outputs, max(driver.workspace, 1), driver.sources)]
 
 
 def _node_step(node: ir.Node, host: HostCode) -> _Call | _Alias:
@@ -114,7 +113,7 @@ class _Assembler:
         self._arrays: dict[tuple[bytes, Shape, str], int] = {}
         self._parameters: list[np.ndarray] = []
 
-    def assemble(self, *, uses_npu: bool, host: HostCode) -> Lowered:
+    def assemble(self) -> Lowered:
         graph = self._model.graph
         indices = [self._declare(step) for step in self._steps]
         output_constants = {
@@ -152,7 +151,7 @@ class _Assembler:
             tuple(self._parameters),
             tuple(_spec(value) for value in graph.inputs),
             tuple(_spec(value) for value in graph.outputs),
-            uses_npu,
+            _sources(self._steps),
         )
 
     def _declare(self, step: _Call | _Alias) -> tuple[dict[ir.Value, int], list[int]]:
@@ -169,6 +168,15 @@ class _Assembler:
             self._arrays[key] = len(self._parameters)
             self._parameters.append(array)
         return self._arrays[key]
+
+
+def _sources(steps: Sequence[_Call | _Alias]) -> tuple[CSource, ...]:
+    """Each once, by name."""
+    found: dict[str, CSource] = {}
+    for step in steps:
+        for source in step.sources if isinstance(step, _Call) else ():
+            assert found.setdefault(source.name, source) == source, f"two different sources are called {source.name}"
+    return tuple(found.values())
 
 
 def _type(shape: Sequence[int], dtype: str) -> Any:
@@ -307,7 +315,7 @@ _PASS_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 
 
 def build(lowered: Lowered, host: Host, library: Path) -> None:
-    """Compile a lowered model to the shared library `library`, the NPU simulator linked in if it is needed.
+    """Compile a lowered model to the shared library `library`, with the C its regions bring.
 
     The bytes depend on nothing but the arguments and the C compiler.
 
@@ -323,10 +331,11 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
     # Relative names in a fresh folder: object files carry their names into the library's symbol table.
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         work = Path(folder)
-        addons = [str(machine.compile_simulator(work))] if lowered.uses_npu else []
+        addons = [str(compile_c(source, work, compiler)) for source in lowered.sources]
+        libraries = [name for source in lowered.sources for name in source.libraries]
         executable.export_library(
             str(work / "model.so"),
-            fcompile=lambda output, objects, **_: _link(compiler, work, output, objects),
+            fcompile=lambda output, objects, **_: _link(compiler, work, output, objects, libraries),
             addons=addons,
             workspace_dir=str(work),
         )
@@ -343,7 +352,7 @@ def c_compiler(host: Host) -> tuple[str, ...]:
     """
     triple = str(host.tvm_target.get("mtriple", ""))
     if not triple or triple.partition("-")[0] == host_cpu.architecture():
-        return (machine.c_compiler(),)
+        return (tools.c_compiler(),)
     candidates = [(f"{triple}-gcc",), ("clang", f"--target={triple}", "-fuse-ld=lld", "-nostdlib")]
     for candidate in candidates:
         if shutil.which(candidate[0]):
@@ -354,10 +363,10 @@ def c_compiler(host: Host) -> tuple[str, ...]:
     )
 
 
-def _link(compiler: Sequence[str], work: Path, output: str, objects: Sequence[str]) -> None:
+def _link(compiler: Sequence[str], work: Path, output: str, objects: Sequence[str], libraries: Sequence[str]) -> None:
     names = [Path(name).name for name in objects]
-    libraries = [] if "-nostdlib" in compiler else ["-lm"]
-    _run([*compiler, "-shared", "-fPIC", "-Wl,--build-id=none", "-o", Path(output).name, *names, *libraries], work)
+    needed = [*libraries, *([] if "-nostdlib" in compiler else ["-lm"])]
+    _run([*compiler, "-shared", "-fPIC", "-Wl,--build-id=none", "-o", Path(output).name, *names, *needed], work)
 
 
 def _run(command: Sequence[str], work: Path) -> None:

@@ -213,7 +213,7 @@ class _Planner:
             return None  # a gated activation such as x * Sigmoid(x)
         if not is_op(node, *operators.ACTIVATION_OPS, "Softmax", "AveragePool", "GlobalAveragePool", "ReduceMean"):
             return TAIL_REASON
-        if self.target.npu is None and not is_op(node, "Softmax"):
+        if not self.target.accelerators and not is_op(node, "Softmax"):
             return None
         match = self.target.match(facts_of_float(node, self.dtype))
         return None if isinstance(match, Match) else f"after the last convolution, and {match.reason}"

@@ -78,7 +78,7 @@ def _no_worse(node: ir.Node, target: Target, activation: DTypeName, eight: DType
     def taken(weights: DTypeName) -> bool:
         return isinstance(target.match(replace(facts, precision=f"{activation}*{weights}")), Match)
 
-    return target.npu is None or eight is None or taken("int4") or not taken(eight)
+    return not target.accelerators or eight is None or taken("int4") or not taken(eight)
 
 
 def _by_node(weighted: Sequence[ir.Node], by_layer: Mapping[str, DTypeName]) -> dict[ir.Node, DTypeName]:

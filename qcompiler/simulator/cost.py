@@ -25,7 +25,7 @@ import numpy.typing as npt
 from qcompiler.simulator import engines, isa
 from qcompiler.simulator.weight_code import EncodedSpan, ratio_at
 from qcompiler.simulator.workload import SCALE_RECORD_BYTES, Dims, Feed, OpClass, Port, Shape
-from qcompiler.target import Host, Match, Npu, OpFacts, Target
+from qcompiler.target import Gpu, Host, Match, Npu, OpFacts, Target
 
 COMPUTE = "compute"
 ISSUE = "issue"
@@ -175,11 +175,12 @@ def host_rate(host: Host, precision: str) -> float:
     return rates.get(precision) or rates.get(precision.replace("*int4", "*int8")) or rates["float32"]
 
 
-def crossing_cost(npu: Npu, transferred: int) -> HostCost:
+def crossing_cost(unit: Npu | Gpu, transferred: int) -> HostCost:
     """Handing a region over and back: one synchronization, and its inputs and outputs through external memory."""
-    moving = transferred / npu.crossing.bandwidth.per_cycle(npu.clock)
-    seconds = (npu.crossing.sync.cycles(npu.clock) + moving) / npu.clock
-    return HostCost(seconds, transferred * (npu.external.energy.read + npu.external.energy.write))
+    moving = transferred / unit.crossing.bandwidth.per_cycle(unit.clock)
+    seconds = (unit.crossing.sync.cycles(unit.clock) + moving) / unit.clock
+    energy = unit.memory.energy if isinstance(unit, Gpu) else unit.external.energy
+    return HostCost(seconds, transferred * (energy.read + energy.write))
 
 
 # --- decoding ----------------------------------------------------------------------------------------------------

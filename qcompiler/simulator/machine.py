@@ -5,54 +5,19 @@ TVM compiles, so a bundle's library holds both. `Log` finds the simulator inside
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from qcompiler.errors import QCompilerError
+from qcompiler.c_code import compile_c, stub
+from qcompiler.tools import c_compiler
 
-COMPILE_FLAGS: tuple[str, ...] = ("-std=c99", "-O3", "-ffp-contract=off", "-fPIC", "-fno-semantic-interposition")
-"""No -march: a bundle runs on every machine of its architecture. No contraction: float32 requantization is exact."""
-
-
-def c_compiler() -> str:
-    """The C compiler: $CC, else cc, gcc or clang. Raises QCompilerError if there is none."""
-    candidates = (os.environ.get("CC"), "cc", "gcc", "clang")
-    for candidate in candidates:
-        if candidate and shutil.which(candidate):
-            return candidate
-    raise QCompilerError(
-        f"no C compiler found to build and link the compiled model (looked for {', '.join(filter(None, candidates))}); "
-        "install gcc or clang, or set CC to the one to use."
-    )
+SIMULATOR = stub("npu_sim.c", "the NPU simulator")
 
 
 def compile_simulator(directory: Path) -> Path:
-    """Compile npu_sim.c into `directory`/npu_sim.o and return that path.
-
-    The object does not depend on where it is compiled: equal sources give equal bytes.
-    Raises QCompilerError without a C compiler, or if it fails.
-    """
-    source = resources.files("qcompiler.runtime_stubs") / "npu_sim.c"
-    target = directory / "npu_sim.o"
-    with resources.as_file(source) as path:
-        command = [
-            c_compiler(),
-            *COMPILE_FLAGS,
-            f"-ffile-prefix-map={path.parent}=.",
-            "-c",
-            str(path),
-            "-o",
-            str(target),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise QCompilerError(f"the C compiler could not build the NPU simulator ({' '.join(command)}): {done.stderr}")
-    return target
+    """Compile npu_sim.c into `directory`/npu_sim.o for this machine and return that path. Errors as of `compile_c`."""
+    return compile_c(SIMULATOR, directory, (c_compiler(),))
 
 
 class Log:

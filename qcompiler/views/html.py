@@ -73,7 +73,7 @@ def html_report(report: Report, line: Timeline, target: Target) -> str:
     memories = tuple(dict.fromkeys(name for layer in report.layers for name in layer.traffic))
     precisions = {item.node: item.precision for item in report.placements}
     longest = max((layer.seconds for layer in report.layers), default=0.0)
-    on_npu = sum(item.backend == "npu" for item in report.placements)
+    on_npu = sum(item.backend != "cpu" for item in report.placements)
     return _template().render(
         report=report,
         description=target.description,
@@ -89,7 +89,7 @@ def html_report(report: Report, line: Timeline, target: Target) -> str:
         fallbacks=_fallbacks(report.placements),
         on_npu=on_npu,
         on_cpu=len(report.placements) - on_npu,
-        has_npu=target.npu is not None,
+        has_npu=bool(target.accelerators),
     )
 
 

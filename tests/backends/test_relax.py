@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 
 from qcompiler.backends import te
-from qcompiler.backends.base import NpuFunction, host_code
+from qcompiler.backends.base import AcceleratorFunction, host_code
 from qcompiler.backends.relax import build, c_compiler, lower
 from qcompiler.backends.schedules.dot import dot_product
 from qcompiler.errors import QCompilerError
@@ -23,6 +23,7 @@ from qcompiler.graph import shape_of
 from qcompiler.integer import ops
 from qcompiler.partition import Partition, Region
 from qcompiler.runtime import Executable, Simulator
+from qcompiler.simulator.machine import SIMULATOR
 from qcompiler.target_loader import load_target
 
 TARGET = load_target("x86-cpu")
@@ -88,7 +89,7 @@ def npu_model(bench) -> tuple[ir.Model, Partition]:
     return model, Partition(regions, ())
 
 
-def stand_in_driver(region: Region) -> NpuFunction:
+def stand_in_driver(region: Region) -> AcceleratorFunction:
     """Does the region's arithmetic in TE, its offsets taken from the constants, through its workspace."""
     shape = shape_of(region.inputs[0])
     x, constants = te.placeholder(shape, "int8", "x"), te.placeholder((2,), "uint8", "constants")
@@ -104,14 +105,14 @@ def stand_in_driver(region: Region) -> NpuFunction:
     second = minus(first, 1, "second")
     workspace = te.compute((5,), lambda i: constants[0] + i.astype("uint8"), "workspace")
     function = te.prim_func([x, constants, first, second, workspace])
-    return NpuFunction(function, np.array([2, 3], np.uint8), 5)
+    return AcceleratorFunction(function, np.array([2, 3], np.uint8), 5, (SIMULATOR,))
 
 
 def test_npu_region_among_cpu_regions(workbench, tmp_path) -> None:
     bench = workbench(seed=3)
     model, partition = npu_model(bench)
     lowered = lower(model, partition, TARGET, stand_in_driver)
-    assert lowered.uses_npu
+    assert lowered.sources == (SIMULATOR,)
     library = tmp_path / "model.so"
     build(lowered, TARGET.host, library)
     outputs = Executable(library, lowered.parameters).run([bench.feeds["in0"]])

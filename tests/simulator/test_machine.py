@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompiler.c_code import COMPILE_FLAGS
 from qcompiler.errors import QCompilerError
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
 from qcompiler.simulator import isa
-from qcompiler.simulator.machine import COMPILE_FLAGS, Log, c_compiler, compile_simulator
+from qcompiler.simulator.machine import Log, compile_simulator
+from qcompiler.tools import c_compiler
 
 STUBS = Path(__file__).resolve().parents[2] / "runtime_stubs"
 EXTREMES = np.array([0, 1, -1, 2, -2, 127, -128, 255, -255, 2**30, -(2**30), 2**31 - 1, -(2**31), 2**24 + 1, 12345678])
