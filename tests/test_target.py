@@ -210,6 +210,8 @@ def test_a_detected_target_builds_code_that_runs() -> None:
         ("x86-avx2", "avx2", "avx512f"),
         ("x86-plain", "sse2", "avx2"),
         ("arm-cpu", "dotprod", "i8mm"),
+        ("arm-cpu-neon", "neon", "dotprod"),
+        ("arm-cpu-i8mm", "i8mm", "sve"),
     ],
 )
 def test_named_hosts_have_the_features_of_their_cpu(name: str, has: str, lacks: str) -> None:

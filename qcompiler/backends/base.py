@@ -1,6 +1,6 @@
 """What a backend hands to the assembler: one function per node or region, and its parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,12 @@ class HostCode:
         """Width of a vector register."""
         # llvm_get_vector_width answers 64 for every x86.
         return 64 if "avx512bw" in self.features else 32 if "avx2" in self.features else 16
+
+    @property
+    def vector_registers(self) -> int:
+        """How many of them there are."""
+        attributes: Mapping[str, object] = self.target.attrs  # pyright: ignore[reportAssignmentType] (typed as str)
+        return 32 if "avx512vl" in self.features or attributes.get("feature.is_aarch64") else 16
 
 
 def host_code(host: Host) -> HostCode:

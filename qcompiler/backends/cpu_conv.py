@@ -136,9 +136,9 @@ def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> Epilogue:
 def _lower(problem: Problem, x: ir.Value, host: HostCode) -> Kernel:
     if problem.is_depthwise:
         return depthwise_convolution(problem, fold_zero_points(problem, problem.x_dtype), finish(problem), x, host)
-    dot = dot_product(host) if problem.x_dtype != "int16" else None
-    x_dtype = problem.x_dtype if dot is None else "uint8" if dot.unsigned else "int8"
-    return packed_convolution(problem, fold_zero_points(problem, x_dtype), finish(problem), x, host, dot)
+    dot = dot_product(host, problem.x_dtype) if sum_dtype(problem) == "int32" else None
+    operands = fold_zero_points(problem, dot.a_dtype if dot else problem.x_dtype)
+    return packed_convolution(problem, operands, finish(problem), x, host, dot)
 
 
 def finish(problem: Problem) -> Finish:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompiler.backends import nibbles, te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.schedules import conv as schedule
-from qcompiler.backends.schedules.dot import QUAD, DotProduct
+from qcompiler.backends.schedules.dot import DotProduct
 from qcompiler.backends.schedules.loops import threads_for
 from qcompiler.backends.te import Expr
 from qcompiler.graph import Shape, dtype_of
@@ -125,7 +125,7 @@ def packed_convolution(
 ) -> Kernel:
     """A convolution in which every output channel reads all channels of its group; `dot` takes the operands."""
     geometry = flattened(geometry)
-    quad = QUAD if dot else 1
+    quad = dot.length if dot else 1
     lanes = dot.lanes if dot else host.vector_bytes // 4
     sums = operands.sums
     n, h, w, c = geometry.x_shape
@@ -141,7 +141,7 @@ def packed_convolution(
     quads = -(-run_length // quad)
     per_group = out_channels // group
     blocks = -(-per_group // lanes)
-    tile = schedule.conv_tile(ow, blocks, registers=32 if host.vector_bytes == 64 else 16)
+    tile = schedule.conv_tile(ow, blocks, registers=host.vector_registers)
     wide = round_up(ow, tile.pixels)
 
     rows = (oh - 1) * sy + (kh - 1) * dy + 1

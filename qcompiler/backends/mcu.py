@@ -6,7 +6,7 @@ reads a graph input, and a DequantizeLinear that only makes a graph output, beco
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
@@ -135,9 +135,9 @@ def lower(model: ir.Model, target: Target) -> McuProgram:
 
     Args:
         model: the realized graph, after the layout passes; `float_ops.unsupported` must have found nothing in it.
-        target: says what CPU the code is for.
+        target: says what CPU the code is for. The code runs in one thread, however many the chip has.
     """
-    return _Lowering(model.graph, host_code(target.host)).run()
+    return _Lowering(model.graph, replace(host_code(target.host), threads=1)).run()
 
 
 @dataclass(frozen=True)

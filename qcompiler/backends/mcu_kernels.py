@@ -1,4 +1,7 @@
-"""The kernels a microcontroller runs: its own where it has an instruction for them, else the CPU backend's."""
+"""The kernels of a chip without an operating system.
+
+Microcontrollers have templates of their own. A CPU whose dot products have lanes, NEON say, runs the CPU backend's.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -6,6 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.backends import cpu, cpu_conv, mcu_conv
 from qcompiler.backends.base import HostCode, Lowering
+from qcompiler.backends.schedules.dot import dot_product
 from qcompiler.graph import QCOMPILER_DOMAIN, data_input, dtype_of
 
 _PROBLEMS: Mapping[str, Callable[[ir.Node], cpu_conv.Problem]] = {
@@ -17,8 +21,10 @@ _PROBLEMS: Mapping[str, Callable[[ir.Node], cpu_conv.Problem]] = {
 
 def lower_node(node: ir.Node, host: HostCode) -> Lowering:
     """Code for one node. As `cpu.lower_node`."""
-    if node.domain == QCOMPILER_DOMAIN and node.op_type in _PROBLEMS and dtype_of(data_input(node)).itemsize == 1:
-        kernel = mcu_conv.convolution(_PROBLEMS[node.op_type](node), data_input(node), host)
-        if kernel is not None:
-            return kernel
+    if node.domain == QCOMPILER_DOMAIN and node.op_type in _PROBLEMS:
+        dtype = dtype_of(data_input(node))
+        if dtype.itemsize == 1 and dot_product(host, str(dtype)) is None:
+            kernel = mcu_conv.convolution(_PROBLEMS[node.op_type](node), data_input(node), host)
+            if kernel is not None:
+                return kernel
     return cpu.lower_node(node, host)

@@ -22,7 +22,7 @@ from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
 from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
-# x86-plain has no dot product: the generic template. x86-cpu is this machine, whatever it has.
+# x86-plain has SSE2 only. x86-cpu is this machine, whatever it has; test_cpu_features.py takes features from it.
 TARGETS = ("x86-cpu", "x86-plain")
 
 
@@ -355,9 +355,15 @@ def taps(rng: np.random.Generator, size: int, out: int) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize(
     ("target", "instruction"),
-    [("x86-avx512vnni", "vpdpbusd"), ("x86-avx2", None), ("x86-plain", None), ("arm-cpu", "sdot")],
+    [
+        ("x86-avx512vnni", "vpdpbusd"),
+        ("x86-avx2", "vpmaddwd"),
+        ("x86-plain", "\tpmaddwd"),
+        ("arm-cpu", "sdot"),
+        ("arm-cpu-neon", "sadalp"),
+    ],
 )
-def test_dot_product_is_chosen_by_cpu_features(workbench, target: str, instruction: str | None) -> None:
+def test_dot_product_is_chosen_by_cpu_features(workbench, target: str, instruction: str) -> None:
     """Looked for in the assembly, as the target's CPU need not be this machine's."""
     bench = workbench(seed=70)
     op = ops.QConv((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, 3, 0, 0, -128, 127, "float32")
@@ -369,7 +375,7 @@ def test_dot_product_is_chosen_by_cpu_features(workbench, target: str, instructi
     kernel = lower_node(bench.nodes[0], host)
     assert isinstance(kernel, Kernel)
     assembly = tvm.compile(kernel.function, target=host.target).mod.inspect_source("asm")
-    for name in ("vpdpbusd", "sdot"):
+    for name in ("vpdpbusd", "vpmaddwd", "\tpmaddwd", "sdot", "sadalp", "pmaddubsw"):
         assert (name in assembly) == (name == instruction)
 
 

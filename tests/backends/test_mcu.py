@@ -31,7 +31,8 @@ from qcompiler.quant.arithmetic import RequantizeVariant
 from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
-TARGETS = ("cortex-m55", "cortex-m4", "cortex-m7", "riscv-rvv", "portable-c")
+ARM_CPUS = ("arm-cpu", "arm-cpu-neon", "arm-cpu-i8mm")
+TARGETS = ("cortex-m55", "cortex-m4", "cortex-m7", "riscv-rvv", "portable-c", *ARM_CPUS)
 LIBRARY_FUNCTIONS = {"memcpy", "memset", "memmove", "expf"}
 MODELS = ("mnist_cnn", "kws_dscnn", "resnet8_cifar10", "resnet20_cifar10", "mobilenet_v1_025_128")
 CALIBRATION_SAMPLES = 4
@@ -444,7 +445,7 @@ def check_network(zoo: Path, folder: Path, name: str, target: str, samples: int)
     assert facts["equal"] == facts["samples"] == samples
 
 
-@pytest.mark.parametrize("target", ["cortex-m55", "cortex-m4", "riscv-rvv"])
+@pytest.mark.parametrize("target", ["cortex-m55", "cortex-m4", "riscv-rvv", *ARM_CPUS])
 def test_keyword_spotting(zoo: Path, tmp_path: Path, target: str) -> None:
     check_network(zoo, tmp_path, "kws_dscnn", target, samples=2)
 

@@ -199,7 +199,7 @@ def test_this_tvm_and_its_ffi_agree() -> None:
     k = te.reduce_axis(4, "k")
     y = te.compute((1, 16), lambda i, j: te.reduce_sum(x[i, k].astype("int32") * w[j, k].astype("int32"), [k]), "y")
     function = te.prim_func([x, w, y])
-    dot = dot_product(host_code(load_target("x86-avx512vnni").host))
+    dot = dot_product(host_code(load_target("x86-avx512vnni").host), "uint8")
     assert dot is not None
     schedule = Schedule(function)
     block = schedule.get_sblock("y")
