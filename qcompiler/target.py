@@ -470,11 +470,19 @@ class BareMetal(Spec):
     """How C code for a chip without an operating system is built, and where it can be tried."""
 
     compiler: str
-    """The GNU C compiler, e.g. arm-none-eabi-gcc; its siblings -ar and -size stand beside it."""
+    """The C compiler: GNU's, e.g. arm-none-eabi-gcc, or clang."""
     compiler_package: str
     """The Debian packages that hold it and its C library."""
+    archiver: str | None = None
+    """Unless given, the -ar that stands beside a GNU compiler."""
+    size_tool: str | None = None
+    """Unless given, the -size that stands beside a GNU compiler."""
+    tools: Mapping[str, str] = {}
+    """Other programs that building takes, such as ld.lld, and the Debian package of each."""
     flags: tuple[str, ...]
     """Compiler and linker flags that name the CPU and its calling convention."""
+    libraries: tuple[str, ...] = ("-lm",)
+    """What the example program is linked with, after the model."""
     board: str
     """Start-up code, linker script and console: a folder of runtime_stubs/baremetal."""
     emulator: tuple[str, ...]

@@ -14,13 +14,12 @@ import onnx_ir as ir
 from tvm import tirx
 
 from qcompiler.backends.base import HostCode, Kernel, View, host_code
-from qcompiler.backends.mcu_functions import WORKSPACE_ALIGNMENT, RawFunction, RawModule, lower_functions
+from qcompiler.backends.mcu_functions import MIN_ALIGNMENT, RawFunction, RawModule, lower_functions
 from qcompiler.backends.mcu_kernels import lower_node
 from qcompiler.backends.npu_memory import Buffer, MemoryPlan, plan_memory
 from qcompiler.graph import Shape, const_of, data_input, dtype_of, element_count, input_of, is_op, shape_of, value_name
 from qcompiler.target import Target
 
-ARENA_ALIGNMENT = WORKSPACE_ALIGNMENT
 _QUANTIZE, _DEQUANTIZE = "model_quantize_input", "model_dequantize_output"
 
 
@@ -124,6 +123,8 @@ class McuProgram:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     arena: MemoryPlan
+    alignment: int
+    """Bytes, of every buffer: kernels load whole vectors."""
 
     @property
     def constant_bytes(self) -> int:
@@ -169,6 +170,7 @@ class _Lowering:
 
     def __init__(self, graph: ir.Graph, host: HostCode) -> None:
         self._graph, self._host = graph, host
+        self._alignment = max(MIN_ALIGNMENT, host.vector_bytes)
         self._constants = _Constants()
         self._storage: dict[ir.Value, ir.Value] = {}
         """The value whose memory a view shares."""
@@ -189,13 +191,13 @@ class _Lowering:
                 borders[node] = _Step(f"{_DEQUANTIZE}{dequantizers[node]}_kernel", lowering, tuple(node.outputs))
             else:
                 steps.append(_Step(f"model_{number:03}_{node.op_type}", lowering, tuple(node.outputs)))
-        module = lower_functions(_functions([*steps, *borders.values()]), self._host.target)
+        module = lower_functions(_functions([*steps, *borders.values()]), self._host.target, self._alignment)
         signatures = {function.name: function for function in module.functions}
         inputs = tuple(self._port(value, _quantizer(value), borders) for value in self._graph.inputs)
         outputs = tuple(self._port(value, _dequantizer(value), borders) for value in self._graph.outputs)
         places, copies = self._ports_in_memory()
         calls, arena = self._calls(steps, signatures, places)
-        return McuProgram(module, tuple(self._constants.arrays), (*calls, *copies), inputs, outputs, arena)
+        return McuProgram(module, tuple(self._constants.arrays), (*calls, *copies), inputs, outputs, arena, self._alignment)
 
     def _port(self, value: ir.Value, border: ir.Node | None, borders: Mapping[ir.Node, _Step]) -> Port:
         inner = value if border is None else _inner(border)
@@ -271,7 +273,7 @@ class _Lowering:
             last |= {place: time for place in arguments if isinstance(place, ArenaPlace)}
             calls.append(Call(step.name, tuple(arguments)))
         buffers = [Buffer(place.name, size, first, last[place]) for place, (first, size) in born.items()]
-        return calls, plan_memory(buffers, ARENA_ALIGNMENT)
+        return calls, plan_memory(buffers, self._alignment)
 
 
 def _functions(steps: Sequence[_Step]) -> dict[str, tirx.PrimFunc]:

@@ -27,7 +27,6 @@ from qcompiler.target import BareMetal, Host, did_you_mean
 FLOAT_TOLERANCE = 1e-5
 """Of the largest element: floats follow exponentials, whose last bits are the C library's."""
 
-_ARRAY_ALIGNMENT = 16
 _LINE = 110
 _BOARDS = "baremetal"
 
@@ -100,7 +99,7 @@ def _copy_board(stubs: Path, board: str, folder: Path) -> None:
 # --- arrays ------------------------------------------------------------------------------------------------
 
 
-def _array(name: str, array: np.ndarray, *, linkage: str = "") -> str:
+def _array(name: str, array: np.ndarray, alignment: int, *, linkage: str = "") -> str:
     numbers = array.reshape(-1).tolist()
     if array.dtype.kind == "f":
         # Hexadecimal floats are exact; C has no literal for infinities.
@@ -115,7 +114,7 @@ def _array(name: str, array: np.ndarray, *, linkage: str = "") -> str:
         line += f"{word},"
     body = "\n".join([*lines, line])
     kind = _C_TYPES[str(array.dtype)]
-    return f"{linkage}const _Alignas({_ARRAY_ALIGNMENT}) {kind} {name}[{max(array.size, 1)}] = {{\n{body}\n}};\n"
+    return f"{linkage}const _Alignas({alignment}) {kind} {name}[{max(array.size, 1)}] = {{\n{body}\n}};\n"
 
 
 def _float(number: float, suffix: str) -> str:
@@ -128,7 +127,7 @@ def _float(number: float, suffix: str) -> str:
 
 def _weights(program: McuProgram) -> str:
     parts = ['#include "model_kernels.h"\n']
-    parts += [_array(f"model_constant{index}", array) for index, array in enumerate(program.constants)]
+    parts += [_array(f"model_constant{index}", array, program.alignment) for index, array in enumerate(program.constants)]
     return "\n".join(parts)
 
 
@@ -159,7 +158,7 @@ def _header(program: McuProgram) -> str:
             lines += _port_lines(f"MODEL_{kind}{index}", port)
     lines += [
         "/* All buffers passed here start at multiples of this: kernels load whole vectors. */",
-        f"#define MODEL_ALIGNMENT {_ARRAY_ALIGNMENT}",
+        f"#define MODEL_ALIGNMENT {program.alignment}",
         "",
         "/* Run the model once. Returns 0. */",
         f"int model_run({_run_parameters(program)});",
@@ -242,7 +241,7 @@ def _glue(program: McuProgram) -> str:
     kinds = {function.name: function for function in program.module.functions}
     lines = ['#include "model.h"', "", "#include <string.h>", "", '#include "model_kernels.h"', ""]
     if program.arena.peak:
-        lines += [f"static _Alignas({_ARRAY_ALIGNMENT}) uint8_t arena[MODEL_ARENA_BYTES];", ""]
+        lines += [f"static _Alignas({program.alignment}) uint8_t arena[MODEL_ARENA_BYTES];", ""]
     lines += ["#ifdef MODEL_PROFILE", "#define STEP(kernel) model_step(kernel)", "#else"]
     lines += ["#define STEP(kernel) ((void)0)", "#endif", ""]
     lines += [f"int model_run({_run_parameters(program)}) {{"]
@@ -320,34 +319,36 @@ def _vectors_header(vectors: Sequence[TestVector]) -> str:
 def _vectors_source(program: McuProgram, vectors: Sequence[TestVector]) -> str:
     parts = ['#include "test_vectors.h"', "", '#include "model.h"', ""]
     for index, port in enumerate(program.inputs):
-        parts.append(_vector_array(f"input{index}", port, [vector.inputs[index] for vector in vectors]))
+        arrays = [vector.inputs[index] for vector in vectors]
+        parts.append(_vector_array(f"input{index}", port, arrays, program.alignment))
     for index, port in enumerate(program.outputs):
-        parts.append(_vector_array(f"expected{index}", port, [vector.outputs[index] for vector in vectors]))
+        arrays = [vector.outputs[index] for vector in vectors]
+        parts.append(_vector_array(f"expected{index}", port, arrays, program.alignment))
         parts.append(f"static _Alignas(MODEL_ALIGNMENT) {_C_TYPES[port.dtype]} output{index}[{port.elements}];\n")
-    given = [f"input{index} + sample * {_stride(port)}u" for index, port in enumerate(program.inputs)]
+    given = [f"input{index} + sample * {_stride(port, program.alignment)}u" for index, port in enumerate(program.inputs)]
     given += [f"output{index}" for index in range(len(program.outputs))]
     parts += [f"void test_vector_run(uint32_t sample) {{ model_run({', '.join(given)}); }}", ""]
     parts += ["int test_vector_equal(uint32_t sample) {"]
     for index, port in enumerate(program.outputs):
-        parts += _comparison(index, port)
+        parts += _comparison(index, port, program.alignment)
     parts += ["    return 1;", "}", ""]
     return "\n".join(parts)
 
 
-def _vector_array(name: str, port: Port, arrays: Sequence[np.ndarray]) -> str:
-    joined = np.zeros((max(len(arrays), 1), _stride(port)), port.dtype)
+def _vector_array(name: str, port: Port, arrays: Sequence[np.ndarray], alignment: int) -> str:
+    joined = np.zeros((max(len(arrays), 1), _stride(port, alignment)), port.dtype)
     for row, array in zip(joined, arrays, strict=False):
         row[: port.elements] = array.reshape(-1)
-    return _array(name, joined, linkage="static ")
+    return _array(name, joined, alignment, linkage="static ")
 
 
-def _stride(port: Port) -> int:
+def _stride(port: Port, alignment: int) -> int:
     """Elements from one sample to the next, whose start is aligned."""
-    return aligned(port.bytes, _ARRAY_ALIGNMENT) // np.dtype(port.dtype).itemsize
+    return aligned(port.bytes, alignment) // np.dtype(port.dtype).itemsize
 
 
-def _comparison(index: int, port: Port) -> list[str]:
-    got, wanted = f"output{index}[i]", f"expected{index}[sample * {_stride(port)}u + i]"
+def _comparison(index: int, port: Port, alignment: int) -> list[str]:
+    got, wanted = f"output{index}[i]", f"expected{index}[sample * {_stride(port, alignment)}u + i]"
     loop = f"    for (uint32_t i = 0; i < {port.elements}u; i++)"
     if not port.dtype.startswith("float"):
         return [f"{loop} {{", f"        if ({got} != {wanted}) return 0;", "    }"]
@@ -375,10 +376,11 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
         [
             "# make: libmodel.a and model.elf; make run, make profile: the example in the emulator; make size.",
             f"CC := {chip.compiler}",
-            f"AR := {prefix}ar",
-            f"SIZE := {prefix}size",
+            f"AR := {chip.archiver or f'{prefix}ar'}",
+            f"SIZE := {chip.size_tool or f'{prefix}size'}",
             f"EMULATOR := {' '.join(_shell_word(word) for word in chip.emulator)}",
-            *_needed("CC", chip.compiler_package),
+            *_needed("$(CC)", chip.compiler_package),
+            *(line for tool, package in chip.tools.items() for line in _needed(tool, package)),
             # Integers wrap and floats round as in the reference.
             "CFLAGS := -std=gnu11 -O2 -fwrapv -ffp-contract=off -Wall -Wextra -ffunction-sections -fdata-sections",
             f"CFLAGS += {' '.join(chip.flags)} $(CFLAGS_EXTRA)",
@@ -390,7 +392,8 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
             "all: libmodel.a model.elf",
             "",
             "model.elf: $(EXAMPLE) libmodel.a",
-            "\t$(CC) $(CFLAGS) $(EXAMPLE) libmodel.a $(BOARD_LDFLAGS) -Wl,--gc-sections -lm -o $@",
+            "\t$(CC) $(CFLAGS) $(EXAMPLE) libmodel.a $(BOARD_LDFLAGS) "
+            f"{' '.join(['-Wl,--gc-sections', *chip.libraries])} -o $@",
             "",
             "libmodel.a: model.o model_weights.o $(KERNELS)",
             "\trm -f $@",
@@ -424,11 +427,11 @@ def _makefile(chip: BareMetal, *, compiled: bool) -> str:
     )
 
 
-def _needed(variable: str, package: str) -> list[str]:
+def _needed(tool: str, package: str) -> list[str]:
     """Stop with one line if a tool is missing."""
     return [
-        f"ifeq ($(shell command -v $({variable})),)",
-        f"$(error $({variable}) is missing; install {package} (apt-get install {package}))",
+        f"ifeq ($(shell command -v {tool}),)",
+        f"$(error {tool} is missing; install {package} (apt-get install {package}))",
         "endif",
     ]
 

@@ -20,7 +20,8 @@ from qcompiler.backends.npu_memory import aligned
 STACK_LIMIT = 512
 """Bytes of one temporary that may live on the stack; accumulators, which LLVM then keeps in registers, are smaller."""
 
-WORKSPACE_ALIGNMENT = 16
+MIN_ALIGNMENT = 16
+"""Bytes: of the workspace and of every argument, on any target."""
 
 # TVM's annotations are too narrow for what its functions take.
 _tirx: Any = tirx
@@ -46,7 +47,7 @@ class RawFunction:
     name: str
     arguments: tuple[Argument, ...]
     workspace: int
-    """Bytes of the workspace, aligned to `WORKSPACE_ALIGNMENT`; 0 if the function takes none."""
+    """Bytes of the workspace; 0 if the function takes none."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,15 @@ def _until_calling_convention(*, vectors: bool) -> tuple[Any, ...]:
     )
 
 
-def lower_functions(functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> RawModule:
+def lower_functions(
+    functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target, alignment: int = MIN_ALIGNMENT
+) -> RawModule:
     """Lower scheduled functions for a CPU.
 
     Args:
         functions: by the names they will have in C.
         target: an "llvm" or "c" target.
+        alignment: bytes that the workspace and every argument will be aligned to.
     """
     module = tvm.IRModule({name: function.with_attr("global_symbol", name) for name, function in functions.items()})
     # For a target with vectors of unknown length, VectorizeLoop would make loops of those: show it a plain one.
@@ -97,7 +101,7 @@ def lower_functions(functions: Mapping[str, tirx.PrimFunc], target: tvm.target.T
     passes = [_TIRX.BindTarget(plain.with_host(plain)), *_until_calling_convention(vectors=is_llvm(target))]
     with tvm.transform.PassContext(config=_CONFIG):
         module = tvm.transform.Sequential(passes)(module)
-        bare = {name: _Bare(name, module[name].with_attr("target", target)) for name in functions}
+        bare = {name: _Bare(name, module[name].with_attr("target", target), alignment) for name in functions}
         module = tvm.IRModule({name: item.function for name, item in bare.items()})
         module = tvm.transform.Sequential([_TIRX.LowerTVMBuiltin(), _TIRX.LowerIntrin()])(module)
     return RawModule(module, tuple(item.signature for item in bare.values()))
@@ -130,8 +134,8 @@ def c_source(module: Any, functions: Sequence[RawFunction]) -> str:
 class _Bare:
     """One function with pointers for buffers and its large temporaries in the workspace."""
 
-    def __init__(self, name: str, function: Any) -> None:
-        self._used = 0
+    def __init__(self, name: str, function: Any, alignment: int) -> None:
+        self._used, self._alignment = 0, alignment
         self._workspace = _tirx.Var("workspace", _pointer("uint8"))
         pointers = [_tirx.Var(buffer.name, _pointer(str(buffer.dtype))) for buffer in function.params]
         views = [
@@ -139,7 +143,12 @@ class _Bare:
         ]
         body = self._moved(function.body)
         parameters = [*pointers, *([self._workspace] if self._used else [])]
-        self.function = _tirx.PrimFunc(parameters, _tirx.SeqStmt([*views, body]), attrs=function.attrs)
+        body = _tirx.SeqStmt([*views, body])
+        if alignment > MIN_ALIGNMENT:
+            # LLVM would load vectors it knows nothing of in two halves.
+            for pointer in parameters:
+                body = _tirx.AttrStmt(pointer, "storage_alignment", _tirx.IntImm("int32", alignment), body)
+        self.function = _tirx.PrimFunc(parameters, body, attrs=function.attrs)
         arguments = tuple(
             Argument(f"{buffer.name}_{index}", str(buffer.dtype)) for index, buffer in enumerate(function.params)
         )
@@ -174,7 +183,7 @@ class _Bare:
         size = int(np.prod([int(dim) for dim in buffer.shape])) * _element_bytes(str(buffer.dtype))
         if size <= STACK_LIMIT:
             return statement
-        offset, self._used = self._used, self._used + aligned(size, WORKSPACE_ALIGNMENT)
+        offset, self._used = self._used, self._used + aligned(size, self._alignment)
         data = _tirx.call_intrin(
             _pointer(str(buffer.dtype)), "tirx.handle_add_byte_offset", self._workspace, np.int32(offset)
         )
