@@ -1,5 +1,8 @@
 """Compute what depends on constants only."""
 
+from functools import partial
+
+import numpy as np
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
@@ -55,5 +58,7 @@ def _move_before_dequantize(node: ir.Node) -> bool:
     else:
         perm = node.attributes["perm"].as_ints()
         rewrite = Rewrite(node)
-        moved = map_weight(rewrite, data_input(node), lambda array: array.transpose(perm), list(perm).index)
+        # A blocked constant moves only by this very function.
+        turned = np.transpose if tuple(perm) == tuple(reversed(range(len(perm)))) else partial(np.transpose, axes=perm)
+        moved = map_weight(rewrite, data_input(node), turned, list(perm).index)
     return rewrite.replace(moved) if moved is not None else rewrite.abandon()

@@ -269,14 +269,15 @@ def map_weight(
         new_axis: where the axis of a per-channel DequantizeLinear goes.
         per_channel: what happens to the [channels] scales and zero points.
 
-    Returns None for a blocked DequantizeLinear, which no pass needs yet.
+    Returns None for a blocked DequantizeLinear, unless `change` is numpy's transpose, which its parameters follow.
     """
     array = const_of(value)
     if array is not None:
         return rewrite.constant(change(array), f"{value.name}_moved")
     dequantize = weight_dequantize(value)
     assert dequantize is not None, f"{value.name} is not a weight"
-    if integer(dequantize, "block_size", 0):
+    block = integer(dequantize, "block_size", 0)
+    if block and change is not np.transpose:
         return None
     quantized, *parameters = [const_of(operand) for operand in dequantize.inputs]
     assert quantized is not None
@@ -285,8 +286,13 @@ def map_weight(
     operands = [rewrite.constant(change(quantized), f"{dequantize.inputs[0].name}_moved")]  # type: ignore[union-attr]
     for old, parameter in zip(dequantize.inputs[1:], parameters, strict=True):
         assert old is not None and parameter is not None
-        if per_axis:
+        if block:
+            operands.append(rewrite.constant(np.transpose(parameter), f"{old.name}_moved"))
+        elif per_axis:
             operands.append(rewrite.constant(per_channel(parameter), f"{old.name}_moved"))
         else:
             operands.append(old)
+    if block:
+        attributes: dict[str, Attribute] = {"axis": quantized.ndim - 1 - axis, "block_size": block}
+        return rewrite.node("DequantizeLinear", operands, attributes)
     return rewrite.node("DequantizeLinear", operands, {"axis": new_axis(axis)} if per_axis else None)

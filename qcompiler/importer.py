@@ -25,6 +25,7 @@ from qcompiler.onnx_file import KNOWN_DOMAINS, MICROSOFT_OPS, OPSET, one_line, r
 from qcompiler.opset import to_opset, without_inferred_shapes
 from qcompiler.passes.rewrite_fused_ops import RewriteFusedOps
 from qcompiler.passes.rewrite_integer_ops import RewriteIntegerOps
+from qcompiler.passes.rewrite_matmul_nbits import RewriteMatMulNBits
 from qcompiler.passes.rewrite_qlinear import RewriteQLinear
 
 __all__ = ["KNOWN_DOMAINS", "MICROSOFT_OPS", "OPSET", "import_onnx"]
@@ -57,7 +58,7 @@ def import_onnx(path: Path, input_shapes: Mapping[str, tuple[int, ...]] | None =
     _constants_to_initializers(model)
     _check_finite(model, path)
     _name_everything(model)
-    for rewrite in (RewriteQLinear(), RewriteIntegerOps(), RewriteFusedOps()):
+    for rewrite in (RewriteQLinear(), RewriteIntegerOps(), RewriteFusedOps(), RewriteMatMulNBits()):
         rewrite(model)
     _fold_shape_computations(model)
     model = _infer_shapes(model, path)

@@ -8,7 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from qcompiler.errors import QCompilerError
-from qcompiler.passes import rewrite_fused_ops, rewrite_qlinear
+from qcompiler.passes import rewrite_fused_ops, rewrite_matmul_nbits, rewrite_qlinear
 from qcompiler.passes.rewrite_qlinear import MICROSOFT
 
 OPSET = 21
@@ -17,6 +17,7 @@ OLDEST_OPSET = 7
 MICROSOFT_OPS: tuple[str, ...] = (
     *(op_type for domain, op_type, _ in rewrite_qlinear.REWRITES if domain == MICROSOFT),
     *(op_type for op_type, _ in rewrite_fused_ops.REWRITES),
+    rewrite_matmul_nbits.OP_TYPE,
 )
 """The com.microsoft operators that are rewritten as standard ones."""
 

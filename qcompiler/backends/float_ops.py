@@ -88,9 +88,14 @@ def _mode_refusal(node: ir.Node) -> str | None:
             return "dilation is not implemented"
         case "Pad" if string(node, "mode", "constant") not in ("constant", "edge", "reflect", "wrap"):
             return "its mode is not implemented"
-        case "QuantizeLinear" | "DequantizeLinear" if integer(node, "block_size", 0):
-            return "blocked quantization is not implemented"
+        case "QuantizeLinear" | "DequantizeLinear" if integer(node, "block_size", 0) and not _is_constant(node):
+            return "quantization in blocks is implemented for constants only"
     return None
+
+
+def _is_constant(node: ir.Node) -> bool:
+    """A DequantizeLinear of constants: realizing gives it to a product, or computes it."""
+    return is_op(node, "DequantizeLinear") and all(const_of(value) is not None for value in node.inputs)
 
 
 def _plain_equation(equation: str) -> bool:

@@ -53,6 +53,7 @@ _INTEGER_NAMES: Mapping[str, str] = {
     "QSoftmax": "Softmax",
     "QResizeNearest": "Resize",
     "QResizeLinear": "Resize",
+    "WeightOnlyGemm": "Gemm",
 }
 
 
@@ -78,6 +79,8 @@ def facts_of_integer(node: ir.Node) -> OpFacts:
 
     The precision of anything that reads or writes floating point is "float32".
     """
+    if node.domain == QCOMPILER_DOMAIN and node.op_type == "WeightOnlyGemm":
+        return OpFacts("Gemm", "float32", _sizes(node.outputs[0]) | _gemm(node))
     if node.domain == QCOMPILER_DOMAIN:
         return _integer_op_facts(node)
     values = [value for value in (*node.inputs, *node.outputs) if value is not None]

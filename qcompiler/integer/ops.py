@@ -275,6 +275,20 @@ class QResizeLinear(IntegerOp):
     op_type: ClassVar[str] = "QResizeLinear"
 
 
+@dataclass(frozen=True)
+class WeightOnlyGemm(IntegerOp):
+    """Fully connected, of float activations: weights alone are integers, and share scales in groups.
+
+    Inputs: x [M,K] float32; w [N,K] int4|int8|uint8; scale [N,ceil(K/group)] float32; zero_point of that shape, of the
+    type of w; bias [N] float32 → y [M,N] float32.
+    y = bias + arithmetic.weight_only_matmul(x, w, scale, zero_point, group, compute), to float32's rounding.
+    """
+
+    op_type: ClassVar[str] = "WeightOnlyGemm"
+    group: int
+    compute: str
+
+
 INTEGER_OPS: tuple[type[IntegerOp], ...] = (
     QConv,
     QConvTranspose,
@@ -290,6 +304,7 @@ INTEGER_OPS: tuple[type[IntegerOp], ...] = (
     QSoftmax,
     QResizeNearest,
     QResizeLinear,
+    WeightOnlyGemm,
 )
 
 DOMAIN_VERSION = 1

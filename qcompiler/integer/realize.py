@@ -38,6 +38,7 @@ from qcompiler.integer.realize_elementwise import add, lookup, mul
 from qcompiler.integer.realize_movement import Forms, arg_max, concat
 from qcompiler.integer.realize_pools import average_pool, clamped_max_pool, reduce_mean, resize_linear, softmax
 from qcompiler.integer.realize_products import conv, conv_transpose, gemm, matmul, matmul_and_bias
+from qcompiler.integer.realize_weight_only import realize_weight_only
 from qcompiler.target import Target
 
 _Family = Callable[[Builder, Forms, ir.Node, Output], ir.Value | None]
@@ -85,6 +86,7 @@ def realize(model: ir.Model, target: Target) -> ir.Model:
             _take_place(builder, node, result)
             if fmt is not None:
                 record(result, fmt.scale, fmt.zero_point)
+    realize_weight_only(builder, model)
     remove_dead(model)
     record_moved(model.graph)
     return model

@@ -10,6 +10,7 @@ Products are summed by BLAS in floating point, which is exact: every partial sum
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -389,6 +390,15 @@ def resize_linear(
     return ((total + (1 << 21)) >> 22).astype(form.dtype)
 
 
+def weight_only_gemm(
+    node: ir.Node, form: Form, x: Array, w: Array, scale: Array, zero_point: Array, bias: Array
+) -> Array:
+    """WeightOnlyGemm."""
+    op = ops.WeightOnlyGemm.of(node)
+    assert op.compute in get_args(arithmetic.WeightOnlyCompute) and form.dtype == np.float32
+    return arithmetic.weight_only_matmul(x, w, scale, zero_point, op.group, op.compute) + bias
+
+
 INTEGER_FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "QConv": conv,
     "QConvTranspose": conv_transpose,
@@ -404,5 +414,6 @@ INTEGER_FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "QSoftmax": softmax,
     "QResizeNearest": resize_nearest,
     "QResizeLinear": resize_linear,
+    "WeightOnlyGemm": weight_only_gemm,
 }
 """By operator: node, output form, inputs → output."""

@@ -275,6 +275,64 @@ def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> np.ndarray:
     return (nibbles.astype(np.int8) ^ 8) - np.int8(8)
 
 
+WeightOnlyCompute = Literal["float32", "int8"]
+"""What a product with weights in groups multiplies: see `weight_only_matmul`."""
+
+
+def quantize_groups(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Round every `group` activations of a row to int8 by their own largest magnitude.
+
+    scale = max|x| / 127; q = rint(x * (1 / scale)), half to even, all in float32 (onnxruntime's MatMulNBits at accuracy
+    level 4, `QuantizeARow_CompInt8`). A group of zeros has the scale 0.
+
+    Args:
+        x: float32 [M, K], K a multiple of `group`.
+
+    Returns:
+        int8 [M, K], float32 scales [M, K / group]
+    """
+    grouped = x.reshape(x.shape[0], -1, group)
+    scale = np.abs(grouped).max(axis=-1) / np.float32(127)
+    # Of the smallest subnormal numbers the reciprocal is infinite, and zero times it not a number.
+    with np.errstate(invalid="ignore", over="ignore"):
+        reciprocal = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+        rounded = np.nan_to_num(np.rint(grouped * reciprocal[..., None]))
+    return np.clip(rounded, -128, 127).astype(np.int8).reshape(x.shape), scale
+
+
+def weight_only_matmul(
+    x: np.ndarray, w: IntArray, scale: np.ndarray, zero_point: IntArray, group: int, compute: WeightOnlyCompute
+) -> np.ndarray:
+    """x [M, K] times the transpose of weights [N, K] with a scale and zero point for every `group` along K.
+
+    `float32`: Σ_g (Σ_k x (w - zero_point)) * scale, where k runs over a group. `int8`: the same with x rounded by
+    `quantize_groups`, so that the inner sum is of integers and exact, and the scale that of the weights times that of
+    the activations. Sums over groups are float32 in order of g in compiled code, which may fuse the multiplication and
+    the addition; here they are float64, rounded at the end. So results agree to float32's rounding, not bit for bit.
+
+    Args:
+        x: float32.
+        w: [N, K] int8 or narrower.
+        scale: float32 [N, ceil(K / group)].
+        zero_point: integers of that shape.
+
+    Returns:
+        float32 [M, N]
+    """
+    groups = scale.shape[1]
+    fill = ((0, 0), (0, groups * group - x.shape[1]))
+    padded = np.pad(x.astype(np.float32), fill)
+    centred = np.pad(w.astype(np.int32), fill) - np.repeat(zero_point.astype(np.int32), group, axis=1)
+    if compute == "int8":
+        padded, x_scale = quantize_groups(padded, group)
+    total = np.zeros((x.shape[0], w.shape[0]))
+    for g in range(groups):
+        columns = slice(g * group, (g + 1) * group)
+        part = (padded[:, columns].astype(np.float64) @ centred[:, columns].T.astype(np.float64)) * scale[:, g]
+        total += part * x_scale[:, g, None] if compute == "int8" else part
+    return total.astype(np.float32)
+
+
 def softmax_tables(scale_x: float, scale_y: float) -> tuple[np.ndarray, int]:
     """(exponentials, inverse output scale) for `softmax`.
 

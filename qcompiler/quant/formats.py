@@ -152,24 +152,27 @@ def quantize_array(values: np.ndarray, fmt: TensorFormat, *, narrow: bool = Fals
     """
     smallest, largest = limits(fmt.dtype)
     smallest += narrow and smallest < 0
-    scale, zero_point = (_along(parameter, fmt, values.ndim) for parameter in (fmt.scale, fmt.zero_point))
+    scale, zero_point = (_along(parameter, fmt, values.shape) for parameter in (fmt.scale, fmt.zero_point))
     rounded = np.rint(values.astype(np.float64) / scale.astype(np.float64)) + zero_point
     return np.clip(rounded, smallest, largest).astype(_storage(fmt.dtype))
 
 
 def dequantize_array(integers: np.ndarray, fmt: TensorFormat) -> np.ndarray:
     """The real numbers behind integers of `fmt`, float32."""
-    scale, zero_point = (_along(parameter, fmt, integers.ndim) for parameter in (fmt.scale, fmt.zero_point))
+    scale, zero_point = (_along(parameter, fmt, integers.shape) for parameter in (fmt.scale, fmt.zero_point))
     return arithmetic.dequantize(integers, scale, zero_point)
 
 
-def _along(parameter: np.ndarray, fmt: TensorFormat, rank: int) -> np.ndarray:
-    """A scale or zero point in a shape that broadcasts against the tensor."""
+def _along(parameter: np.ndarray, fmt: TensorFormat, shape: tuple[int, ...]) -> np.ndarray:
+    """A scale or zero point in a shape that broadcasts against a tensor of `shape`."""
     if fmt.axis is None:
         return parameter
-    shape = [1] * rank
-    shape[fmt.axis] = -1
-    return parameter.reshape(shape)
+    if fmt.block is not None:
+        repeated = np.repeat(parameter, fmt.block, axis=fmt.axis)
+        return repeated.take(np.arange(shape[fmt.axis]), axis=fmt.axis)
+    along = [1] * len(shape)
+    along[fmt.axis] = -1
+    return parameter.reshape(along)
 
 
 def _round_scale(scale: np.ndarray | np.float64, power_of_two: bool) -> np.ndarray:

@@ -109,7 +109,9 @@ def _parameters(graph: ir.Graph, name: str, fmt: TensorFormat) -> Sequence[ir.Va
 
 
 def _dequantize(source: ir.Value, output: ir.Value, fmt: TensorFormat, parameters: Sequence[ir.Value]) -> ir.Node:
-    attributes: dict[str, Attribute] | None = {"axis": fmt.axis} if fmt.axis is not None else None
+    attributes: dict[str, Attribute] = {"axis": fmt.axis} if fmt.axis is not None else {}
+    if fmt.block is not None:
+        attributes["block_size"] = fmt.block
     return make_node("DequantizeLinear", [source, *parameters], [output], attributes)
 
 

@@ -19,6 +19,10 @@ ActivationType = Literal["int8", "int16"]
 """int8 stands for the target's first 8-bit type."""
 
 
+Scheme = Literal["rtn", "hqq", "gptq", "awq"]
+"""How weights that share scales in groups are rounded; see `qcompiler.quant.weight_only`."""
+
+
 @dataclass(frozen=True)
 class WeightRequest:
     """What weights are to be stored as, and activations computed in."""
@@ -27,6 +31,10 @@ class WeightRequest:
     by_layer: Mapping[str, WeightType] = field(default_factory=dict)
     """Layers that differ, by name as in reports."""
     activations: ActivationType = "int8"
+    group: int | None = None
+    """How many weights of one output share a scale, along the input axis; None for all of them."""
+    scheme: Scheme | None = None
+    """Of weights in groups; None leaves the choice to the quality."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,15 @@ class Ranges:
 class TensorFormat:
     """Affine quantization of one tensor: real = (q - zero_point) * scale.
 
-    scale and zero_point are 0-d for per-tensor formats and [channels] along `axis` for per-channel ones.
+    scale and zero_point are 0-d for per-tensor formats and [channels] along `axis` for per-channel ones. With a `block`
+    they have the tensor's shape but for `axis`, along which each serves so many elements, the last perhaps fewer.
     """
 
     dtype: DTypeName
     scale: np.ndarray
     zero_point: np.ndarray
     axis: int | None = None
+    block: int | None = None
 
     @property
     def per_channel(self) -> bool:
