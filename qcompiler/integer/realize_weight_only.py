@@ -1,7 +1,6 @@
 """Fully connected layers with float activations whose weights alone are quantized."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +21,7 @@ from qcompiler.graph import (
 )
 from qcompiler.integer import ops
 from qcompiler.integer.builder import Builder, real_constant
-from qcompiler.quant.arithmetic import WeightOnlyCompute
+from qcompiler.quant.arithmetic import WEIGHT_ONLY_COMPUTES, WeightOnlyCompute
 
 COMPUTE_KEY = "qcompiler.weight_only"
 """Metadata of a model: what products with weights in groups multiply, one of `arithmetic.WeightOnlyCompute`."""
@@ -44,7 +43,7 @@ class GroupedWeights:
 def compute_of(model: ir.Model) -> WeightOnlyCompute:
     """What the model's products with weights in groups multiply: float32 unless it says int8."""
     noted = model.metadata_props.get(COMPUTE_KEY)
-    return next((compute for compute in get_args(WeightOnlyCompute) if compute == noted), "float32")
+    return next((compute for compute in WEIGHT_ONLY_COMPUTES if compute == noted), "float32")
 
 
 def realize_weight_only(builder: Builder, model: ir.Model) -> None:

@@ -10,7 +10,6 @@ Products are summed by BLAS in floating point, which is exact: every partial sum
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -395,7 +394,7 @@ def weight_only_gemm(
 ) -> Array:
     """WeightOnlyGemm."""
     op = ops.WeightOnlyGemm.of(node)
-    assert op.compute in get_args(arithmetic.WeightOnlyCompute) and form.dtype == np.float32
+    assert op.compute in arithmetic.WEIGHT_ONLY_COMPUTES and form.dtype == np.float32
     return arithmetic.weight_only_matmul(x, w, scale, zero_point, op.group, op.compute) + bias
 
 

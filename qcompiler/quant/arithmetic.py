@@ -276,6 +276,7 @@ def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> np.ndarray:
 
 
 WeightOnlyCompute = Literal["float32", "int8"]
+WEIGHT_ONLY_COMPUTES: tuple[WeightOnlyCompute, ...] = ("float32", "int8")
 """What a product with weights in groups multiplies: see `weight_only_matmul`."""
 
 
@@ -323,13 +324,12 @@ def weight_only_matmul(
     fill = ((0, 0), (0, groups * group - x.shape[1]))
     padded = np.pad(x.astype(np.float32), fill)
     centred = np.pad(w.astype(np.int32), fill) - np.repeat(zero_point.astype(np.int32), group, axis=1)
-    if compute == "int8":
-        padded, x_scale = quantize_groups(padded, group)
+    factors, x_scale = (padded, None) if compute == "float32" else quantize_groups(padded, group)
     total = np.zeros((x.shape[0], w.shape[0]))
     for g in range(groups):
         columns = slice(g * group, (g + 1) * group)
-        part = (padded[:, columns].astype(np.float64) @ centred[:, columns].T.astype(np.float64)) * scale[:, g]
-        total += part * x_scale[:, g, None] if compute == "int8" else part
+        part = (factors[:, columns].astype(np.float64) @ centred[:, columns].T.astype(np.float64)) * scale[:, g]
+        total += part if x_scale is None else part * x_scale[:, g, None]
     return total.astype(np.float32)
 
 

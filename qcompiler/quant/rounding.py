@@ -29,7 +29,7 @@ class Problem:
     hessian: np.ndarray
     """[groups, K, K] symmetric, positive definite."""
     scale: np.ndarray
-    """[groups, M, 1] or what broadcasts to it."""
+    """[groups, M, K] or what broadcasts to it."""
     zero_point: np.ndarray
     """Like `scale`."""
     low: int
@@ -69,6 +69,10 @@ def damped(hessian: np.ndarray, rows: int, fraction: float = 0.01) -> np.ndarray
     return trust * hessian + extra[:, :, None] * np.eye(size)
 
 
+_BLOCK = 128
+"""Columns after which GPTQ updates those behind them."""
+
+
 def gptq(problem: Problem) -> np.ndarray:
     """Closed form: integers as float64 [groups, M, K]."""
     order = np.argsort(-np.einsum("gkk->gk", problem.hessian), axis=1, kind="stable")
@@ -78,13 +82,20 @@ def gptq(problem: Problem) -> np.ndarray:
     # Row k of the upper Cholesky factor of the inverse says how the later weights make up for an error in weight k.
     factor = np.linalg.cholesky(np.linalg.inv(hessian)).transpose(0, 2, 1)
     scale, zero = (
-        np.broadcast_to(array, (*left.shape[:2], 1))[..., 0] for array in (problem.scale, problem.zero_point)
+        np.take_along_axis(np.broadcast_to(array, left.shape), columns, 2)
+        for array in (problem.scale, problem.zero_point)
     )
-    chosen = np.empty_like(left)
-    for k in range(left.shape[2]):
-        chosen[..., k] = problem.clip(np.rint(left[..., k] / scale) + zero)
-        error = (left[..., k] - (chosen[..., k] - zero) * scale) / factor[:, k, k, None]
-        left[..., k + 1 :] -= error[..., None] * factor[:, None, k, k + 1 :]
+    chosen, errors = np.empty_like(left), np.empty_like(left)
+    size = left.shape[2]
+    for start in range(0, size, _BLOCK):
+        stop = min(start + _BLOCK, size)
+        for k in range(start, stop):
+            chosen[..., k] = problem.clip(np.rint(left[..., k] / scale[..., k]) + zero[..., k])
+            error = (left[..., k] - (chosen[..., k] - zero[..., k]) * scale[..., k]) / factor[:, k, k, None]
+            errors[..., k] = error
+            left[..., k + 1 : stop] -= error[..., None] * factor[:, None, k, k + 1 : stop]
+        # What lies behind the block makes up for all its errors at once: the same sums, but as a matrix product.
+        left[..., stop:] -= errors[..., start:stop] @ factor[:, start:stop, stop:]
     return np.take_along_axis(chosen, np.argsort(order, axis=1)[:, None, :], 2)
 
 
@@ -92,16 +103,14 @@ def descend(problem: Problem, start: np.ndarray, sweeps: int = 4) -> np.ndarray:
     """Set one weight after the other to the best integer given all others, `sweeps` times or until none changes."""
     chosen = start.astype(np.float64)
     pull = (problem.weights - problem.real(chosen)) @ problem.hessian
-    scale, zero = (
-        np.broadcast_to(array, (*chosen.shape[:2], 1))[..., 0] for array in (problem.scale, problem.zero_point)
-    )
+    scale, zero = (np.broadcast_to(array, chosen.shape) for array in (problem.scale, problem.zero_point))
     diagonal = np.einsum("gkk->gk", problem.hessian)
     for _ in range(sweeps):
         changed = False
         for k in range(chosen.shape[2]):
-            best = (chosen[..., k] - zero) * scale + pull[..., k] / diagonal[:, k, None]
-            integers = problem.clip(np.rint(best / scale) + zero)
-            step = (integers - chosen[..., k]) * scale
+            best = (chosen[..., k] - zero[..., k]) * scale[..., k] + pull[..., k] / diagonal[:, k, None]
+            integers = problem.clip(np.rint(best / scale[..., k]) + zero[..., k])
+            step = (integers - chosen[..., k]) * scale[..., k]
             if step.any():
                 pull -= step[..., None] * problem.hessian[:, None, k, :]
                 chosen[..., k] = integers

@@ -67,7 +67,7 @@ def test_the_reference_computes_what_onnxruntime_does(bits: int, level: int) -> 
     x = rng.standard_normal((rows, depth)).astype(np.float32)
     codes = rng.integers(0, 1 << bits, (outputs, depth)).astype(np.uint8)
     scale = rng.uniform(0.01, 0.02, (outputs, depth // group)).astype(np.float32)
-    packed = codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4
+    packed = (codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4).reshape(outputs, depth // group, -1)
     node = helper.make_node(
         "MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft", K=depth, N=outputs, bits=bits, block_size=group,
         accuracy_level=level,
@@ -77,7 +77,10 @@ def test_the_reference_computes_what_onnxruntime_does(bits: int, level: int) -> 
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, depth])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
-        [numpy_helper.from_array(packed.reshape(outputs, depth // group, -1), "b"), numpy_helper.from_array(scale, "s")],
+        [
+            numpy_helper.from_array(packed, "b"),
+            numpy_helper.from_array(scale, "s"),
+        ],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     session = ort.InferenceSession(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())

@@ -281,9 +281,6 @@ def float_kernel(form: Form) -> tirx.PrimFunc:
 
 def _code(words: Any, position: Any, bits: int, lanes: int) -> Any:
     """Code number `position` of each word, which is that of the input at this place."""
-    if bits == 8:
-        shift = position * 8
-    else:
-        shift = position % 4 * 8 + position // 4 * 4
+    shift = position * 8 if bits == 8 else position % 4 * 8 + position // 4 * 4
     mask = T.broadcast(T.int32((1 << bits) - 1), lanes)
     return T.bitwise_and(T.shift_right(words, T.broadcast(shift, lanes)), mask)
