@@ -111,7 +111,8 @@ Std = Annotated[str, typer.Option(metavar="S[,S,S]", help="Images: then divide b
 Layout = Annotated[Literal["NCHW", "NHWC"], typer.Option(help="Images: order of axes.")]
 Color = Annotated[Literal["rgb", "bgr", "gray"], typer.Option(help="Images: channels.")]
 KeepFloat = Annotated[
-    list[str] | None, typer.Option("--float", metavar="LAYER", help="Keep this operator in float; may be repeated.")
+    list[str] | None,
+    typer.Option("--float", metavar="LAYER", help="Keep this operator in float; may be repeated; all for every one."),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -32,7 +32,7 @@ class Options:
     images: "ImageOptions | None" = None
     """Preprocessing, if `calibration` is a folder of images."""
     keep_float: Sequence[str] = ()
-    """Names of operators to leave in float."""
+    """Names of operators to leave in float; "all" for every one."""
     overrides: Sequence[str] = ()
     """Changes to the target spec, such as "memories.sram.size=512KiB"."""
     formats: WeightRequest = field(default_factory=WeightRequest)

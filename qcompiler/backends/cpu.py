@@ -10,9 +10,9 @@ from qcompiler.backends.float_ops import NodeLowering, lower_standard
 from qcompiler.graph import QCOMPILER_DOMAIN
 
 _INTEGER: Mapping[str, NodeLowering] = {
-    "QConv": cpu_conv.conv,
-    "QConvTranspose": cpu_conv.conv_transpose,
-    "QGemm": cpu_conv.gemm,
+    "QConv": cpu_conv.lower,
+    "QConvTranspose": cpu_conv.lower,
+    "QGemm": cpu_conv.lower,
     "QMatMul": cpu_matmul.matmul,
     "QAdd": cpu_elementwise.add,
     "QMul": cpu_elementwise.multiply,

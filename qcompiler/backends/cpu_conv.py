@@ -50,16 +50,18 @@ class Problem(Geometry):
     epilogue: Epilogue
 
 
-def conv(node: ir.Node, host: HostCode) -> Kernel:
-    return _lower(conv_problem(node), data_input(node), host)
+def lower(node: ir.Node, host: HostCode, after: Finish | None = None) -> Kernel:
+    """QConv, QConvTranspose or QGemm; `after` is computed with the result, while it is in registers."""
+    return _lower(problem_of(node), data_input(node), host, after)
 
 
-def conv_transpose(node: ir.Node, host: HostCode) -> Kernel:
-    return _lower(conv_transpose_problem(node), data_input(node), host)
-
-
-def gemm(node: ir.Node, host: HostCode) -> Kernel:
-    return _lower(gemm_problem(node), data_input(node), host)
+def problem_of(node: ir.Node) -> Problem:
+    match node.op_type:
+        case "QConv":
+            return conv_problem(node)
+        case "QConvTranspose":
+            return conv_transpose_problem(node)
+    return gemm_problem(node)
 
 
 def conv_problem(node: ir.Node) -> Problem:
@@ -133,12 +135,13 @@ def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> Epilogue:
     )
 
 
-def _lower(problem: Problem, x: ir.Value, host: HostCode) -> Kernel:
+def _lower(problem: Problem, x: ir.Value, host: HostCode, after: Finish | None) -> Kernel:
+    last = finish(problem) if after is None else finish(problem).then(after)
     if problem.is_depthwise:
-        return depthwise_convolution(problem, fold_zero_points(problem, problem.x_dtype), finish(problem), x, host)
+        return depthwise_convolution(problem, fold_zero_points(problem, problem.x_dtype), last, x, host)
     dot = dot_product(host, problem.x_dtype) if sum_dtype(problem) == "int32" else None
     operands = fold_zero_points(problem, dot.a_dtype if dot else problem.x_dtype)
-    return packed_convolution(problem, operands, finish(problem), x, host, dot)
+    return packed_convolution(problem, operands, last, x, host, dot)
 
 
 def finish(problem: Problem) -> Finish:

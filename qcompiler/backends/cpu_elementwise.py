@@ -5,7 +5,7 @@ import onnx_ir as ir
 
 from qcompiler.backends import te, te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
-from qcompiler.backends.elementwise import elementwise
+from qcompiler.backends.elementwise import Formula, elementwise
 from qcompiler.backends.te import Expr
 from qcompiler.graph import const_of, data_input, dtype_of, element_count, input_of, integer, shape_of
 from qcompiler.integer.ops import TFLITE_SOFTMAX, QAdd, QLookup, QMul, QRequantize, QSoftmax
@@ -19,6 +19,11 @@ def constant_input(node: ir.Node, index: int) -> np.ndarray:
 
 
 def add(node: ir.Node, host: HostCode) -> Kernel:
+    formula = add_formula(node)
+    return elementwise(formula.operands, node.outputs[0], formula.expression, host)
+
+
+def add_formula(node: ir.Node) -> Formula:
     op = QAdd.of(node)
     dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
     factors = (op.multiplier_a, op.shift_a, op.multiplier_b, op.shift_b, op.multiplier_y, op.shift_y)
@@ -29,10 +34,15 @@ def add(node: ir.Node, host: HostCode) -> Kernel:
         total = te_arithmetic.add(left, right, factors, variant(op.requantize), subtract=bool(op.subtract), bits=bits)
         return te_arithmetic.saturate(total, op.y_zero_point, limits, dtype)
 
-    return elementwise([data_input(node), data_input(node, 1)], node.outputs[0], expression, host)
+    return Formula([data_input(node), data_input(node, 1)], expression)
 
 
 def multiply(node: ir.Node, host: HostCode) -> Kernel:
+    formula = multiply_formula(node)
+    return elementwise(formula.operands, node.outputs[0], formula.expression, host)
+
+
+def multiply_formula(node: ir.Node) -> Formula:
     op = QMul.of(node)
     dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
 
@@ -43,10 +53,15 @@ def multiply(node: ir.Node, host: HostCode) -> Kernel:
         )
 
     operands = [data_input(node), data_input(node, 1), constant_input(node, 2), constant_input(node, 3)]
-    return elementwise(operands, node.outputs[0], expression, host)
+    return Formula(operands, expression)
 
 
 def requantize(node: ir.Node, host: HostCode) -> Kernel:
+    formula = requantize_formula(node)
+    return elementwise(formula.operands, node.outputs[0], formula.expression, host)
+
+
+def requantize_formula(node: ir.Node) -> Formula:
     op = QRequantize.of(node)
     dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
 
@@ -56,8 +71,7 @@ def requantize(node: ir.Node, host: HostCode) -> Kernel:
             difference, multiplier, shift, variant(op.requantize), op.y_zero_point, limits, dtype
         )
 
-    operands = [data_input(node), constant_input(node, 1), constant_input(node, 2)]
-    return elementwise(operands, node.outputs[0], expression, host)
+    return Formula([data_input(node), constant_input(node, 1), constant_input(node, 2)], expression)
 
 
 def lookup(node: ir.Node, host: HostCode) -> Kernel:

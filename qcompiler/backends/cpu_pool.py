@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -16,11 +17,20 @@ from qcompiler.integer.ops import QAveragePool, QMaxPool, QReduceMean
 
 
 def max_pool(node: ir.Node, host: HostCode) -> Kernel:
+    kernel, shape = max_pool_stages(node), shape_of(node.outputs[0])
+    lanes = schedule.depthwise_lanes(shape[3], host.vector_bytes)
+    work = element_count(shape) * math.prod(QMaxPool.of(node).kernel_shape)
+    threads = threads_for(host, work, host.vector_bytes)
+    return replace(kernel, function=schedule.schedule_depthwise(kernel.function, lanes, threads=threads))
+
+
+def max_pool_stages(node: ir.Node) -> Kernel:
+    """Unscheduled: [padded,] accumulator, output."""
     op = QMaxPool.of(node)
     shape, dtype = shape_of(node.outputs[0]), str(dtype_of(node.outputs[0]))
     lowest = te_arithmetic.DTYPE_RANGES[dtype][0]
     x = placeholder(data_input(node))
-    window = _padded(x, op.kernel_shape, op.strides, op.dilations, op.pads, shape, lowest)
+    window = padded(x, op.kernel_shape, op.strides, op.dilations, op.pads, shape, lowest)
     ky, kx = te.reduce_axis(op.kernel_shape[0], "ky"), te.reduce_axis(op.kernel_shape[1], "kx")
     (sy, sx), (dy, dx) = op.strides, op.dilations
     accumulator = te.compute(
@@ -33,13 +43,19 @@ def max_pool(node: ir.Node, host: HostCode) -> Kernel:
         lambda *index: te.clamp(accumulator[index].astype("int32"), op.clamp_min, op.clamp_max).astype(dtype),
         "output",
     )
-    lanes = schedule.depthwise_lanes(shape[3], host.vector_bytes)
-    function = te.prim_func([x, output])
-    threads = threads_for(host, element_count(shape) * math.prod(op.kernel_shape), host.vector_bytes)
-    return Kernel(schedule.schedule_depthwise(function, lanes, threads=threads), (data_input(node),))
+    return Kernel(te.prim_func([x, output]), (data_input(node),))
 
 
 def average_pool(node: ir.Node, host: HostCode) -> Kernel:
+    kernel, shape = average_pool_stages(node), shape_of(node.outputs[0])
+    lanes = schedule.depthwise_lanes(shape[3], host.vector_bytes // 4)
+    work = element_count(shape) * math.prod(QAveragePool.of(node).kernel_shape)
+    threads = threads_for(host, work, host.vector_bytes // 4)
+    return replace(kernel, function=schedule.schedule_depthwise(kernel.function, lanes, threads=threads))
+
+
+def average_pool_stages(node: ir.Node) -> Kernel:
+    """Unscheduled: [padded,] accumulator, output."""
     op = QAveragePool.of(node)
     (_, h, w, _), shape = shape_of(data_input(node)), shape_of(node.outputs[0])
     (kh, kw), (sy, sx), (top, left, _, _) = op.kernel_shape, op.strides, op.pads
@@ -48,7 +64,7 @@ def average_pool(node: ir.Node, host: HostCode) -> Kernel:
     multiplier, shift = parameters_of(arrays)
     x = placeholder(data_input(node))
     # Padding holds the zero point, so that every window has kh * kw terms.
-    window = _padded(x, op.kernel_shape, op.strides, (1, 1), op.pads, shape, op.x_zero_point)
+    window = padded(x, op.kernel_shape, op.strides, (1, 1), op.pads, shape, op.x_zero_point)
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
     accumulator = te.compute(
         shape,
@@ -69,21 +85,17 @@ def average_pool(node: ir.Node, host: HostCode) -> Kernel:
         )
 
     output = te.compute(shape, element, "output")
-    lanes = schedule.depthwise_lanes(shape[3], host.vector_bytes // 4)
-    arguments = [x, multiplier, shift, output]
-    threads = threads_for(host, element_count(shape) * kh * kw, host.vector_bytes // 4)
-    function = schedule.schedule_depthwise(te.prim_func(arguments), lanes, threads=threads)
-    return Kernel(function, (data_input(node),), tuple(arrays))
+    return Kernel(te.prim_func([x, multiplier, shift, output]), (data_input(node),), tuple(arrays))
 
 
-def _padded(
+def padded(
     x: te.Tensor,
     kernel: tuple[int, int],
     strides: tuple[int, int],
     dilations: tuple[int, int],
     pads: Sequence[int],
     out: Shape,
-    fill: int,
+    fill: float,
 ) -> te.Tensor:
     """x [N,H,W,C] grown to what the windows of an output of shape `out` touch."""
     n, h, w, c = te.shape_of(x)
@@ -102,6 +114,13 @@ def _padded(
 
 
 def reduce_mean(node: ir.Node, host: HostCode) -> Kernel:
+    kernel = reduce_mean_stages(node)
+    keeps_last = len(shape_of(data_input(node))) - 1 not in QReduceMean.of(node).axes
+    return replace(kernel, function=schedule_reduction(kernel.function, channels_last=keeps_last))
+
+
+def reduce_mean_stages(node: ir.Node) -> Kernel:
+    """Unscheduled: accumulator, output."""
     op = QReduceMean.of(node)
     shape = shape_of(data_input(node))
     kept = [axis for axis in range(len(shape)) if axis not in op.axes]
@@ -125,22 +144,30 @@ def reduce_mean(node: ir.Node, host: HostCode) -> Kernel:
         ),
         "output",
     )
-    function = schedule_reduction(
-        te.prim_func([x, multiplier, shift, output]), channels_last=kept[-1:] == [len(shape) - 1]
-    )
-    return Kernel(function, (data_input(node),), tuple(arrays))
+    return Kernel(te.prim_func([x, multiplier, shift, output]), (data_input(node),), tuple(arrays))
 
 
 def resize_nearest(node: ir.Node, host: HostCode) -> Kernel:
+    kernel = resize_nearest_stages(node)
+    return replace(kernel, function=vectorize_rows(kernel.function, host, element_bytes=1))
+
+
+def resize_nearest_stages(node: ir.Node) -> Kernel:
+    """Unscheduled: output."""
     arrays = [constant_input(node, 1), constant_input(node, 2)]
     rows, columns = parameters_of(arrays)
     x = placeholder(data_input(node))
     output = te.compute(shape_of(node.outputs[0]), lambda b, i, j, c: x[b, rows[i], columns[j], c], "output")
-    function = vectorize_rows(te.prim_func([x, rows, columns, output]), host, element_bytes=1)
-    return Kernel(function, (data_input(node),), tuple(arrays))
+    return Kernel(te.prim_func([x, rows, columns, output]), (data_input(node),), tuple(arrays))
 
 
 def resize_linear(node: ir.Node, host: HostCode) -> Kernel:
+    kernel = resize_linear_stages(node)
+    return replace(kernel, function=vectorize_rows(kernel.function, host, element_bytes=4))
+
+
+def resize_linear_stages(node: ir.Node) -> Kernel:
+    """Unscheduled: output."""
     arrays = [constant_input(node, index) for index in range(1, 5)]
     y_index, y_weight, x_index, x_weight = parameters_of(arrays)
     x = placeholder(data_input(node))
@@ -156,5 +183,4 @@ def resize_linear(node: ir.Node, host: HostCode) -> Kernel:
 
     output = te.compute(shape_of(node.outputs[0]), element, "output")
     arguments = [x, y_index, y_weight, x_index, x_weight, output]
-    function = vectorize_rows(te.prim_func(arguments), host, element_bytes=4)
-    return Kernel(function, (data_input(node),), tuple(arrays))
+    return Kernel(te.prim_func(arguments), (data_input(node),), tuple(arrays))

@@ -1,6 +1,7 @@
 """Element by element with numpy broadcasting, on as few dimensions as the broadcast needs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,14 @@ from qcompiler.backends.te import Expr
 from qcompiler.graph import Shape, dtype_of, shape_of
 
 Operand = ir.Value | np.ndarray
+
+
+@dataclass(frozen=True)
+class Formula:
+    """``output[i] = expression(operand[i]…)``, each operand broadcast to the output's shape."""
+
+    operands: Sequence[Operand]
+    expression: Callable[..., Expr]
 
 
 def elementwise(

@@ -11,38 +11,39 @@ import onnx_ir as ir
 
 from qcompiler.backends import te
 from qcompiler.backends.base import HostCode, Kernel
-from qcompiler.backends.elementwise import elementwise
+from qcompiler.backends.elementwise import Formula, elementwise
 from qcompiler.backends.te import Expr
 from qcompiler.graph import const_of, data_input, dtype_of, input_of, integer, real, shape_of, string
 
 Unary = Callable[[Expr], Expr]
+FormulaOf = Callable[[ir.Node], Formula]
 
 
-def _map(formula: Unary) -> Callable[[ir.Node, HostCode], Kernel]:
-    return lambda node, host: elementwise([data_input(node)], node.outputs[0], formula, host)
+def _map(formula: Unary) -> FormulaOf:
+    return lambda node: Formula([data_input(node)], formula)
 
 
-def _binary(formula: Callable[[Expr, Expr], Expr]) -> Callable[[ir.Node, HostCode], Kernel]:
-    return lambda node, host: elementwise([data_input(node), data_input(node, 1)], node.outputs[0], formula, host)
+def _binary(formula: Callable[[Expr, Expr], Expr]) -> FormulaOf:
+    return lambda node: Formula([data_input(node), data_input(node, 1)], formula)
 
 
-def _fold(formula: Callable[[Expr, Expr], Expr]) -> Callable[[ir.Node, HostCode], Kernel]:
+def _fold(formula: Callable[[Expr, Expr], Expr]) -> FormulaOf:
     """An operator of any number of inputs, taken together from the left."""
 
-    def lower(node: ir.Node, host: HostCode) -> Kernel:
+    def lower(node: ir.Node) -> Formula:
         def expression(first: Expr, *others: Expr) -> Expr:
             for other in others:
                 first = formula(first, other)
             return first
 
-        return elementwise([data_input(node, i) for i in range(len(node.inputs))], node.outputs[0], expression, host)
+        return Formula([data_input(node, i) for i in range(len(node.inputs))], expression)
 
     return lower
 
 
-def _with(make: Callable[[ir.Node], Unary]) -> Callable[[ir.Node, HostCode], Kernel]:
+def _with(make: Callable[[ir.Node], Unary]) -> FormulaOf:
     """A unary operator with attributes."""
-    return lambda node, host: elementwise([data_input(node)], node.outputs[0], make(node), host)
+    return lambda node: Formula([data_input(node)], make(node))
 
 
 def sigmoid(x: Expr) -> Expr:
@@ -78,10 +79,10 @@ def _power(x: Expr, y: Expr) -> Expr:
     return te.rint(te.power(x.astype("float64"), y.astype("float64"))).astype(te.dtype_of(x))
 
 
-def power(node: ir.Node, host: HostCode) -> Kernel:
+def power(node: ir.Node) -> Formula:
     """Pow; squares, cubes and roots by constant exponents do without a call of pow."""
     exponent = const_of(input_of(node, 1))
-    base, output = data_input(node), node.outputs[0]
+    base = data_input(node)
     simple: Mapping[float, Unary] = {
         1.0: lambda x: x,
         2.0: lambda x: x * x,
@@ -90,16 +91,16 @@ def power(node: ir.Node, host: HostCode) -> Kernel:
         -1.0: lambda x: 1.0 / x,
     }
     if exponent is not None and exponent.size == 1 and dtype_of(base).kind == "f" and float(exponent.item()) in simple:
-        return elementwise([base], output, simple[float(exponent.item())], host)
-    return _binary(_power)(node, host)
+        return Formula([base], simple[float(exponent.item())])
+    return _binary(_power)(node)
 
 
-def modulo(node: ir.Node, host: HostCode) -> Kernel:
+def modulo(node: ir.Node) -> Formula:
     truncated = bool(integer(node, "fmod", 0))
-    return _binary(te.truncated_modulo if truncated else te.floor_modulo)(node, host)
+    return _binary(te.truncated_modulo if truncated else te.floor_modulo)(node)
 
 
-def mean(node: ir.Node, host: HostCode) -> Kernel:
+def mean(node: ir.Node) -> Formula:
     count = len(node.inputs)
 
     def expression(first: Expr, *others: Expr) -> Expr:
@@ -107,53 +108,40 @@ def mean(node: ir.Node, host: HostCode) -> Kernel:
             first = first + other
         return first * (1.0 / count)
 
-    return elementwise([data_input(node, i) for i in range(count)], node.outputs[0], expression, host)
+    return Formula([data_input(node, i) for i in range(count)], expression)
 
 
-def where(node: ir.Node, host: HostCode) -> Kernel:
+def where(node: ir.Node) -> Formula:
     operands = [data_input(node, index) for index in range(3)]
-    return elementwise(operands, node.outputs[0], te.where, host)
+    return Formula(operands, te.where)
 
 
-def cast(node: ir.Node, host: HostCode) -> Kernel:
+def cast(node: ir.Node) -> Formula:
     source, wanted = dtype_of(data_input(node)), str(dtype_of(node.outputs[0]))
     if wanted == "bool":
-        return elementwise([data_input(node)], node.outputs[0], lambda x: te.not_equal(x, te.like(0, x)), host)
+        return Formula([data_input(node)], lambda x: te.not_equal(x, te.like(0, x)))
     if source == np.bool_:
-        return elementwise(
-            [data_input(node)],
-            node.outputs[0],
-            lambda x: te.where(x, te.const(1, wanted), te.const(0, wanted)),
-            host,
-        )
-    return elementwise([data_input(node)], node.outputs[0], lambda x: x.astype(wanted), host)
+        return Formula([data_input(node)], lambda x: te.where(x, te.const(1, wanted), te.const(0, wanted)))
+    return Formula([data_input(node)], lambda x: x.astype(wanted))
 
 
-def clip(node: ir.Node, host: HostCode) -> Kernel:
+def clip(node: ir.Node) -> Formula:
     dtype = dtype_of(data_input(node))
     limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
     low, high = const_of(input_of(node, 1)), const_of(input_of(node, 2))
     lowest, highest = (limits.min if low is None else low.item()), (limits.max if high is None else high.item())
     kind = str(dtype)
     # ONNX wants the maximum wherever the bounds cross, so the upper bound is applied last.
-    return elementwise(
-        [data_input(node)],
-        node.outputs[0],
-        lambda x: te.minimum(te.maximum(x, te.const(lowest, kind)), te.const(highest, kind)),
-        host,
+    return Formula(
+        [data_input(node)], lambda x: te.minimum(te.maximum(x, te.const(lowest, kind)), te.const(highest, kind))
     )
 
 
-def prelu(node: ir.Node, host: HostCode) -> Kernel:
-    return elementwise(
-        [data_input(node), data_input(node, 1)],
-        node.outputs[0],
-        lambda x, slope: te.where(x < 0, x * slope, x),
-        host,
-    )
+def prelu(node: ir.Node) -> Formula:
+    return Formula([data_input(node), data_input(node, 1)], lambda x, slope: te.where(x < 0, x * slope, x))
 
 
-def batch_normalization(node: ir.Node, host: HostCode) -> Kernel:
+def batch_normalization(node: ir.Node) -> Formula:
     """At inference: (x - mean) / sqrt(variance + epsilon) * scale + bias, along axis 1."""
     epsilon, rank = real(node, "epsilon", 1e-5), len(shape_of(data_input(node)))
     constants = [const_of(data_input(node, index)) for index in range(1, 5)]
@@ -162,15 +150,13 @@ def batch_normalization(node: ir.Node, host: HostCode) -> Kernel:
     scale, bias, average, variance = arrays
     factor = scale / np.sqrt(variance + epsilon)
     along = [1, -1] + [1] * (rank - 2)
-    return elementwise(
+    return Formula(
         [
             data_input(node),
             factor.astype(np.float32).reshape(along),
             (bias - average * factor).astype(np.float32).reshape(along),
         ],
-        node.outputs[0],
         lambda x, multiplier, offset: x * multiplier + offset,
-        host,
     )
 
 
@@ -216,7 +202,7 @@ def _relu(x: Expr) -> Expr:
     return te.maximum(x, te.like(0, x))
 
 
-LOWERINGS: Mapping[str, Callable[[ir.Node, HostCode], Kernel]] = {
+FORMULAS: Mapping[str, FormulaOf] = {
     "Abs": _map(te.absolute),
     "Add": _binary(lambda a, b: a + b),
     "And": _binary(te.all_of),
@@ -268,4 +254,17 @@ LOWERINGS: Mapping[str, Callable[[ir.Node, HostCode], Kernel]] = {
     "ThresholdedRelu": _with(_thresholded_relu),
     "Where": where,
     "Xor": _binary(_exclusive_or),
+}
+
+
+def _lowered(formula_of: FormulaOf) -> Callable[[ir.Node, HostCode], Kernel]:
+    def lower(node: ir.Node, host: HostCode) -> Kernel:
+        formula = formula_of(node)
+        return elementwise(formula.operands, node.outputs[0], formula.expression, host)
+
+    return lower
+
+
+LOWERINGS: Mapping[str, Callable[[ir.Node, HostCode], Kernel]] = {
+    name: _lowered(formula) for name, formula in FORMULAS.items()
 }

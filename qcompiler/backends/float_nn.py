@@ -14,8 +14,8 @@ from qcompiler.graph import Shape, data_input, dtype_of, element_count, input_of
 from qcompiler.integer.resize import float_linear_tables, nearest_table, spatial_scales
 
 
-def _window(node: ir.Node, kernel: Shape) -> tuple[Shape, Shape, Shape]:
-    """strides, dilations, and padding before the first element, along each spatial axis."""
+def window(node: ir.Node, kernel: Shape) -> tuple[Shape, Shape, Shape]:
+    """Strides, dilations, and padding before the first element, along each spatial axis."""
     ones = (1,) * len(kernel)
     strides, dilations = ints(node, "strides", ones), ints(node, "dilations", ones)
     mode = string(node, "auto_pad", "NOTSET")
@@ -51,7 +51,7 @@ def conv(node: ir.Node, host: HostCode) -> Lowering:
     shape, (n, outs, *size) = shape_of(w_value), shape_of(node.outputs[0])
     kernel, depth = shape[2:], shape[1]
     per_group = outs // integer(node, "group", 1)
-    strides, dilations, before = _window(node, kernel)
+    strides, dilations, before = window(node, kernel)
     x, w = placeholder(x_value), placeholder(w_value)
     padded = _padded(x, before, _extents(tuple(size), kernel, strides, dilations), 0.0)
 
@@ -85,8 +85,8 @@ def conv_transpose(node: ir.Node, host: HostCode) -> Lowering:
     (_, channels, *size), (n, outs, *out) = shape_of(x_value), shape_of(node.outputs[0])
     kernel, group = shape_of(w_value)[2:], integer(node, "group", 1)
     per_group, depth = outs // group, channels // group
-    strides, dilations, _ = _window(node, kernel)
-    pads = _transposed_pads(node, kernel, strides, dilations)
+    strides, dilations, _ = window(node, kernel)
+    pads = transposed_pads(node, kernel, strides, dilations)
     lead = [(k - 1) * d - p for k, d, p in zip(kernel, dilations, pads, strict=True)]
     x, w = placeholder(x_value), placeholder(w_value)
     extents = _extents(tuple(out), kernel, (1,) * len(kernel), dilations)
@@ -114,7 +114,7 @@ def conv_transpose(node: ir.Node, host: HostCode) -> Lowering:
     return _with_bias(te.compute((n, outs, *out), product, "accumulator"), [x, w], [x_value, w_value], b_value, host)
 
 
-def _transposed_pads(node: ir.Node, kernel: Shape, strides: Shape, dilations: Shape) -> Shape:
+def transposed_pads(node: ir.Node, kernel: Shape, strides: Shape, dilations: Shape) -> Shape:
     """Padding in front of each axis; derived from the output's size if that is what the node gives."""
     size, out = shape_of(data_input(node))[2:], shape_of(node.outputs[0])[2:]
     mode = string(node, "auto_pad", "NOTSET")
@@ -129,7 +129,7 @@ def _transposed_pads(node: ir.Node, kernel: Shape, strides: Shape, dilations: Sh
 def max_pool(node: ir.Node, host: HostCode) -> Lowering:
     x_value, out = data_input(node), shape_of(node.outputs[0])
     kernel = ints(node, "kernel_shape")
-    strides, dilations, before = _window(node, kernel)
+    strides, dilations, before = window(node, kernel)
     dtype = dtype_of(x_value)
     lowest = float(np.finfo(dtype).min) if dtype.kind == "f" else int(np.iinfo(dtype).min)
     x = placeholder(x_value)
@@ -145,13 +145,10 @@ def max_pool(node: ir.Node, host: HostCode) -> Lowering:
 
 def average_pool(node: ir.Node, host: HostCode) -> Lowering:
     x_value, out = data_input(node), shape_of(node.outputs[0])
-    size, kernel = shape_of(x_value)[2:], ints(node, "kernel_shape")
-    strides, _, before = _window(node, kernel)
-    ones = (1,) * len(kernel)
-    after = ints(node, "pads", (0,) * (2 * len(kernel)))[len(kernel) :]
-    padding_counts = bool(integer(node, "count_include_pad", 0))
+    kernel = ints(node, "kernel_shape")
+    strides, _, before = window(node, kernel)
     x = placeholder(x_value)
-    padded = _padded(x, before, _extents(out[2:], kernel, strides, ones), 0.0)
+    padded = _padded(x, before, _extents(out[2:], kernel, strides, (1,) * len(kernel)), 0.0)
     taps = [te.reduce_axis(k, f"t{axis}") for axis, k in enumerate(kernel)]
 
     def total(b: Expr, c: Expr, *index: Expr) -> Expr:
@@ -161,16 +158,25 @@ def average_pool(node: ir.Node, host: HostCode) -> Lowering:
     accumulator = te.compute(out, total, "accumulator")
 
     def average(*index: Expr) -> Expr:
-        count: Expr | None = None
-        for i, s, k, low, high, limit in zip(index[2:], strides, kernel, before, after, size, strict=True):
-            start = i * s - low
-            first, last = (-low, limit + high) if padding_counts else (0, limit)
-            counted = te.minimum(start + k, last) - te.maximum(start, first)
-            count = counted if count is None else count * counted
-        assert count is not None
-        return accumulator[index] / count.astype(x.dtype)
+        return accumulator[index] / averaged_count(node, index[2:]).astype(x.dtype)
 
     return Kernel(te.prim_func([x, te.compute(out, average, "output")]), (x_value,))
+
+
+def averaged_count(node: ir.Node, position: Sequence[Expr]) -> Expr:
+    """How many elements an AveragePool divides by, at a position along the spatial axes of its output."""
+    size, kernel = shape_of(data_input(node))[2:], ints(node, "kernel_shape")
+    strides, _, before = window(node, kernel)
+    after = ints(node, "pads", (0,) * (2 * len(kernel)))[len(kernel) :]
+    padding_counts = bool(integer(node, "count_include_pad", 0))
+    count: Expr | None = None
+    for i, s, k, low, high, limit in zip(position, strides, kernel, before, after, size, strict=True):
+        start = i * s - low
+        first, last = (-low, limit + high) if padding_counts else (0, limit)
+        counted = te.minimum(start + k, last) - te.maximum(start, first)
+        count = counted if count is None else count * counted
+    assert count is not None
+    return count
 
 
 def global_pool(*, maximum: bool) -> Callable[[ir.Node, HostCode], Lowering]:

@@ -26,7 +26,7 @@ Element = Callable[..., Expr]
 
 
 def moved(
-    node: ir.Node,
+    output: ir.Value,
     inputs: Sequence[ir.Value],
     element: Callable[[Sequence[Tensor]], Element],
     *,
@@ -40,7 +40,7 @@ def moved(
     """
     seen = [shape_of(value) for value in inputs] if shapes is None else shapes
     tensors = [placeholder(value, shape) for value, shape in zip(inputs, seen, strict=True)]
-    result = te.compute(shape_of(node.outputs[0]) if out is None else out, element(tensors), "output")
+    result = te.compute(shape_of(output) if out is None else out, element(tensors), "output")
     return Kernel(te.prim_func([*tensors, result]), tuple(inputs))
 
 
@@ -50,18 +50,23 @@ def view(node: ir.Node, host: HostCode) -> Lowering:
 
 
 def transpose(node: ir.Node, host: HostCode) -> Lowering:
-    shape = shape_of(data_input(node))
-    order = ints(node, "perm", tuple(reversed(range(len(shape)))))
+    rank = len(shape_of(data_input(node)))
+    return permuted(data_input(node), node.outputs[0], ints(node, "perm", tuple(reversed(range(rank)))))
+
+
+def permuted(value: ir.Value, output: ir.Value, order: Sequence[int]) -> Lowering:
+    """The value with its axes in another order."""
+    shape = shape_of(value)
     merged = _merge_axes(shape, order)
     if len(merged) <= 1:
-        return View(data_input(node))
+        return View(value)
     # Runs of axes that stay together are one axis each; `start` is where a run stood in the input.
     by_start = sorted(merged)
     position = [by_start.index(run) for run in merged]
     inverse = [position.index(axis) for axis in range(len(merged))]
     return moved(
-        node,
-        [data_input(node)],
+        output,
+        [value],
         lambda tensors: lambda *index: tensors[0][tuple(index[axis] for axis in inverse)],
         shapes=[tuple(size for _, size in by_start)],
         out=tuple(size for _, size in merged),
@@ -86,11 +91,17 @@ def _merge_axes(shape: Shape, order: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def concat(node: ir.Node, host: HostCode) -> Lowering:
-    inputs = [value for value in node.inputs if value is not None and element_count(shape_of(value))]
+    inputs = [value for value in node.inputs if value is not None]
+    return joined(inputs, node.outputs[0], integer(node, "axis"))
+
+
+def joined(values: Sequence[ir.Value], output: ir.Value, axis: int) -> Lowering:
+    """The values one after another along an axis."""
+    inputs = [value for value in values if element_count(shape_of(value))]
     if len(inputs) == 1:
         return View(inputs[0])
-    out = shape_of(node.outputs[0])
-    axis = integer(node, "axis") % len(out)
+    out = shape_of(output)
+    axis = axis % len(out)
     outer = element_count(out[:axis])
     widths = [element_count(shape_of(value)[axis:]) for value in inputs]
     starts = [sum(widths[:index]) for index in range(len(widths))]
@@ -104,7 +115,7 @@ def concat(node: ir.Node, host: HostCode) -> Lowering:
 
         return piece
 
-    return moved(node, inputs, element, shapes=[(outer, width) for width in widths], out=(outer, sum(widths)))
+    return moved(output, inputs, element, shapes=[(outer, width) for width in widths], out=(outer, sum(widths)))
 
 
 def split(node: ir.Node, host: HostCode) -> Lowering:
@@ -136,7 +147,7 @@ def slice_(node: ir.Node, host: HostCode) -> Lowering:
         # Python's own rules for negative and far-off bounds; the output's shape already knows the end.
         first[axis], _, stride[axis] = slice(int(start), None, int(step)).indices(shape[axis])
     return moved(
-        node,
+        node.outputs[0],
         [data_input(node)],
         lambda tensors: (
             lambda *index: tensors[0][
@@ -167,7 +178,7 @@ def pad(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node)], element)
+    return moved(node.outputs[0], [data_input(node)], element)
 
 
 def _border(i: Expr, size: int, mode: str) -> Expr:
@@ -188,7 +199,7 @@ def expand(node: ir.Node, host: HostCode) -> Lowering:
     if ranked == out:
         return View(data_input(node))
     return moved(
-        node,
+        node.outputs[0],
         [data_input(node)],
         lambda tensors: (
             lambda *index: tensors[0][tuple(0 if size == 1 else i for i, size in zip(index, ranked, strict=True))]
@@ -200,7 +211,7 @@ def expand(node: ir.Node, host: HostCode) -> Lowering:
 def tile(node: ir.Node, host: HostCode) -> Lowering:
     shape = shape_of(data_input(node))
     return moved(
-        node,
+        node.outputs[0],
         [data_input(node)],
         lambda tensors: lambda *index: tensors[0][tuple(i % size for i, size in zip(index, shape, strict=True))],
     )
@@ -213,7 +224,7 @@ def gather(node: ir.Node, host: HostCode) -> Lowering:
     outer, size, inner = element_count(shape[:axis]), shape[axis], element_count(shape[axis + 1 :])
     count = element_count(index_shape)
     return moved(
-        node,
+        node.outputs[0],
         [data, indices],
         lambda tensors: lambda o, i, j: tensors[0][o, _wrapped(tensors[1][i], size), j],
         shapes=[(outer, size, inner), (count,)],
@@ -232,7 +243,7 @@ def gather_elements(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node), data_input(node, 1)], element)
+    return moved(node.outputs[0], [data_input(node), data_input(node, 1)], element)
 
 
 def gather_nd(node: ir.Node, host: HostCode) -> Lowering:
@@ -247,7 +258,7 @@ def gather_nd(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node), data_input(node, 1)], element)
+    return moved(node.outputs[0], [data_input(node), data_input(node, 1)], element)
 
 
 def _wrapped(index: Expr, size: int) -> Expr:
@@ -270,7 +281,7 @@ def depth_to_space(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node)], element)
+    return moved(node.outputs[0], [data_input(node)], element)
 
 
 def space_to_depth(node: ir.Node, host: HostCode) -> Lowering:
@@ -284,7 +295,7 @@ def space_to_depth(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node)], element)
+    return moved(node.outputs[0], [data_input(node)], element)
 
 
 def trilu(node: ir.Node, host: HostCode) -> Lowering:
@@ -300,7 +311,7 @@ def trilu(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node)], element)
+    return moved(node.outputs[0], [data_input(node)], element)
 
 
 def one_hot(node: ir.Node, host: HostCode) -> Lowering:
@@ -315,14 +326,14 @@ def one_hot(node: ir.Node, host: HostCode) -> Lowering:
 
         return read
 
-    return moved(node, [data_input(node)], element)
+    return moved(node.outputs[0], [data_input(node)], element)
 
 
 def constant_of_shape(node: ir.Node, host: HostCode) -> Lowering:
     attribute = node.attributes.get("value")
     value = attribute.as_tensor().numpy().reshape(()) if attribute is not None else np.float32(0)
     filling = te.const(value.item(), str(value.dtype))
-    return moved(node, [], lambda tensors: lambda *index: filling)
+    return moved(node.outputs[0], [], lambda tensors: lambda *index: filling)
 
 
 LOWERINGS: Mapping[str, Callable[[ir.Node, HostCode], Lowering]] = {

@@ -17,8 +17,9 @@ from tvm import relax as _relax_module
 from tvm.relax import transform
 
 from qcompiler import host_cpu, tools
-from qcompiler.backends import cpu
 from qcompiler.backends.base import AcceleratorFunction, HostCode, Kernel, View, host_code
+from qcompiler.backends.cpu_region import Step
+from qcompiler.backends.cpu_region import lower_region as lower_cpu_region
 from qcompiler.backends.workspace import Lifetime, plan
 from qcompiler.c_code import CSource, compile_c
 from qcompiler.errors import QCompilerError
@@ -91,18 +92,17 @@ def lower(model: ir.Model, partition: Partition, target: Target, lower_region: R
 
 def _region_steps(region: Region, host: HostCode, lower_region: RegionLowering | None) -> list[_Call | _Alias]:
     if region.backend == "cpu":
-        return [_node_step(node, host) for node in region.nodes]
+        return [_cpu_step(step) for step in lower_cpu_region(region.nodes, host)]
     assert lower_region is not None, f"nothing lowers the {region.backend} region {region.name}"
     driver = lower_region(region)
     kernel = Kernel(driver.function, region.inputs, (driver.constants,))
     return [_Call(region.name, kernel, region.outputs, max(driver.workspace, 1), driver.sources)]
 
 
-def _node_step(node: ir.Node, host: HostCode) -> _Call | _Alias:
-    lowering = cpu.lower_node(node, host)
-    if isinstance(lowering, View):
-        return _Alias(lowering.input, node.outputs[0])
-    return _Call(node.op_type, lowering, tuple(node.outputs), 0)
+def _cpu_step(step: Step) -> _Call | _Alias:
+    if isinstance(step.lowering, View):
+        return _Alias(step.lowering.input, step.outputs[0])
+    return _Call(step.name, step.lowering, step.outputs, 0)
 
 
 class _Assembler:

@@ -53,6 +53,9 @@ SHARING_LIMIT = 2.0
 
 ON_REQUEST = "kept in float on request"
 
+EVERYTHING = "all"
+"""The name that stands for every operator where some are to be kept in float."""
+
 
 def plan(
     model: ir.Model,
@@ -69,7 +72,7 @@ def plan(
         target: its `quantization` says which formats there are and which operators need one scale, its rules
             decide about the tail.
         keep_float: names of nodes to leave in float, with what is fused with them; a layer of several nodes goes by
-            their names joined with " + ", as in reports.
+            their names joined with " + ", as in reports. "all" leaves everything in float.
         weights: what to store weights as; 8 bits if None.
 
     Returns:
@@ -88,6 +91,8 @@ def _named(nodes: list[ir.Node], names: Sequence[str]) -> set[ir.Node]:
     lasts = {member: last for last, region in operators.lookup_regions(nodes).items() for member in region}
     found: set[ir.Node] = set()
     for name in names:
+        if name == EVERYTHING and name not in by_name:
+            return set(nodes)
         parts = [name] if name in by_name else name.split(JOINT)
         for part in parts:
             node = by_name.get(part)
