@@ -13,14 +13,16 @@ _LAYOUT_SUFFIX = ".moved"
 
 
 class CancelLayoutTransposes(ir.passes.InPlacePass):
-    """Push every Transpose of integers towards the outputs, until it meets its inverse or an operator bound to axes.
+    """Push every Transpose of integers, or of floats between layers, towards the outputs, until it meets its inverse or
+    an operator bound to axes.
 
     - Two Transposes in a row become one; an identity goes; one that moves only axes of size 1 becomes a Reshape.
     - A Transpose passes elementwise operators, Concat, Split, Slice, Pad, Gather, means, ArgMax and Softmax by
       renaming their axes and permuting constant operands, and Reshape where the elements stay in order.
     - Two Reshapes in a row become one; a Reshape to the same shape goes.
 
-    Transposes of floats, and those whose reader wants the axes where they are, stay.
+    Transposes whose reader wants the axes where they are stay, and so do those of floats that anything but elementwise
+    operators, Concat and DynamicQuantizeLinear reads.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -45,10 +45,12 @@ def push_through(node: ir.Node, perm: Perm) -> list[Perm] | None:
     Returns:
         The perm each output needs to be what it was, or None if the node is left alone.
     """
-    floats = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None]
-    if any(value.dtype is not None and value.dtype.is_floating_point() for value in floats):
-        return None
-    table = _INTEGER_RULES if node.domain == QCOMPILER_DOMAIN else _STANDARD_RULES
+    if node.domain == QCOMPILER_DOMAIN:
+        table = _INTEGER_RULES
+    else:
+        values = [value for value in (*node.inputs, *node.outputs) if value is not None and value.dtype is not None]
+        floats = any(value.dtype is not None and value.dtype.is_floating_point() for value in values)
+        table = _FLOAT_RULES if floats else _STANDARD_RULES
     rule = table.get(node.op_type)
     return rule(node, perm) if rule is not None else None
 
@@ -144,6 +146,15 @@ def _reduce_mean(node: ir.Node, perm: Perm) -> list[Perm] | None:
     return _outputs(node, out)
 
 
+def _dynamic_quantize(node: ir.Node, perm: Perm) -> list[Perm] | None:
+    """The minimum and the maximum do not depend on the order; scale and zero point have no axes."""
+    _rewire(node, 0)
+    integers = node.outputs[0]
+    shape = shape_of(integers)
+    integers.shape = ir.Shape([shape[axis] for axis in inverse(perm)])
+    return [perm, (), ()]
+
+
 def _softmax(node: ir.Node, perm: Perm) -> list[Perm] | None:
     return _unary(node, perm) if perm[-1] == len(perm) - 1 else None
 
@@ -166,6 +177,13 @@ _STANDARD_RULES: Mapping[str, _Rule] = {
     "Gather": _gather,
     "ArgMax": _arg_max,
 }
+_FLOAT_RULES: Mapping[str, _Rule] = {
+    **dict.fromkeys(("Add", "Sub", "Mul"), _elementwise),
+    **dict.fromkeys(("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSwish"), _unary),
+    "Concat": _concat,
+    "DynamicQuantizeLinear": _dynamic_quantize,
+}
+"""What stands between layers with float results: their maps stay NHWC too."""
 
 
 # --- rewiring -----------------------------------------------------------------------------------------------

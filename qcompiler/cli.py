@@ -134,7 +134,13 @@ Weights = Annotated[
     WeightType,
     typer.Option(help="int4: store weights in four bits, but for the first and last layers, if the target has them."),
 ]
-Activations = Annotated[ActivationType, typer.Option(help="int16: compute in sixteen bits, if the target has them.")]
+Activations = Annotated[
+    ActivationType,
+    typer.Option(
+        help="int16: compute in sixteen bits, if the target has them. dynamic: keep tensors in float, and quantize "
+        "what is multiplied by its own range at run time, on the CPU; needs no calibration data."
+    ),
+]
 LayerWeights = Annotated[
     list[str] | None,
     typer.Option("--layer-weights", metavar="LAYER=int4|int8", help="For this layer only; may be repeated."),

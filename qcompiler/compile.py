@@ -108,6 +108,8 @@ def compile(
         weights: "int4" stores the weights of all but the first and last layers in four bits, if the target has them.
         layer_weights: single layers that differ, by name as in reports.
         activations: "int16" computes in sixteen bits, if the target has them; what has no such form stays in float.
+            "dynamic" keeps them float and quantizes what is multiplied by its own range at run time, on the CPU; it
+            needs no calibration data.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
         progress: told of stages as they begin.
@@ -202,7 +204,7 @@ class Placed:
     target: "Target"
     samples: "Dataset"
     ranges: Ranges | None
-    """None if the model arrived quantized."""
+    """None if the model arrived quantized, or ranges are found at run time."""
     quantized: "ir.Model"
     integer: "ir.Model"
     partition: "Partition"
@@ -223,7 +225,7 @@ class Prepared:
     graph: "ir.Model"
     """Float, or QDQ if the model arrived quantized."""
     ranges: Ranges | None
-    """None if the model arrived quantized, as is `plan`."""
+    """None if the model arrived quantized, as is `plan`, or ranges are found at run time."""
     plan: "QuantPlan | None"
     warnings: tuple[str, ...]
 
@@ -240,6 +242,7 @@ def prepare(
     from qcompiler.dataset import input_specs, lint
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
+    from qcompiler.quant.dynamic import plan_dynamic
     from qcompiler.quant.plan import plan
     from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
     from qcompiler.target_loader import load_target
@@ -262,7 +265,12 @@ def prepare(
         progress.stage("read samples")
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
         ranges = formats = None
-        if not _is_quantized(graph):
+        if options.formats.activations == "dynamic" and not _is_quantized(graph):
+            formats = plan_dynamic(graph, chip, options.keep_float, options.formats)
+            if effort.steps:
+                progress.stage("repair")
+                formats = repair(graph, formats, data, effort, progress.advance)
+        elif not _is_quantized(graph):
             progress.stage("calibrate")
             wide = options.formats.activations == "int16"
             symmetric = wide or chip.quantization.activations.symmetric
@@ -529,4 +537,4 @@ def _is_quantized(model: "ir.Model") -> bool:
     """Whether activations are quantized already; dequantized weights alone do not make it so."""
     from qcompiler.graph import nodes_of
 
-    return bool(nodes_of(model.graph, "QuantizeLinear"))
+    return bool(nodes_of(model.graph, "QuantizeLinear", "DynamicQuantizeLinear"))

@@ -54,6 +54,11 @@ def debug(
     Raises:
         QCompilerError: anything wrong with what was given, or a model that arrives quantized.
     """
+    if options.formats.activations == "dynamic":
+        raise QCompilerError(
+            "--activations dynamic finds ranges at run time, so there are none to look for causes in; measure single "
+            "layers by keeping them in float with --float."
+        )
     prepared = prepare(model, target, options, progress)
     if prepared.plan is None or prepared.ranges is None:
         raise QCompilerError(

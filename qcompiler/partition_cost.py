@@ -32,7 +32,7 @@ _CLASSES: Mapping[str, OpClass] = {
 }
 """The command class of an operator; what is missing moves data."""
 
-_ROW_OPS = ("Gemm", "MatMul")
+_ROW_OPS = ("Gemm", "MatMul", "MatMulInteger")
 _BITS = 8
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
@@ -105,7 +105,7 @@ def multiplications(node: ir.Node, facts: OpFacts) -> int:
     elements = element_count(shape_of(node.outputs[0])) if node.outputs[0].shape is not None else 0
     if facts.op in _ROW_OPS:
         return elements * _whole(facts, "ifm_channels", 1)
-    if facts.op not in ("Conv", "ConvTranspose"):
+    if facts.op not in ("Conv", "ConvTranspose", "ConvInteger"):
         return 0
     per_output = _whole(facts, "kernel_area", 1) * _whole(facts, "ifm_channels", 1) // _whole(facts, "group", 1)
     if facts.op == "ConvTranspose":

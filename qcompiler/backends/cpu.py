@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from qcompiler.backends import cpu_conv, cpu_elementwise, cpu_matmul, cpu_pool, cpu_weight_only
+from qcompiler.backends import cpu_conv, cpu_dynamic, cpu_elementwise, cpu_matmul, cpu_pool, cpu_weight_only
 from qcompiler.backends.base import HostCode, Lowering
 from qcompiler.backends.float_ops import NodeLowering, lower_standard
 from qcompiler.graph import QCOMPILER_DOMAIN
@@ -24,6 +24,8 @@ _INTEGER: Mapping[str, NodeLowering] = {
     "QReduceMean": cpu_pool.reduce_mean,
     "QResizeNearest": cpu_pool.resize_nearest,
     "QResizeLinear": cpu_pool.resize_linear,
+    "QConvDynamic": cpu_dynamic.conv,
+    "QGemmDynamic": cpu_dynamic.gemm,
     "WeightOnlyGemm": cpu_weight_only.weight_only_gemm,
 }
 

@@ -111,13 +111,26 @@ def quantize_linear(node: ir.Node, host: HostCode) -> Kernel:
 
 
 def dequantize_linear(node: ir.Node, host: HostCode) -> Kernel:
-    scale, zero_point = _affine(node)
     dtype = str(dtype_of(node.outputs[0]))
+    scale, zero_point = data_input(node, 1), input_of(node, 2)
+    if const_of(scale) is None or (zero_point is not None and const_of(zero_point) is None):
+        absent = np.zeros((), dtype_of(data_input(node)))
+        parameters: tuple[ir.Value | np.ndarray, ...] = (scale, absent if zero_point is None else zero_point)
+    else:
+        parameters = _affine(node)
     return elementwise(
-        [data_input(node), scale, zero_point],
+        [data_input(node), *parameters],
         node.outputs[0],
-        lambda q, s, z: te_arithmetic.dequantize(q, s, z).astype(dtype),
+        lambda q, s, z: te_arithmetic.dequantize(q, s, z.astype("int32")).astype(dtype),
         host,
+    )
+
+
+def is_affine(node: ir.Node) -> bool:
+    """Whether scale and zero point of a DequantizeLinear are constants, or single numbers."""
+    parameters = (data_input(node, 1), input_of(node, 2))
+    return all(value is None or const_of(value) is not None for value in parameters) or all(
+        value is None or element_count(shape_of(value)) == 1 for value in parameters
     )
 
 

@@ -64,11 +64,14 @@ class Operands:
     """Whether the weights are stored two to a byte."""
     sums: str
     """The accumulators' type."""
+    zero_scalar: int | None = None
+    """Which of the Finish's scalars holds the zero point of x, where it is known at run time only: `x_zero_point` is
+    then what a zero point of 0 would make, and the Finish takes in the rest."""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """What becomes of a sum with its bias: ``expression(total, channel array elements, map elements)``."""
+    """What becomes of a sum with its bias: ``expression(total, channel array elements, map elements and scalars)``."""
 
     dtype: str
     """Of the result."""
@@ -77,17 +80,23 @@ class Finish:
     maps: tuple[ir.Value, ...]
     """Tensors of the result's shape."""
     expression: Callable[[Expr, Sequence[Expr], Sequence[Expr]], Expr]
+    scalars: tuple[ir.Value, ...] = ()
+    """Tensors of one element."""
 
     def then(self, after: "Finish") -> "Finish":
         """First this, then `after` with the result."""
-        channels, maps = len(self.channels), len(self.maps)
+        channels, maps, all_maps = len(self.channels), len(self.maps), len(self.maps) + len(after.maps)
+        first_scalars = slice(all_maps, all_maps + len(self.scalars))
         return Finish(
             after.dtype,
             (*self.channels, *after.channels),
             (*self.maps, *after.maps),
             lambda total, arrays, elements: after.expression(
-                self.expression(total, arrays[:channels], elements[:maps]), arrays[channels:], elements[maps:]
+                self.expression(total, arrays[:channels], [*elements[:maps], *elements[first_scalars]]),
+                arrays[channels:],
+                [*elements[maps:all_maps], *elements[first_scalars.stop :]],
             ),
+            (*self.scalars, *after.scalars),
         )
 
 
@@ -155,7 +164,9 @@ def packed_convolution(
         and row_length <= w * c
     )
     x = placeholder(x_value, (n, h, w * c))
-    staged = x if as_is else stage(x, geometry, operands, (rows, row_length), (pitch, padded_depth, depth))
+    scalars = [placeholder(value, (1,)) for value in finish.scalars]
+    zero = _zero(operands, scalars)
+    staged = x if as_is else stage(x, geometry, operands, (rows, row_length), (pitch, padded_depth, depth), zero)
 
     packed = _pack(operands.weights, group, blocks, lanes, quads, quad, run=run)
     arrays = [
@@ -183,7 +194,7 @@ def packed_convolution(
             total = total - window_sum[b, i, j, g] * operands.w_zero_point
         # Pixels past the row's end are cut off below; what they read must only exist.
         column = te.minimum(j, ow - 1) if wide != ow else j
-        elements = [tensor[b, i, column, g, o, v] for tensor in maps]
+        elements = [*(tensor[b, i, column, g, o, v] for tensor in maps), *(scalar[0] for scalar in scalars)]
         return finish.expression(total, [array[g, o, v] for array in channels], elements)
 
     output = te.compute(te.shape_of(accumulator), finished, "output")
@@ -196,22 +207,26 @@ def packed_convolution(
         result = te.compute((n, oh, ow, out_channels), crop, "cropped")
     else:
         result = output
-    function = te.prim_func([x, *maps, stored, bias, *channels, result])
+    function = te.prim_func([x, *maps, *scalars, stored, bias, *channels, result])
     threads = threads_for(host, geometry.macs, quad * lanes)
     scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=threads)
     if operands.four_bits:
         scheduled = nibbles.schedule_unpacking(scheduled, packed.shape, threads=threads)
-    return Kernel(scheduled, (x_value, *finish.maps), tuple(arrays))
+    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))
 
 
 def stage(
-    x: te.Tensor, geometry: Geometry, operands: Operands, size: tuple[int, int], layout: tuple[int, int, int]
+    x: te.Tensor,
+    geometry: Geometry,
+    operands: Operands,
+    size: tuple[int, int],
+    layout: tuple[int, int, int],
+    zero: Expr,
 ) -> te.Tensor:
-    """The input as x' with padding, dilation and every group's depth filled up; [N, rows, row elements]."""
+    """The input as x' with padding, dilation and every group's depth filled up by `zero`; [N, rows, row elements]."""
     n, h, w, c = geometry.x_shape
     (top, left), (up_y, up_x) = geometry.pad, geometry.dilate
     pitch, padded_depth, depth = layout
-    zero = te.const(operands.x_zero_point, operands.x_dtype)
 
     def element(b: Expr, i: Expr, column: Expr) -> Expr:
         y = i - top
@@ -227,6 +242,13 @@ def stage(
         return te.if_then_else(te.all_of(*rows, *inside), load, zero)
 
     return te.compute((n, *size), element, "staged")
+
+
+def _zero(operands: Operands, scalars: Sequence[te.Tensor]) -> Expr:
+    """The zero point of x'."""
+    if operands.zero_scalar is None:
+        return te.const(operands.x_zero_point, operands.x_dtype)
+    return _shifted(scalars[operands.zero_scalar][0], operands.x_offset, operands.x_dtype)
 
 
 def _shifted(x: Expr, offset: int, dtype: str) -> Expr:
@@ -289,7 +311,9 @@ def depthwise_convolution(
     as_is = (
         operands.x_offset == 0 and geometry.pad == (0, 0) and geometry.dilate == (1, 1) and rows <= h and columns <= w
     )
-    staged = x if as_is else stage(x, geometry, operands, (rows, columns * c), (c, 1, 1))
+    scalars = [placeholder(value, (1,)) for value in finish.scalars]
+    zero = _zero(operands, scalars)
+    staged = x if as_is else stage(x, geometry, operands, (rows, columns * c), (c, 1, 1), zero)
 
     taps = np.ascontiguousarray(operands.weights[..., 0].transpose(1, 2, 0))
     arrays = [nibbles.pack_runs(taps) if operands.four_bits else taps, operands.bias, *finish.channels]
@@ -310,13 +334,14 @@ def depthwise_convolution(
 
     def finished(b: Expr, i: Expr, j: Expr, k: Expr) -> Expr:
         total = accumulator[b, i, j, k] + bias[k].astype(sums)
-        return finish.expression(total, [array[k] for array in channels], [tensor[b, i, j, k] for tensor in maps])
+        elements = [*(tensor[b, i, j, k] for tensor in maps), *(scalar[0] for scalar in scalars)]
+        return finish.expression(total, [array[k] for array in channels], elements)
 
     output = te.compute((n, oh, ow, c), finished, "output")
-    function = te.prim_func([x, *maps, stored, bias, *channels, output])
+    function = te.prim_func([x, *maps, *scalars, stored, bias, *channels, output])
     lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
     threads = threads_for(host, geometry.macs, host.vector_bytes // 4)
     scheduled = schedule.schedule_depthwise(function, lanes, threads=threads)
     if operands.four_bits:
         scheduled = nibbles.schedule_unpacking(scheduled, taps.shape, threads=threads)
-    return Kernel(scheduled, (x_value, *finish.maps), tuple(arrays))
+    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))

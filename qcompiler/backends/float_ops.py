@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.backends import cpu_elementwise, float_elementwise, float_nn, float_reduce, movement
+from qcompiler.backends import cpu_dynamic, cpu_elementwise, float_elementwise, float_nn, float_reduce, movement
 from qcompiler.backends.base import HostCode, Lowering
 from qcompiler.graph import QCOMPILER_DOMAIN, const_of, input_of, integer, ints, is_op, string
 from qcompiler.integer.resize import is_plain_resize
@@ -22,6 +22,7 @@ LOWERINGS: Mapping[str, NodeLowering] = {
     **float_nn.LOWERINGS,
     **movement.LOWERINGS,
     "DequantizeLinear": cpu_elementwise.dequantize_linear,
+    "DynamicQuantizeLinear": cpu_dynamic.dynamic_quantize_linear,
     "QuantizeLinear": cpu_elementwise.quantize_linear,
 }
 
@@ -29,7 +30,6 @@ _CONSTANT_INPUTS: Mapping[str, tuple[int, ...]] = {
     "BatchNormalization": (1, 2, 3, 4),
     "Clip": (1, 2),
     "CumSum": (1,),
-    "DequantizeLinear": (1, 2),
     "OneHot": (1, 2),
     "Pad": (1, 2, 3),
     "QuantizeLinear": (1, 2),
@@ -90,6 +90,8 @@ def _mode_refusal(node: ir.Node) -> str | None:
             return "its mode is not implemented"
         case "QuantizeLinear" | "DequantizeLinear" if integer(node, "block_size", 0) and not _is_constant(node):
             return "quantization in blocks is implemented for constants only"
+        case "DequantizeLinear" if not cpu_elementwise.is_affine(node):
+            return "several scales or zero points computed at run time are not implemented"
     return None
 
 

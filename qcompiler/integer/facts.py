@@ -38,11 +38,15 @@ LOOKUP_FUNCTIONS: frozenset[str] = frozenset(
 """Float operators of one input that become a table."""
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_WEIGHTS_AT: Mapping[str, int] = {**dict.fromkeys(_WEIGHTED, 1), "ConvInteger": 3, "MatMulInteger": 3}
+"""Which input of an integer operator has the weights, by its ONNX name."""
 _BROADCASTING = ("Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Where")
 _INTEGER_NAMES: Mapping[str, str] = {
     "QConv": "Conv",
     "QConvTranspose": "ConvTranspose",
     "QGemm": "Gemm",
+    "QConvDynamic": "ConvInteger",
+    "QGemmDynamic": "MatMulInteger",
     "QMatMul": "MatMul",
     "QMul": "Mul",
     "QMaxPool": "MaxPool",
@@ -297,6 +301,13 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
                 "constant_weights": const_of(node.inputs[1]) is not None,
                 "symmetric_weights": ops.QGemm.of(node).w_zero_point == 0,
             }
+        case "QConvDynamic":
+            dynamic = ops.QConvDynamic.of(node)
+            facts |= _maps(ifm, ofm, channels_last=True)
+            facts |= _window(dynamic.kernel_shape, dynamic.strides, dynamic.dilations, dynamic.pads)
+            facts |= {"group": dynamic.group, "depthwise": _is_depthwise(dynamic.group, ifm[-1], ofm[-1])}
+        case "QGemmDynamic":
+            facts |= {"ifm_channels": ifm[-1], "ofm_channels": ofm[-1]}
         case "QMatMul":
             facts |= {
                 "ifm_channels": ifm[-1],
@@ -332,6 +343,6 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
             assert op == "Requantize"
         case _:
             raise AssertionError(f"{node.op_type} is not an integer operator")
-    if op in _WEIGHTED:
-        precision = f"{precision}*{dtype_of(data_input(node, 1))}"
+    if op in _WEIGHTS_AT:
+        precision = f"{precision}*{dtype_of(data_input(node, _WEIGHTS_AT[op]))}"
     return OpFacts(op, precision, facts)

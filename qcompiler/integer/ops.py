@@ -107,6 +107,38 @@ class QGemm(IntegerOp):
 
 
 @dataclass(frozen=True)
+class QConvDynamic(IntegerOp):
+    """2-D convolution of a tensor quantized at run time, with a float result.
+
+    Inputs: x [N,H,W,C] uint8|int8; x_scale [] float32; x_zero_point [] of x's type; w [O,KH,KW,C/group];
+    w_scale [O] float32; bias [O] float32.
+    Output: y [N,OH,OW,O] float32.  y = clip(float32(acc) * (x_scale * w_scale) + bias, clamp_min, clamp_max), with
+    acc = Σ (x - x_zero_point)(w - w_zero_point) exact, in int32; padding adds nothing. The rest agrees to rounding,
+    for compilers contract a multiplication and an addition.
+    """
+
+    op_type: ClassVar[str] = "QConvDynamic"
+    kernel_shape: tuple[int, int]
+    strides: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    dilations: tuple[int, int]
+    group: int
+    w_zero_point: int
+    clamp_min: float
+    clamp_max: float
+
+
+@dataclass(frozen=True)
+class QGemmDynamic(IntegerOp):
+    """Fully connected, of a tensor quantized at run time. x [M,K]; w [N,K]; the rest as `QConvDynamic` → y [M,N]."""
+
+    op_type: ClassVar[str] = "QGemmDynamic"
+    w_zero_point: int
+    clamp_min: float
+    clamp_max: float
+
+
+@dataclass(frozen=True)
 class QMatMul(IntegerOp):
     """Product of two activations. a [...,M,K]; b [...,K,N] (numpy batch broadcasting); multiplier [1]; shift [1].
 
@@ -293,6 +325,8 @@ INTEGER_OPS: tuple[type[IntegerOp], ...] = (
     QConv,
     QConvTranspose,
     QGemm,
+    QConvDynamic,
+    QGemmDynamic,
     QMatMul,
     QAdd,
     QMul,

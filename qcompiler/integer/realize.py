@@ -8,6 +8,7 @@ becomes integer operators whose result takes the QuantizeLinear's place and name
 - elementwise operators on one tensor: QLookup;
 - an operator of `_FAMILIES`, then Relu and Clip: that operator, the activations in its clamp.
 
+Before, products of tensors that a DynamicQuantizeLinear quantizes become operators with float results.
 Whatever matches nothing keeps its float operators between DequantizeLinear and QuantizeLinear. Spatial
 operators get NHWC maps through Transposes, which the layout passes cancel. An integer value keeps the name that
 its QuantizeLinear gave it; the NHWC result under it is called NAME.nhwc.
@@ -34,6 +35,7 @@ from qcompiler.graph import (
 from qcompiler.integer.builder import Builder, Format, Output, format_of, real_constant
 from qcompiler.integer.formats import record, record_moved
 from qcompiler.integer.ops import DOMAIN_VERSION
+from qcompiler.integer.realize_dynamic import realize_dynamic
 from qcompiler.integer.realize_elementwise import add, lookup, mul
 from qcompiler.integer.realize_movement import Forms, arg_max, concat
 from qcompiler.integer.realize_pools import average_pool, clamped_max_pool, reduce_mean, resize_linear, softmax
@@ -78,6 +80,11 @@ def realize(model: ir.Model, target: Target) -> ir.Model:
     model.opset_imports[QCOMPILER_DOMAIN] = DOMAIN_VERSION
     builder = Builder(model.graph, target.quantization.requantize)
     forms = Forms(builder)
+    for node in nodes_of(model.graph, "Conv", "Gemm", "MatMul"):
+        builder.insert_before(node)
+        found = realize_dynamic(builder, node)
+        if found is not None:
+            _take_place(builder, found.old.producer() or node, found.new)
     for node in nodes_of(model.graph, "QuantizeLinear", "ArgMax"):
         builder.insert_before(node)
         result = _quantize(builder, forms, node) if is_op(node, "QuantizeLinear") else arg_max(builder, forms, node)

@@ -48,7 +48,7 @@ class Weights:
 
 def conv(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
     """1-D and 2-D Conv with constant weights."""
-    x, weights = forms.of(data_input(node)), _weights(input_of(node, 1), 0)
+    x, weights = forms.of(data_input(node)), constant_weights(input_of(node, 1), 0)
     if x is None or weights is None or len(x.shape) not in (3, 4) or not _multipliable(x, weights):
         return None
     kernel = weights.array.shape[2:]
@@ -67,13 +67,13 @@ def conv(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value
         *out.clamp,
         builder.variant,
     )
-    return _spatial_product(builder, op, x, _channels_last(weights.array), weights, bias, out)
+    return _spatial_product(builder, op, x, channels_last(weights.array), weights, bias, out)
 
 
 def conv_transpose(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
     """1-D and 2-D ConvTranspose with constant weights."""
     group = integer(node, "group", 1)
-    x, weights = forms.of(data_input(node)), _weights(input_of(node, 1), 1, repeat=group)
+    x, weights = forms.of(data_input(node)), constant_weights(input_of(node, 1), 1, repeat=group)
     if x is None or weights is None or len(x.shape) not in (3, 4) or not _multipliable(x, weights):
         return None
     channels, outputs, *kernel = weights.array.shape
@@ -95,13 +95,13 @@ def conv_transpose(builder: Builder, forms: Forms, node: ir.Node, out: Output) -
     # [groups, in, out, kernel…] to [groups, out, in, kernel…].
     split = weights.array.reshape(group, channels // group, outputs, *kernel)
     filters = split.swapaxes(1, 2).reshape(group * outputs, channels // group, *kernel)
-    return _spatial_product(builder, op, x, _channels_last(filters), weights, bias, out)
+    return _spatial_product(builder, op, x, channels_last(filters), weights, bias, out)
 
 
 def gemm(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
     """Gemm of an activation by constants."""
     outputs_axis = 0 if integer(node, "transB", 0) else 1
-    x, weights = forms.of(data_input(node)), _weights(input_of(node, 1), outputs_axis)
+    x, weights = forms.of(data_input(node)), constant_weights(input_of(node, 1), outputs_axis)
     if x is None or weights is None or len(x.shape) != 2 or real(node, "alpha", 1.0) <= 0:
         return None
     source = x.value
@@ -140,7 +140,7 @@ def _matmul_plus(builder: Builder, forms: Forms, node: ir.Node, bias: ir.Value |
     if a is None:
         return None
     if constant_of(second) is not None and len(shape_of(second)) == 2:
-        weights = _weights(second, 1)
+        weights = constant_weights(second, 1)
         if weights is None or len(a.shape) < 2:
             return None
         rows = builder.reshape(a.value, (_leading(a.shape), a.shape[-1]), f"{out.name}.x")
@@ -176,7 +176,7 @@ def _multipliable(x: Quantized, weights: Weights) -> bool:
     return x.format.bits == 8 or (weights.zero_point == 0 and weights.array.dtype != np.uint8)
 
 
-def _weights(value: ir.Value | None, outputs_axis: int, repeat: int = 1) -> Weights | None:
+def constant_weights(value: ir.Value | None, outputs_axis: int, repeat: int = 1) -> Weights | None:
     """8-bit constants, per tensor or per channel of the axis that counts outputs (`repeat` times over)."""
     constant = constant_of(value)
     if constant is None or constant.array.dtype == np.int32 or constant.array.ndim < 2:
@@ -244,7 +244,7 @@ def _window(
     )
 
 
-def _channels_last(array: np.ndarray) -> np.ndarray:
+def channels_last(array: np.ndarray) -> np.ndarray:
     """[out, in, kernel…] to [out, kernel height, kernel width, in]."""
     moved = np.moveaxis(array, 1, -1)
     return moved if moved.ndim == 4 else moved[:, None]

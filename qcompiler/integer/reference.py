@@ -243,7 +243,12 @@ def _windows(
 def conv(node: ir.Node, form: Form, x: Array, w: Array, bias: Array, multiplier: Array, shift: Array) -> Array:
     """QConv."""
     op = ops.QConv.of(node)
-    centred, weights = _minus(x, op.x_zero_point), _minus(w, op.w_zero_point)
+    acc = _convolved(op, form, _minus(x, op.x_zero_point), _minus(w, op.w_zero_point))
+    return _finish(op, form, x, acc + bias, multiplier, shift)
+
+
+def _convolved(op: ops.QConv | ops.QConvDynamic, form: Form, centred: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sums of products, int64, of the output's shape; zero points are off already."""
     columns = _windows(centred, op.kernel_shape, op.strides, op.pads, op.dilations, form.shape[1:3], 0)
     n, height, width, channels = columns.shape[:4]
     taps = op.kernel_shape[0] * op.kernel_shape[1]
@@ -260,7 +265,7 @@ def conv(node: ir.Node, form: Form, x: Array, w: Array, bias: Array, multiplier:
             filters = weights[group * outputs : (group + 1) * outputs].reshape(outputs, taps * depth)
             parts.append(_matmul(part.reshape(n * height * width, taps * depth), filters.T))
         acc = np.concatenate(parts, axis=1).reshape(form.shape)
-    return _finish(op, form, x, acc + bias, multiplier, shift)
+    return acc
 
 
 def conv_transpose(
@@ -296,6 +301,32 @@ def gemm(node: ir.Node, form: Form, x: Array, w: Array, bias: Array, multiplier:
     op = ops.QGemm.of(node)
     acc = _matmul(_minus(x, op.x_zero_point), _minus(w, op.w_zero_point).T)
     return _finish(op, form, x, acc + bias, multiplier, shift)
+
+
+def conv_dynamic(
+    node: ir.Node, form: Form, x: Array, x_scale: Array, x_zero_point: Array, w: Array, w_scale: Array, bias: Array
+) -> Array:
+    """QConvDynamic."""
+    op = ops.QConvDynamic.of(node)
+    acc = _convolved(op, form, _minus(x, int(x_zero_point)), _minus(w, op.w_zero_point))
+    return _dequantized(op, acc, x_scale, w_scale, bias)
+
+
+def gemm_dynamic(
+    node: ir.Node, form: Form, x: Array, x_scale: Array, x_zero_point: Array, w: Array, w_scale: Array, bias: Array
+) -> Array:
+    """QGemmDynamic."""
+    op = ops.QGemmDynamic.of(node)
+    acc = _matmul(_minus(x, int(x_zero_point)), _minus(w, op.w_zero_point).T)
+    assert acc.shape == form.shape
+    return _dequantized(op, acc, x_scale, w_scale, bias)
+
+
+def _dequantized(
+    op: ops.QConvDynamic | ops.QGemmDynamic, acc: np.ndarray, x_scale: Array, w_scale: Array, bias: Array
+) -> Array:
+    real = _wrap(acc).astype(np.float32) * (x_scale * w_scale) + bias
+    return np.clip(real, np.float32(op.clamp_min), np.float32(op.clamp_max))
 
 
 def matmul(node: ir.Node, form: Form, a: Array, b: Array, multiplier: Array, shift: Array) -> Array:
@@ -402,6 +433,8 @@ INTEGER_FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "QConv": conv,
     "QConvTranspose": conv_transpose,
     "QGemm": gemm,
+    "QConvDynamic": conv_dynamic,
+    "QGemmDynamic": gemm_dynamic,
     "QMatMul": matmul,
     "QAdd": add,
     "QMul": mul,

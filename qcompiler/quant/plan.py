@@ -82,10 +82,10 @@ def plan(
         QCompilerError: no node has a name in `keep_float` or `weights`, or the target has no weights of that type.
     """
     planner = _Planner(model.graph, ranges, target, weights or WeightRequest())
-    return planner.run(_named(list(model.graph), keep_float))
+    return planner.run(named_nodes(list(model.graph), keep_float))
 
 
-def _named(nodes: list[ir.Node], names: Sequence[str]) -> set[ir.Node]:
+def named_nodes(nodes: list[ir.Node], names: Sequence[str]) -> set[ir.Node]:
     """The nodes of these names, and those each of them is one integer operator with."""
     by_name = {node.name or "": node for node in nodes}
     lasts = {member: last for last, region in operators.lookup_regions(nodes).items() for member in region}
@@ -134,8 +134,8 @@ class _Planner:
         self.interior = operators.interior_values(self.nodes)
         self.regions = operators.lookup_regions(self.nodes)
         self.inner = {member for last, region in self.regions.items() for member in region if member is not last}
-        self.downstream_of_mac = _reach(self.nodes, forward=True)
-        self.upstream_of_mac = _reach(self.nodes, forward=False)
+        self.downstream_of_mac = reach(self.nodes, forward=True)
+        self.upstream_of_mac = reach(self.nodes, forward=False)
         self.float_reasons: dict[ir.Node, str] = {}
         self.roots: dict[ir.Value, ir.Value] = {}
         """A value whose format is another's, to that other one; follow until a value that is not here."""
@@ -179,7 +179,7 @@ class _Planner:
             return "lookup tables take 8-bit inputs"
         if is_op(node, "Softmax") or (is_op(node, "Resize") and string(node, "mode", "nearest") == "linear"):
             return f"{node.op_type} takes 8-bit inputs"
-        if is_op(node, "MatMul") and not _has_weights(node):
+        if is_op(node, "MatMul") and not has_weights(node):
             return "products of two activations take 8-bit inputs"
         return None
 
@@ -409,8 +409,8 @@ class _Planner:
         shifts: dict[str, np.ndarray] = {}
         floors: dict[str, list[np.ndarray | float]] = {}
         axes: dict[str, set[int | None]] = {}
-        weighted = [node for node in self.nodes if node not in self.float_reasons and _has_weights(node)]
-        edges = {node for node in weighted if not (node in self.downstream_of_mac and node in self.upstream_of_mac)}
+        weighted = [node for node in self.nodes if node not in self.float_reasons and has_weights(node)]
+        edges = edge_layers(self.nodes, weighted)
         dtypes = weight_dtypes(weighted, edges, self.target, self.dtype, self.weight_request)
         for node in weighted:
             name = value_name(data_input(node, 1))
@@ -444,7 +444,7 @@ class _Planner:
                 scale = activations[value_name(data_input(node))].scale
                 biases[node.name or ""] = bias_format(scale, weights[name])
         for node in self.nodes:
-            if node in self.float_reasons or _has_weights(node) or not is_op(node, *_OPERANDS):
+            if node in self.float_reasons or has_weights(node) or not is_op(node, *_OPERANDS):
                 continue
             if node in self.regions or node in self.inner:
                 continue  # its constant becomes part of the table
@@ -474,11 +474,17 @@ def _span(interval: Range) -> float:
     return interval.high - interval.low
 
 
-def _has_weights(node: ir.Node) -> bool:
+def has_weights(node: ir.Node) -> bool:
     return is_op(node, *MAC_OPS) and const_of(data_input(node, 1)) is not None
 
 
-def _reach(nodes: list[ir.Node], *, forward: bool) -> set[ir.Node]:
+def edge_layers(nodes: list[ir.Node], weighted: Sequence[ir.Node]) -> set[ir.Node]:
+    """Those of `weighted` with no multiply-accumulate operator before them, or none after."""
+    inner = reach(nodes, forward=True) & reach(nodes, forward=False)
+    return set(weighted) - inner
+
+
+def reach(nodes: list[ir.Node], *, forward: bool) -> set[ir.Node]:
     """Nodes strictly after (`forward`) or strictly before some multiply-accumulate operator."""
     reached: set[ir.Node] = set()
     for node in nodes if forward else reversed(nodes):

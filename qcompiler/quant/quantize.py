@@ -18,6 +18,7 @@ from qcompiler.graph import (
     users,
     value_name,
 )
+from qcompiler.quant.dynamic import quantize_input, shift_bias
 from qcompiler.quant.formats import quantize_array
 from qcompiler.quant.operators import MAC_OPS
 from qcompiler.quant.qdq import Parameters, insert_pair
@@ -41,7 +42,8 @@ def quantize(model: ir.Model, plan: QuantPlan) -> ir.Model:
 
     Returns:
         A copy in which each planned activation goes through QuantizeLinear and DequantizeLinear, weights are stored
-        as integers behind a DequantizeLinear, and biases as int32 behind one. Operators that stay in float read
+        as integers behind a DequantizeLinear, and biases as int32 behind one. What is quantized at run time goes
+        through DynamicQuantizeLinear and DequantizeLinear, and its bias stays float. Operators that stay in float read
         the float tensor where one exists. Names of inputs, outputs and activations are kept.
     """
     result = model.clone()
@@ -53,6 +55,11 @@ def quantize(model: ir.Model, plan: QuantPlan) -> ir.Model:
     for value in [*graph.inputs, *(value for node in nodes for value in node.outputs)]:
         if value.name in plan.activations:
             _insert_pair(graph, value, plan)
+    for node in nodes:
+        if node.name in plan.dynamic:
+            quantize_input(node)
+            if (shift := plan.bias_shifts.get(node.name or "")) is not None:
+                shift_bias(node, shift)
     remove_dead(result)
     return result
 

@@ -274,7 +274,7 @@ def _shrink_scales(
         errors.append(found if fmt.axis is not None else np.full(1, found.sum()))
     factor = _FACTORS[np.argmin(np.stack(errors), axis=0)].reshape(fmt.scale.shape)
     floor = np.zeros(())
-    if (bias := const_of(input_of(node, 2))) is not None:
+    if (bias := const_of(input_of(node, 2))) is not None and node.name not in plan.dynamic:
         floor = least_weight_scale(bias.reshape(-1), _input_scale(node, plan))
         floor = floor if fmt.axis is not None and floor.size == fmt.scale.size else floor.max()
     scale = np.maximum(fmt.scale * factor, np.minimum(floor, fmt.scale))
@@ -296,7 +296,7 @@ def _with_bias(node: ir.Node, plan: QuantPlan, shift: np.ndarray | None) -> Quan
     biases, shifts = dict(plan.biases), dict(plan.bias_shifts)
     if shift is not None:
         shifts[name] = shift
-    if shift is not None or name in biases:
+    if name not in plan.dynamic and (shift is not None or name in biases):
         scale = plan.activations[value_name(data_input(node))].scale
         biases[name] = bias_format(scale, plan.weights[value_name(data_input(node, 1))])
     return replace(plan, biases=biases, bias_shifts=shifts)

@@ -15,8 +15,9 @@ WeightType = Literal["int8", "int4"]
 """int8 stands for the target's first 8-bit type."""
 
 
-ActivationType = Literal["int8", "int16"]
-"""int8 stands for the target's first 8-bit type."""
+ActivationType = Literal["int8", "int16", "dynamic"]
+"""int8 stands for the target's first 8-bit type; dynamic: float tensors, quantized to uint8 where they are multiplied,
+each by its own range at run time."""
 
 
 Scheme = Literal["rtn", "hqq", "gptq", "awq"]
@@ -95,3 +96,5 @@ class QuantPlan:
     """By node name, [output channels]: what to add to the bias to make up for the rounding of the weights."""
     rounded: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By initializer name: the integers of weights that are not each rounded to the nearest."""
+    dynamic: frozenset[str] = frozenset()
+    """Names of nodes whose first input is quantized by its range at run time; their outputs and biases are float."""

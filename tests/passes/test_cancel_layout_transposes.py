@@ -12,6 +12,7 @@ from qcompiler.graph import make_node, nodes_of, shape_of
 from qcompiler.integer import reference
 from qcompiler.integer.realize import realize
 from qcompiler.passes.cancel_layout_transposes import CancelLayoutTransposes
+from qcompiler.passes.rewriting import infer_types
 from qcompiler.target_loader import load_target
 from qcompiler.verify import verify, verify_shapes
 
@@ -168,7 +169,7 @@ def test_softmax_over_rows_keeps_its_transposes(net) -> None:
 def test_float_transposes_and_inputs_are_left_alone(net) -> None:
     g = net(11)
     x = g.input(1, 3, 8, 6)
-    y = g.op("Sigmoid", g.op("Transpose", g.op("Relu", x), perm=[0, 2, 3, 1]))
+    y = g.op("Exp", g.op("Transpose", g.op("Relu", x), perm=[0, 2, 3, 1]))
     model = g.model(y)
     before = ir.to_proto(model).SerializeToString()
     assert not CancelLayoutTransposes()(model).modified
@@ -232,3 +233,33 @@ def test_any_chain_means_the_same(model: ir.Model) -> None:
     assert got.shape == want.shape
     assert len(nodes_of(model.graph, "Transpose")) <= count
     assert not CancelLayoutTransposes()(model).modified
+
+
+def test_floats_between_layers() -> None:
+    """x → NCHW → Relu → Add → DynamicQuantizeLinear → NHWC: no Transpose is left, and nothing changes."""
+    rng = np.random.default_rng(2)
+    x = ir.Value(name="x", shape=ir.Shape((1, 4, 5, 3)), type=ir.TensorType(ir.DataType.FLOAT))
+    other = ir.Value(name="other", shape=ir.Shape((1, 4, 5, 3)), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x, other], [], nodes=[], opset_imports={"": 21}, name="floats")
+
+    def op(op_type: str, inputs: list[ir.Value], count: int = 1, **attributes: tuple[int, ...]) -> list[ir.Value]:
+        outputs = [ir.Value(name=f"{op_type}{len(graph)}_{index}") for index in range(count)]
+        node = make_node(op_type, inputs, outputs, dict(attributes))
+        infer_types(node)
+        graph.append(node)
+        return outputs
+
+    (first,), (second,) = (op("Transpose", [value], perm=(0, 3, 1, 2)) for value in (x, other))
+    (added,) = op("Add", [op("Relu", [first])[0], second])
+    integers, scale, zero_point = op("DynamicQuantizeLinear", [added], 3)
+    graph.outputs.extend([op("Transpose", [integers], perm=(0, 2, 3, 1))[0], scale, zero_point])
+    before = ir.Model(graph, ir_version=10)
+    after = before.clone()
+    assert CancelLayoutTransposes()(after).modified and not nodes_of(after.graph, "Transpose")
+    verify(after, "the pass")
+    verify_shapes(after, "the pass")
+    feeds = {name: rng.standard_normal((1, 4, 5, 3)).astype(np.float32) for name in ("x", "other")}
+    wanted, got = (list(reference.execute(model, feeds).values()) for model in (before, after))
+    for old, new in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert not CancelLayoutTransposes()(after).modified

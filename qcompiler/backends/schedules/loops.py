@@ -119,3 +119,15 @@ def schedule_float_conv(function: tirx.PrimFunc, host: HostCode, *, rank: int) -
     if threads > 1:
         s.parallel(s.fuse(batch, channels))
     return s.mod["main"]
+
+
+def schedule_dynamic_quantize(function: tirx.PrimFunc, host: HostCode) -> tirx.PrimFunc:
+    """Extremes per lane over strips, "low_lanes" and "high_lanes", and then the block "output" element by element."""
+    s = open_schedule(function)
+    for name in ("low_lanes", "high_lanes"):
+        block = s.get_sblock(name)
+        lane, strip = s.get_loops(block)
+        s.reorder(strip, lane)
+        s.vectorize(lane)
+        s.vectorize(s.get_loops(s.decompose_reduction(block, strip))[-1])
+    return vectorize_rows(s.mod["main"], host, element_bytes=4)
