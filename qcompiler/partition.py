@@ -1,23 +1,33 @@
 """Decide which operator runs where, and cut the integer graph into regions.
 
-An operator runs on the first accelerator of which a rule takes it (and the backend, asked through `can_run`,
-agrees), else on the CPU, with the reason.
-
-An island on the accelerator that costs more to reach than it saves goes back to the CPU, and so does an operator at
-the edge of a region that the CPU runs faster, such as the transpose of an NCHW input.
+An operator can run on every accelerator of which a rule takes it (and the backend, asked through `can_run`, agrees),
+and on the CPU. `partition_search` chooses, by what operators and hand-overs are estimated to take. An operator left to
+the CPU carries the reason: an accelerator's refusal, or what running it there would cost. What other backends would
+take stands beside every choice.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.graph import const_of
 from qcompiler.integer.facts import facts_of_integer
-from qcompiler.partition_cost import accelerator_seconds, host_seconds, tensor_bytes
-from qcompiler.regions import Region, border, cut, predecessors
+from qcompiler.partition_cost import accelerator_seconds, host_seconds, inward_seconds
+from qcompiler.partition_search import Crossing, Placing, Problem, components, moved, search
+from qcompiler.regions import Region, cut
 from qcompiler.simulator.cost import crossing_cost
 from qcompiler.target import AcceleratorName, Backend, OpFacts, Refusal, Target, joined_reasons
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another backend for an operator."""
+
+    backend: Backend
+    seconds: float | None
+    """What it would take there, hand-overs apart; None if it cannot run there."""
+    refusal: str | None
+    """Why it cannot."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,11 @@ class Placement:
     engine: str
     precision: str
     reason: str | None
-    """Why the accelerator does not run it; None where it does, or where there is none."""
+    """Why no accelerator runs it; None where one does, or where there is none."""
+    seconds: float = 0.0
+    """What it takes by the estimate that placed it."""
+    alternatives: tuple[Alternative, ...] = ()
+    """All other backends of the target."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +59,6 @@ class Partition:
 CanRun = Callable[[ir.Node, AcceleratorName], str | None]
 """Why an accelerator's backend cannot run an operator that a rule takes, or None if it can."""
 
-_CPU = "cpu"
-
 
 def partition(
     model: ir.Model, target: Target, *, can_run: CanRun | None = None, keep_islands: bool = False
@@ -55,158 +67,110 @@ def partition(
 
     Args:
         model: the realized graph, after the layout passes.
-        target: its rules place operators; its costs judge islands. Without an accelerator there is one CPU region.
+        target: its rules say what can run where, its costs what is best. Without an accelerator there is one CPU
+            region.
         can_run: the refusal of an accelerator's backend, asked after a rule has matched.
-        keep_islands: leave islands on the accelerator even where crossing costs more than it saves.
+        keep_islands: use the first accelerator that can run an operator, even where that costs more than it saves.
     """
     judged = {node: _judge(node, target, can_run) for node in model.graph}
-    if not keep_islands:
-        while (island := _worst_island(judged, target)) is not None:
-            judged.update({node: _give_back(judged[node], island) for node in island.nodes})
-        while (edge := _losing_edge(judged, target)) is not None:
-            judged.update(edge)
-    placements = tuple(item.placement for item in judged.values())
-    return Partition(_cut(judged), placements)
+    items = tuple(judged.values())
+    problem = Problem(tuple(judged), tuple(item.seconds for item in items), _crossings(target))
+    eager: Placing = tuple(next(iter(item.seconds)) for item in items)
+    placing = eager if keep_islands else search(problem, (eager,))
+    reasons = _Reasons(problem, placing, items)
+    placements = tuple(
+        item.placed(backend, reasons.of(index))
+        for index, (item, backend) in enumerate(zip(items, placing, strict=True))
+    )
+    return Partition(cut(dict(zip(judged, placing, strict=True))), placements)
 
 
-# --- placing ------------------------------------------------------------------------------------------------
+def _crossings(target: Target) -> dict[AcceleratorName, Crossing]:
+    found: dict[AcceleratorName, Crossing] = {}
+    for name, unit in target.accelerators.items():
+        sync = crossing_cost(unit, 0).seconds
+        found[name] = Crossing(sync, crossing_cost(unit, 1).seconds - sync + inward_seconds(unit))
+    return found
+
+
+# --- what can run where -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Judged:
+    node: str
     facts: OpFacts
-    placement: Placement
+    engines: Mapping[Backend, str]
+    """By the backends that can run it, accelerators first."""
+    seconds: Mapping[Backend, float]
+    """What it takes there."""
+    refusals: Mapping[AcceleratorName, str]
 
-    @property
-    def backend(self) -> Backend:
-        return self.placement.backend
+    def placed(self, backend: Backend, reason: str | None) -> Placement:
+        others = [Alternative(name, seconds, None) for name, seconds in self.seconds.items() if name != backend]
+        others += [Alternative(name, None, refusal) for name, refusal in self.refusals.items()]
+        return Placement(
+            self.node, self.facts.op, backend, self.engines[backend], self.facts.precision, reason,
+            self.seconds[backend], tuple(others),
+        )  # fmt: skip
 
 
 def _judge(node: ir.Node, target: Target, can_run: CanRun | None) -> _Judged:
     facts = facts_of_integer(node)
     assert node.name, "every node is named"
-    on_cpu = Placement(node.name, facts.op, "cpu", _CPU, facts.precision, None)
-    reasons: dict[AcceleratorName, str] = {}
-    for name in target.accelerators:
+    engines: dict[Backend, str] = {}
+    seconds: dict[Backend, float] = {}
+    refusals: dict[AcceleratorName, str] = {}
+    for name, unit in target.accelerators.items():
         match = target.match_on(name, facts)
         if isinstance(match, Refusal):
-            reasons[name] = match.reason
+            refusals[name] = match.reason
         elif can_run is not None and (reason := can_run(node, name)) is not None:
-            reasons[name] = reason
+            refusals[name] = reason
         else:
-            return _Judged(facts, replace(on_cpu, backend=name, engine=match.engine))
-    return _Judged(facts, replace(on_cpu, reason=joined_reasons(reasons) if reasons else None))
+            engines[name] = match.engine
+            seconds[name] = accelerator_seconds(node, facts, match.engine, unit)
+    engines["cpu"], seconds["cpu"] = "cpu", host_seconds(node, facts, target)
+    return _Judged(node.name, facts, engines, seconds, refusals)
 
 
-def _cut(judged: Mapping[ir.Node, _Judged]) -> tuple[Region, ...]:
-    return cut({node: item.backend for node, item in judged.items()})
+# --- reasons ------------------------------------------------------------------------------------------------
 
 
-# --- islands ------------------------------------------------------------------------------------------------
+class _Reasons:
+    """Why operators are on the CPU."""
+
+    def __init__(self, problem: Problem, placing: Placing, items: Sequence[_Judged]) -> None:
+        self.problem, self.placing, self.items = problem, placing, items
+        self.total = problem.total(placing)
+        self.islands: dict[tuple[int, AcceleratorName], tuple[int, ...]] = {}
+        """The operators on the CPU that an accelerator could run together with one of them."""
+        for name in problem.crossings:
+            able = {node for node, seconds in enumerate(problem.seconds) if placing[node] == "cpu" and name in seconds}
+            for group in components(problem, able, placing):
+                self.islands |= {(node, name): group for node in group}
+
+    def of(self, node: int) -> str | None:
+        if self.placing[node] != "cpu":
+            return None
+        item = self.items[node]
+        reasons: dict[AcceleratorName, str] = {
+            name: item.refusals[name] if name in item.refusals else self._cost(node, name)
+            for name in self.problem.crossings
+        }
+        return joined_reasons(reasons) if reasons else None
+
+    def _cost(self, node: int, name: AcceleratorName) -> str:
+        there, here = self.items[node].seconds[name], self.items[node].seconds["cpu"]
+        if there >= here:
+            return f"supported, but takes {_micro(there)} there and {_micro(here)} on the CPU beside it"
+        for group in (self.islands[node, name], (node,)):
+            saving = sum(self.items[member].seconds["cpu"] - self.items[member].seconds[name] for member in group)
+            if saving > 0:
+                break
+        crossing = self.problem.total(moved(self.placing, group, name)) - self.total + saving
+        return f"supported, but crossing costs {_micro(crossing)} and saves {_micro(saving)}"
 
 
-@dataclass(frozen=True)
-class _Island:
-    """Connected accelerator operators of one region."""
-
-    nodes: tuple[ir.Node, ...]
-    crossing: float
-    """Seconds to hand it over and back."""
-    saving: float
-    """Seconds the accelerator is faster."""
-
-    @property
-    def loss(self) -> float:
-        return self.crossing - self.saving
-
-
-def _give_back(item: _Judged, island: _Island) -> _Judged:
-    crossing, saving = (f"{seconds * 1e6:.1f} µs" for seconds in (island.crossing, max(island.saving, 0.0)))
-    reason = f"supported, but crossing costs {crossing} and saves {saving}"
-    return replace(item, placement=replace(item.placement, backend="cpu", engine=_CPU, reason=reason))
-
-
-def _worst_island(judged: Mapping[ir.Node, _Judged], target: Target) -> _Island | None:
-    """The island that loses most, or None if none loses."""
-    losing: list[_Island] = []
-    for region in _cut(judged):
-        if region.backend != "cpu":
-            groups = _components(region.nodes)
-            losing += [
-                island
-                for nodes in groups
-                if (island := _island(nodes, judged, target, region.backend, alone=len(groups) == 1)).loss > 0
-            ]
-    return max(losing, key=lambda island: island.loss, default=None)
-
-
-def _island(
-    nodes: tuple[ir.Node, ...],
-    judged: Mapping[ir.Node, _Judged],
-    target: Target,
-    backend: AcceleratorName,
-    *,
-    alone: bool,
-) -> _Island:
-    """Price a component; one that shares its region with others shares their synchronization too."""
-    unit = target.accelerators[backend]
-    inputs, outputs = border(nodes)
-    by_others = [
-        value for value in inputs if (made_by := value.producer()) is None or judged[made_by].backend != backend
-    ]
-    to_others = [
-        value
-        for value in outputs
-        if value.is_graph_output() or any(judged[use.node].backend != backend for use in value.uses())
-    ]
-    crossing = crossing_cost(unit, sum(tensor_bytes(value) for value in (*by_others, *to_others))).seconds
-    if not alone:
-        crossing -= crossing_cost(unit, 0).seconds
-    saving = sum(
-        host_seconds(node, judged[node].facts, target)
-        - accelerator_seconds(node, judged[node].facts, judged[node].placement.engine, unit)
-        for node in nodes
-    )
-    return _Island(nodes, crossing, saving)
-
-
-def _losing_edge(judged: Mapping[ir.Node, _Judged], target: Target) -> dict[ir.Node, _Judged] | None:
-    """The first operator that the CPU could run before or after its region, faster, with what crosses counted."""
-    for node, item in judged.items():
-        if item.backend == "cpu":
-            continue
-        unit = target.accelerators[item.backend]
-        before = [value for value in node.inputs if value is not None and const_of(value) is None]
-        first = all((made_by := value.producer()) is None or judged[made_by].backend == "cpu" for value in before)
-        last = all(judged[use.node].backend == "cpu" for value in node.outputs for use in value.uses())
-        if first == last:  # inside its region, or an island of its own, which is judged as such
-            continue
-        grown = sum(map(tensor_bytes, node.outputs)) - sum(map(tensor_bytes, before))
-        crossing = (grown if first else -grown) / unit.crossing.bandwidth.per_cycle(unit.clock) / unit.clock
-        there = accelerator_seconds(node, item.facts, item.placement.engine, unit)
-        here = host_seconds(node, item.facts, target) + crossing
-        if here < there:
-            reason = f"supported, but takes {there * 1e6:.1f} µs there and {here * 1e6:.1f} µs on the CPU beside it"
-            placement = replace(item.placement, backend="cpu", engine=_CPU, reason=reason)
-            return {node: replace(item, placement=placement)}
-    return None
-
-
-def _components(nodes: tuple[ir.Node, ...]) -> list[tuple[ir.Node, ...]]:
-    """Connected parts, each in execution order."""
-    leader = {node: node for node in nodes}
-
-    def find(node: ir.Node) -> ir.Node:
-        while leader[node] is not node:
-            leader[node] = leader[leader[node]]
-            node = leader[node]
-        return node
-
-    for node in nodes:
-        for made_by in predecessors(node):
-            if made_by in leader:
-                leader[find(node)] = find(made_by)
-    groups: dict[ir.Node, list[ir.Node]] = {}
-    for node in nodes:
-        groups.setdefault(find(node), []).append(node)
-    return [tuple(group) for group in groups.values()]
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs"

@@ -87,6 +87,16 @@ def _npu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, npu: Npu) -> f
     return max(busy, _weight_bytes(node) / memory.bandwidth.per_cycle(npu.clock)) / npu.clock
 
 
+def inward_seconds(unit: Npu | Gpu) -> float:
+    """What a byte takes between external memory and scratchpad, where an accelerator has one."""
+    if isinstance(unit, Gpu):
+        return 0.0
+    path = unit.path_between(unit.memory_name("external"), unit.memory_name("scratchpad"))
+    assert path is not None
+    speeds = (unit.dma[path].bandwidth, unit.external.bandwidth, unit.scratchpad.bandwidth)
+    return 1 / min(speed.per_cycle(unit.clock) for speed in speeds) / unit.clock
+
+
 def _bytes_in_bursts(node: ir.Node, npu: Npu) -> int:
     """What moving the output takes from the scratchpad: a transpose reads every run of kept elements as a burst."""
     moved = tensor_bytes(node.outputs[0])

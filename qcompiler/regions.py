@@ -37,55 +37,97 @@ def cut(backends: Mapping[ir.Node, Backend]) -> tuple[Region, ...]:
     Args:
         backends: where each node runs; in graph order.
     """
-    makers = {node: predecessors(node) for node in backends}
-    waiting = list(backends)
-    done: set[ir.Node] = set()
+    nodes = list(backends)
     regions: list[Region] = []
-    while waiting:
-        reached: dict[Backend, dict[ir.Node, None]] = {}
-        for candidate in ORDER:
-            if found := _reached(waiting, backends, makers, done, candidate):
-                reached[candidate] = found
-        prompt: list[Backend] = [name for name in reached if not _gains(name, reached, waiting, backends, makers, done)]
-        # Where everyone had better wait for someone, the CPU begins.
-        backend = prompt[0] if prompt else sorted(reached)[0]
-        nodes = reached[backend]
-        inputs, outputs = border(nodes)
-        regions.append(Region(f"{backend}_{len(regions)}", backend, tuple(nodes), inputs, outputs))
-        done.update(nodes)
-        waiting = [node for node in waiting if node not in done]
+    for number, (backend, members) in enumerate(runs(makers_of(nodes), list(backends.values()))):
+        inside = tuple(nodes[index] for index in members)
+        regions.append(Region(f"{backend}_{number}", backend, inside, *border(inside)))
     return tuple(regions)
 
 
-def _reached(
-    waiting: Sequence[ir.Node],
-    backends: Mapping[ir.Node, Backend],
-    makers: Mapping[ir.Node, Sequence[ir.Node]],
-    done: set[ir.Node],
-    backend: Backend,
-) -> dict[ir.Node, None]:
-    """What a backend can run now without waiting for another, in graph order."""
-    found: dict[ir.Node, None] = {}
-    for node in waiting:
-        if backends[node] == backend and all(made_by in done or made_by in found for made_by in makers[node]):
-            found[node] = None
+def makers_of(nodes: Sequence[ir.Node]) -> tuple[tuple[int, ...], ...]:
+    """Of each node those it reads from, each once, as positions."""
+    position = {node: index for index, node in enumerate(nodes)}
+    return tuple(tuple(sorted({position[made_by] for made_by in predecessors(node)})) for node in nodes)
+
+
+def runs(makers: Sequence[Sequence[int]], backends: Sequence[Backend]) -> list[tuple[Backend, list[int]]]:
+    """Regions as positions of nodes, each sorted, in execution order.
+
+    Args:
+        makers: of each node the earlier ones it reads from, each once.
+        backends: where each node runs.
+    """
+    execution = _Execution(makers, backends)
+    found: list[tuple[Backend, list[int]]] = []
+    while backend := execution.next():
+        found.append((backend, execution.run(backend)))
     return found
 
 
-def _gains(
-    backend: Backend,
-    reached: Mapping[Backend, Mapping[ir.Node, None]],
-    waiting: Sequence[ir.Node],
-    backends: Mapping[ir.Node, Backend],
-    makers: Mapping[ir.Node, Sequence[ir.Node]],
-    done: set[ir.Node],
-) -> bool:
-    """Whether the backend could run more once another that is ready has run."""
-    return any(
-        len(_reached(waiting, backends, makers, done | reached[other].keys(), backend)) > len(reached[backend])
-        for other in reached
-        if other != backend
-    )
+@dataclass(frozen=True)
+class _Reach:
+    """What a backend can run without waiting for another."""
+
+    nodes: list[int]
+    left: dict[int, int]
+    """Unmet inputs of the nodes that read from those, by node."""
+
+
+class _Execution:
+    """Nodes run when what they read from has run."""
+
+    def __init__(self, makers: Sequence[Sequence[int]], backends: Sequence[Backend]) -> None:
+        self.backends = backends
+        self.users: list[list[int]] = [[] for _ in makers]
+        for node, read in enumerate(makers):
+            for made_by in read:
+                self.users[made_by].append(node)
+        self.left = [len(read) for read in makers]
+        self.ready: dict[Backend, list[int]] = {backend: [] for backend in ORDER}
+        for node, count in enumerate(self.left):
+            if not count:
+                self.ready[backends[node]].append(node)
+
+    def next(self) -> Backend | None:
+        """Who runs next; None when everything has run."""
+        able: list[Backend] = [backend for backend in ORDER if self.ready[backend]]
+        if len(able) < 2:
+            return able[0] if able else None
+        reach: dict[Backend, _Reach] = {backend: self._reach(backend, {}) for backend in able}
+        for backend in able:
+            if not any(self._gains(backend, reach[backend], reach[other]) for other in able if other != backend):
+                return backend
+        # Everyone had better wait for someone.
+        return "cpu" if "cpu" in able else able[0]
+
+    def run(self, backend: Backend) -> list[int]:
+        """Run all a backend can, and return it in graph order."""
+        reach = self._reach(backend, {})
+        self.ready[backend] = []
+        for node, count in reach.left.items():
+            self.left[node] = count
+            if not count and self.backends[node] != backend:
+                self.ready[self.backends[node]].append(node)
+        return sorted(reach.nodes)
+
+    def _reach(self, backend: Backend, left: Mapping[int, int]) -> _Reach:
+        """What a backend can run, where `left` holds the unmet inputs once another has run."""
+        changed = dict(left)
+        stack = self.ready[backend] + [node for node, n in left.items() if not n and self.backends[node] == backend]
+        nodes: list[int] = []
+        while stack:
+            node = stack.pop()
+            nodes.append(node)
+            for user in self.users[node]:
+                changed[user] = changed.get(user, self.left[user]) - 1
+                if not changed[user] and self.backends[user] == backend:
+                    stack.append(user)
+        return _Reach(nodes, changed)
+
+    def _gains(self, backend: Backend, alone: _Reach, other: _Reach) -> bool:
+        """Whether the backend could run more once another has run."""
+        return len(self._reach(backend, other.left).nodes) > len(alone.nodes)
 
 
 def border(nodes: Iterable[ir.Node]) -> tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]:
@@ -107,5 +149,6 @@ def border(nodes: Iterable[ir.Node]) -> tuple[tuple[ir.Value, ...], tuple[ir.Val
 
 
 def predecessors(node: ir.Node) -> list[ir.Node]:
+    """The nodes that made its inputs."""
     makers = [value.producer() for value in node.inputs if value is not None]
     return [made_by for made_by in makers if made_by is not None]
