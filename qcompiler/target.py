@@ -141,6 +141,8 @@ class Memory(Spec):
     size: Bytes
     bandwidth: Bandwidth
     latency: Duration
+    """Of a read, and of a write unless `write_latency` is given."""
+    write_latency: Duration | None = None
     energy: Energy
     alignment: Bytes = 16
     burst: Bytes = 32
@@ -588,6 +590,8 @@ class Npu(Accelerator):
     """How constant int8 weights are kept in memory; the engines decode them as fast as they read them."""
     keeps_feature_maps: bool = True
     """Whether feature maps may stay in the scratchpad between operators; else each goes out to external memory."""
+    reads_constants_in_place: bool = False
+    """Whether engines reach the constants' memory themselves, for what is read only once; else DMA brings all in."""
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

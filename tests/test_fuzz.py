@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import tvm
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.backends import npu
+from qcompiler.backends import accelerators, npu
 from qcompiler.compile import place
 from qcompiler.graph import value_name
 from qcompiler.integer.reference import Executor
@@ -214,7 +215,7 @@ def cases(seed: int, folder: Path) -> Iterator[Case]:
     chip = TARGETS[seed % len(TARGETS)]
     placed = place(file, chip, Options(calibration={"x": data}))
     target = shrunk(placed.target, SCRATCHPADS[seed // len(TARGETS) % len(SCRATCHPADS)])
-    parts = partition(placed.integer, target, can_run=lambda node: npu.can_run(node, target), keep_islands=True)
+    parts = partition(placed.integer, target, can_run=partial(accelerators.can_run, target=target), keep_islands=True)
     reference = Executor(placed.integer)
     regions = [region for region in parts.regions if region.backend == "npu"]
     names = [value_name(value) for region in regions for value in (*region.inputs, *region.outputs)]

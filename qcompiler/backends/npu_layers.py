@@ -105,6 +105,8 @@ def recipe_of(node: ir.Node, target: Target) -> Recipe | str:
         return _clip(node, target)
     if is_op(node, "Transpose"):
         return _transpose(node, target)
+    if is_op(node, "Slice"):
+        return _slice(node, target)
     make_moves = _MOVES.get(node.op_type) if is_op(node, node.op_type) else None
     return make_moves(node) if make_moves is not None else f"the NPU's driver has no {node.op_type}"
 
@@ -624,7 +626,8 @@ def _split(node: ir.Node) -> Recipe | str:
     return Moves(tuple(copies))
 
 
-def _slice(node: ir.Node) -> Recipe | str:
+def _slice(node: ir.Node, target: Target) -> Recipe | str:
+    """By DMA; every other channel, which has no runs, by a convolution that picks them, on chips that have one."""
     source, shape = shape_of(data_input(node)), shape_of(node.outputs[0])
     rank = len(source)
     constants = [const_of(input_of(node, index)) for index in range(1, 5)]
@@ -641,8 +644,38 @@ def _slice(node: ir.Node) -> Recipe | str:
         size = source[axis]
         start[axis] = min(max(first + size if first < 0 else first, 0), size)
         step[axis] = stride
+    if step[-1] > 1 and shape[-1] > 1 and source[:-1] == shape[:-1] and _multiplies(data_input(node), target):
+        channels = np.arange(start[-1], start[-1] + shape[-1] * step[-1], step[-1])
+        return _pick(node, channels, target)
     axes_in_order = tuple(range(rank))
     return Moves((Copy(0, source, axes_in_order, tuple(start), tuple(step), 0, shape, _zeros(rank), shape),))
+
+
+def _multiplies(ifm: ir.Value, target: Target) -> bool:
+    """Whether an engine multiplies a feature map by int8 weights."""
+    assert target.npu is not None
+    pair = f"{dtype_of(ifm)}*int8"
+    return any("Conv" in rule.ops and pair in rule.precisions for rule in target.npu.rules)
+
+
+def _pick(node: ir.Node, channels: np.ndarray, target: Target) -> Work:
+    """Some channels of each pixel, by a 1x1 convolution with a weight of one for each and a factor of one."""
+    ifm, ofm = as_rows(shape_of(data_input(node))), as_rows(shape_of(node.outputs[0]))
+    weights = np.zeros((len(channels), ifm[3]), np.int8)
+    weights[np.arange(len(channels)), channels] = 1
+    factors = arithmetic.multipliers(np.ones(len(channels)), target.quantization.requantize)
+    dtype, variant = _dtype_index(data_input(node)), _variant(target.quantization.requantize)
+
+    def issue(emit: Emitter, tile: Tile) -> None:
+        weights_at, scales_at = tile.streams
+        emit.call(isa.KERNEL, 1, 1, 1, 1, 1, 1, 0, 0)
+        emit.call(isa.WEIGHTS, weights_at.base, weights_at.offset, isa.DTYPES.index("int8"), 0)
+        emit.call(isa.SCALES, scales_at.base, scales_at.offset, variant)
+        emit.call(isa.CONV, ifm[3], tile.depth)
+
+    streams = (_weight_stream(weights, 0), Stream(_records(*factors, np.zeros(len(channels), np.int32)), RECORD_BYTES))
+    operand = MapOperand(0, ifm, Same(), Same(), Whole(ifm[3]), dtype, 0)
+    return Work(ofm, dtype, 0, _range_of(node.outputs[0]), (operand,), streams, issue)
 
 
 def _pad(node: ir.Node) -> Recipe | str:
@@ -674,6 +707,5 @@ _MOVES: Mapping[str, Callable[[ir.Node], Recipe | str]] = {
     "Identity": _reshape,
     "Concat": _concat,
     "Split": _split,
-    "Slice": _slice,
     "Pad": _pad,
 }

@@ -161,10 +161,14 @@ class _Loops:
 
     def load_stream(self, index: int, tile: Index) -> None:
         stream = self.work.streams[index]
-        source = self.step.streams[index] + self._position("c", tile) * self.tiling.c * stream.unit
+        source = self._constants(index, tile)
         size = self._length("c", tile) * stream.unit if stream.unit else len(stream.data)
         target = self._slot(len(self.work.maps) + index, stream, tile)
         self.emit.call(isa.DMA, isa.SCRATCHPAD, target, 0, 0, self.step.blob, source, 0, 0, 1, 1, size)
+
+    def _constants(self, index: int, tile: Index) -> Index:
+        """Where a tile's constants lie among all."""
+        return self.step.streams[index] + self._position("c", tile) * self.tiling.c * self.work.streams[index].unit
 
     # --- positions ---
 
@@ -213,7 +217,8 @@ class _Loops:
     def _streamed(self) -> list[tuple[int, MapOperand | Stream]]:
         """The operands that need fetching, with the number of their buffer."""
         maps = [(i, m) for i, m in enumerate(self.work.maps) if not self.step.maps[i].resident]
-        return [*maps, *((len(self.work.maps) + i, stream) for i, stream in enumerate(self.work.streams))]
+        streams = () if self.tiling.in_place else self.work.streams
+        return [*maps, *((len(self.work.maps) + i, stream) for i, stream in enumerate(streams))]
 
     def _load_first(self, *, prefetched: bool) -> bool:
         loaded = [(i, operand) for i, operand in self._streamed() if not (prefetched and isinstance(operand, Stream))]
@@ -331,7 +336,9 @@ class _Loops:
         start = (self._start("y", tile), self._start("x", tile), self._start("c", tile))
         first_stream = len(self.work.maps)
         streams = tuple(
-            Address(isa.SCRATCHPAD, self._slot(first_stream + index, stream, tile))
+            Address(self.step.blob, self._constants(index, tile))
+            if self.tiling.in_place
+            else Address(isa.SCRATCHPAD, self._slot(first_stream + index, stream, tile))
             for index, stream in enumerate(self.work.streams)
         )
         self.work.issue(self.emit, Tile(start, lengths[2], self.tiling.c, tuple(windows), streams))

@@ -24,7 +24,7 @@ from qcompiler.backends.npu_layout import (
 )
 from qcompiler.backends.npu_loops import Fill, Placed, TiledWork, Transfer
 from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
-from qcompiler.backends.npu_tiling import MapOperand, Prices, Tiling, Work, choose_tiling
+from qcompiler.backends.npu_tiling import MapOperand, Prices, Tiling, Work, choose_tiling, fills_blocks
 from qcompiler.graph import const_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
@@ -130,6 +130,11 @@ class _Fit:
 
 _EVICTION_TRIALS = 24
 
+_SLIMMING = 0.01
+"""Share of the cycles of traffic that may be paid for a smaller peak."""
+
+_SLIMMING_TRIALS = 24
+
 
 def schedule(region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> Schedule:
     """Raises AssertionError if some smallest tile does not fit: ask `npu.can_run` first."""
@@ -188,12 +193,12 @@ class _Scheduler:
         else:
             streamed = set(self.lives)
         fit = self._fit(streamed)
-        return self._finish(self._improve(fit) if len(fit.evicted) > len(streamed) else fit)
+        return self._finish(self._slim(self._improve(fit) if len(fit.evicted) > len(streamed) else fit))
 
-    def _fit(self, evicted: Iterable[ir.Value]) -> _Fit:
-        """A schedule whose buffers have places, at least these roots being evicted."""
+    def _fit(self, evicted: Iterable[ir.Value], limits: Sequence[int] | None = None) -> _Fit:
+        """A schedule whose buffers have places, at least these roots being evicted, tiles being within limits."""
         out = set(evicted)
-        limits = [self.capacity] * len(self.recipes)
+        limits = [self.capacity] * len(self.recipes) if limits is None else list(limits)
         alone: set[int] = set()
         while True:
             draft = self._draft(out, limits, alone)
@@ -215,6 +220,32 @@ class _Scheduler:
             if not isinstance(draft, int) and draft.cycles < fit.draft.cycles:
                 trial = self._fit(out)
                 fit = trial if trial.draft.cycles < fit.draft.cycles else fit
+        return fit
+
+    def _slim(self, fit: _Fit) -> _Fit:
+        """Tile finer where the scratchpad is fullest, as long as that costs next to nothing."""
+        affordable = fit.draft.cycles * (1 + _SLIMMING)
+        limits = [self.capacity] * len(self.recipes)
+        for _ in range(_SLIMMING_TRIALS):
+            live = [live_bytes(fit.plan.buffers, step, self.alignment) for step in range(len(self.recipes))]
+            fullest = max(range(len(live)), key=live.__getitem__, default=0)
+            steps = [
+                (sum(tiling.buffers), index)
+                for index, tiling in enumerate(fit.draft.tilings)
+                if tiling is not None and (index == fullest or (index - 1 == fullest and index in fit.draft.prefetched))
+            ]
+            size, index = max(steps, default=(0, 0))
+            if not size:
+                break
+            limits[index] = size - 1
+            work = self.recipes[index]
+            finer = self._tiling(index, work, set(fit.evicted), size - 1) if isinstance(work, Work) else None
+            if finer is None or not fills_blocks(finer, work):
+                break
+            trial = self._fit(fit.evicted, limits)
+            if trial.evicted != fit.evicted or trial.plan.peak > fit.plan.peak or trial.draft.cycles > affordable:
+                break
+            fit = trial
         return fit
 
     def _draft(self, evicted: set[ir.Value], limits: Sequence[int], alone: set[int]) -> _Draft | int:
@@ -266,7 +297,8 @@ class _Scheduler:
         for index, (tiling, recipe) in enumerate(zip(tilings, self.recipes, strict=True)):
             if tiling is None or not isinstance(recipe, Work):
                 continue
-            names = [_tile_name(index, len(recipe.maps) + number) for number in range(len(recipe.streams))]
+            streams = 0 if tiling.in_place else len(recipe.streams)
+            names = [_tile_name(index, len(recipe.maps) + number) for number in range(streams)]
             extra = sum(buffers[by_name[name]].size for name in names)
             if previous is not None and names and index not in alone:
                 live = [live_bytes(buffers, step, self.alignment) for step in range(previous, index)]

@@ -277,8 +277,10 @@ class Tiling:
     """2: the next tile is fetched and the last one stored while this one is computed."""
     counts: tuple[int, int, int, int]
     """Tiles along n, y, x, c."""
+    in_place: bool
+    """The engine reads the constants where they lie."""
     buffers: tuple[int, ...]
-    """Scratchpad bytes of all slots: one entry per feature map, one per stream, one for the OFM; 0 = resident."""
+    """Scratchpad bytes of all slots: one entry per feature map, one per stream, one for the OFM; 0 = none needed."""
     moved: int
     """Bytes of DMA traffic."""
     cycles: float
@@ -324,6 +326,8 @@ class Prices:
     constants: Bus
     engine_cycles_per_byte: float
     """Of operands an engine reads or writes in the scratchpad."""
+    constants_in_place: bool
+    """Whether engines reach the constants' memory."""
 
     @classmethod
     def of(cls, npu: Npu) -> "Prices":
@@ -339,7 +343,9 @@ class Prices:
             latency = max(memory.latency.cycles(npu.clock), npu.scratchpad.latency.cycles(npu.clock))
             return Bus(latency + dma.setup.cycles(npu.clock), 1 / rate, memory.burst)
 
-        return cls(bus(npu.memory_name("external")), bus(npu.weight_memory), 1 / scratchpad)
+        return cls(
+            bus(npu.memory_name("external")), bus(npu.weight_memory), 1 / scratchpad, npu.reads_constants_in_place
+        )
 
 
 def extents(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -359,17 +365,19 @@ def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment
     `resident` says for each feature map, and last for the OFM, that it is in the scratchpad already. Cost is the
     cycles of DMA and of the engine's accesses to the scratchpad, plus those the engine has to wait for: the first
     tile's fetch and the last one's store if there are two slots, all DMA otherwise. MACs are the same for
-    every tiling and left out.
+    every tiling and left out. Constants stay where they are if the engine reaches them there and reads each only
+    once, as for an OFM of one pixel.
     """
+    in_place = prices.constants_in_place and work.ofm[:3] == (1, 1, 1)
     for fine in (False, True):
         best: Tiling | None = None
         for tile in _candidates(work, planes=all(resident), fine=fine):
             for slots in (2, 1):
-                buffers = _buffers(work, resident, tile, slots, alignment)
+                buffers = _buffers(work, resident, tile, slots, alignment, in_place=in_place)
                 if sum(buffers) > budget:
                     continue
                 for order in ("cnyx", "nyxc"):
-                    tiling = _evaluate(work, resident, tile, order, slots, buffers, prices)
+                    tiling = _evaluate(work, resident, tile, order, slots, buffers, prices, in_place=in_place)
                     if best is None or tiling.cycles < best.cycles:
                         best = tiling
                 break
@@ -378,10 +386,16 @@ def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment
     return None
 
 
+def fills_blocks(tiling: Tiling, work: Work) -> bool:
+    """Whether its tiles are whole blocks of channels, as arrays want them."""
+    return tiling.c >= min(CHANNEL_STEP, work.ofm[3])
+
+
 def smallest_need(work: Work, alignment: int) -> int:
     """Scratchpad bytes of the smallest tile, nothing being resident."""
     nothing = (False,) * (len(work.maps) + 1)
-    return min(sum(_buffers(work, nothing, tile, 1, alignment)) for tile in _candidates(work, planes=False, fine=True))
+    tiles = _candidates(work, planes=False, fine=True)
+    return min(sum(_buffers(work, nothing, tile, 1, alignment, in_place=False)) for tile in tiles)
 
 
 def _candidates(work: Work, *, planes: bool, fine: bool) -> Iterator[tuple[int, int, int]]:
@@ -423,7 +437,7 @@ def _tile_counts(work: Work, tile: tuple[int, int, int]) -> tuple[int, int, int,
 
 
 def _buffers(
-    work: Work, resident: tuple[bool, ...], tile: tuple[int, int, int], slots: int, alignment: int
+    work: Work, resident: tuple[bool, ...], tile: tuple[int, int, int], slots: int, alignment: int, *, in_place: bool
 ) -> tuple[int, ...]:
     counts = dict(zip("nyxc", _tile_counts(work, tile), strict=True))
 
@@ -435,7 +449,7 @@ def _buffers(
     for operand, is_resident in zip(work.maps, resident, strict=False):
         y, x, c = extents(operand, tile)
         sizes.append(0 if is_resident else needed(y * x * c, operand.follows))
-    sizes += [needed(stream.extent(tile[2]), stream.follows) for stream in work.streams]
+    sizes += [0 if in_place else needed(stream.extent(tile[2]), stream.follows) for stream in work.streams]
     sizes.append(0 if resident[-1] else needed(tile[0] * tile[1] * tile[2], lambda axis: True))
     return tuple(sizes)
 
@@ -448,6 +462,8 @@ def _evaluate(
     slots: int,
     buffers: tuple[int, ...],
     prices: Prices,
+    *,
+    in_place: bool,
 ) -> Tiling:
     counts = _tile_counts(work, tile)
     by_axis = dict(zip("nyxc", counts, strict=True))
@@ -466,7 +482,9 @@ def _evaluate(
         cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
         waited += prices.maps.cycles(1, y * x * c, run)
         moved += size
-    for stream in work.streams:
+    if in_place:
+        cycles += sum(len(stream.data) for stream in work.streams) * prices.constants.cycles_per_byte
+    for stream in () if in_place else work.streams:
         size = len(stream.data) * _reloads(order, by_axis, stream.follows)
         first = stream.extent(tile[2])
         in_tile += first
@@ -481,7 +499,7 @@ def _evaluate(
         moved += size
     engine = tiles * (in_tile * prices.engine_cycles_per_byte + TILE_CYCLES)
     total = engine + cycles + (waited if slots == 2 else cycles)
-    return Tiling(*tile, order, slots, counts, buffers, moved, total)
+    return Tiling(*tile, order, slots, counts, in_place, buffers, moved, total)
 
 
 def _run(tile: tuple[int, int, int], shape: Dims4) -> int:

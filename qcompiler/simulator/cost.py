@@ -305,9 +305,12 @@ class _Pricer:
         self.target, self.npu, self.bases, self.encoded = target, npu, bases, encoded
         self.scratchpad, self.external = npu.memory_name("scratchpad"), npu.memory_name("external")
         self.bandwidth = {name: memory.bandwidth.per_cycle(npu.clock) for name, memory in npu.memories.items()}
-        self.latency = {name: memory.latency.cycles(npu.clock) for name, memory in npu.memories.items()}
+        self.read_latency = {name: memory.latency.cycles(npu.clock) for name, memory in npu.memories.items()}
+        self.write_latency = {
+            name: (memory.write_latency or memory.latency).cycles(npu.clock) for name, memory in npu.memories.items()
+        }
         self.ports = {name: Port.of(memory, npu.clock) for name, memory in npu.memories.items()}
-        self.jobs: dict[Words, _Job] = {}
+        self.jobs: dict[tuple[float, ...], _Job] = {}
         self.commands: list[CommandCost] = []
         self.layers: dict[int, _Layer] = {}
         self.issue = self.frontier = 0
@@ -346,6 +349,7 @@ class _Pricer:
                     *(_IFM(ifm[1]) + _IFM_STRIDES(ifm[1]) if code in (isa.ADD.code, isa.MUL.code) else empty),
                     _SCALES_BASE(registers[isa.SCALES.code]) if code in _SCALED else -1,
                     _TABLE_BASES[code](command) if code in _TABLE_BASES else -1,
+                    self._weight_ratio(code, registers),
                 )
                 job = self.jobs.get(key)
                 if job is None:
@@ -494,7 +498,10 @@ class _Pricer:
         times = {name: size / dma.bandwidth.per_cycle(self.npu.clock)}
         times |= {memory: moved[memory] / self.bandwidth[memory] for memory in moved}
         slowest = max(times, key=lambda unit: times[unit])
-        setup = dma.setup.cycles(self.npu.clock) + max(self.latency[memory] for memory in moved)
+        latency = self.write_latency[destination]
+        if source is not None:
+            latency = max(latency, self.read_latency[source])
+        setup = dma.setup.cycles(self.npu.clock) + latency
         traffic = [Traffic(destination, 0, written)] if source is None else [
             *([Traffic(source, read, 0), Traffic(destination, 0, written)] if source != destination
               else [Traffic(source, read, written)]),
@@ -524,6 +531,13 @@ class _Pricer:
         return found
 
     # --- operations ---
+
+    def _weight_ratio(self, code: int, registers: Mapping[int, Words]) -> float:
+        """Encoded bytes per byte of the weights an operation reads, if they lie where weights are encoded."""
+        if code not in _CONVOLUTIONS:
+            return 1.0
+        _, base, offset, *_ = registers[isa.WEIGHTS.code]
+        return ratio_at(self.encoded[base], offset) if base in self.encoded else 1.0
 
     def _operation(self, code: int, command: Words, registers: Mapping[int, Words], ifm: Sequence[Words]) -> _Job:
         ifm_base, *ifm_shape, ifm_dtype = _IFM(ifm[0])
@@ -567,7 +581,7 @@ class _Pricer:
             second = _distinct(ifm[1])
             read[self._memory(_IFM(ifm[1])[0])] += second[0] * second[1] * second[2] * _BITS[_IFM(ifm[1])[4]] / 8
         if weight_base >= 0:
-            read[self._memory(weight_base)] += work.weight_bytes
+            read[self._memory(weight_base)] += work.weight_bytes * self._weight_ratio(code, registers)
         if scales_base >= 0:
             read[scales_memory] += SCALE_RECORD_BYTES * (ofm_shape[2] if code in _CONVOLUTIONS else 1)
         if code in _TABLE_BASES:

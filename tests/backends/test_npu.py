@@ -605,6 +605,8 @@ def test_data_movement(check: Check) -> None:
         net.split(x, 1, (2, 4))
         net.slice(x, (1, 2), (6, 5), (1, 3), (2, 3))
         net.slice(x, (-4,), (100,), (2,), (1,))
+        net.slice(x, (1,), (100,), (3,), (2,))
+        net.slice(y, (0,), (3,), (-1,), (2,))
         net.pad(x, (0, 1, 2, 0), (0, 3, 0, 1))
         net.pad(x, (0, 0, 0, 0), (0, 0, 0, 0))
         net.reshape(x, n * 30, 8)
@@ -737,6 +739,29 @@ def test_constants_are_fetched_during_the_operator_before() -> None:
             fetched[layer] += command["row_bytes"]
     expected = [sum(len(stream.data) for stream in step.work.work.streams) for step in program.steps if step.work]
     assert list(fetched.values()) == expected
+
+
+def test_weights_used_once_are_read_where_they_lie() -> None:
+    net = Net(8)
+    net.gemm(net.gemm(net.input(1, 640), 128), 64)
+    program = npu.compile_region(whole(net.done()), with_scratchpad(1 << 20))
+    copied = [c for c in isa.decode(npu.words(program).tolist()) if c.opcode is isa.DMA]
+    assert program.bases.blob not in {command["src_base"] for command in copied}
+    assert program.scratchpad.peak == 640 + 128
+    blob = program.bases.blob
+    cost = price(npu.words(program), with_scratchpad(1 << 20), {blob: "flash"}, {blob: program.encoded})
+    (flash,) = [traffic for traffic in cost.traffic if traffic.memory == "flash"]
+    constants = sum(len(stream.data) for stream in streams_of(program))
+    assert 0.9 * constants < flash.read < 1.1 * constants, "random weights have no shorter code"
+
+
+def test_a_small_peak_is_had_where_it_costs_nothing() -> None:
+    """Weights come in pieces: never are those of both layers there whole, though there is room."""
+    net = Net(8)
+    net.conv(net.conv(net.input(1, 8, 8, 64), 64), 64)
+    program = npu.compile_region(whole(net.done()), with_scratchpad(1 << 20))
+    assert program.scratchpad.peak < 1.5 * 64 * 64 * 9
+    assert all(step.work.tiling.c % 16 == 0 for step in program.steps if step.work is not None)
 
 
 def test_the_cost_model_prices_the_words() -> None:

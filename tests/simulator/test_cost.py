@@ -285,6 +285,11 @@ def test_a_copy_is_setup_latency_and_bytes_at_the_slowest_bandwidth() -> None:
     assert (command.limit, command.unit) == ("dram", "dma")
 
 
+def test_writes_may_have_a_latency_of_their_own() -> None:
+    reading, writing = (only(price(words, ARM)) for words in (load(4096), store(4096)))
+    assert (reading.end - reading.start) - (writing.end - writing.start) == 250
+
+
 def test_rows_shorter_than_a_burst_cost_a_burst() -> None:
     # 100 rows of 24 bytes, 48 apart in DRAM: a 64 byte burst each; dense in the scratchpad.
     command = only(price(load(2400, row=24), SYSTOLIC))
