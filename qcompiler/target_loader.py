@@ -1,7 +1,8 @@
 """Read target specs: YAML with inheritance into a `Target`, or an error that says file, line and column.
 
 The file format is described in docs/target-specs.md. A spec `extends` another by name or by path; mappings
-merge key by key, everything else replaces what it inherits, and `null` removes it. Overrides
+merge key by key, everything else replaces what it inherits, and `null` removes it. The section of an accelerator may
+`extends` by itself, and takes over the section of the same kind of another spec. Overrides
 ("memories.sram.size=512KiB") come last, one value each.
 """
 
@@ -142,10 +143,17 @@ def _locate(text: str) -> Path:
 
 def _resolve(file: Path, chain: tuple[Path, ...]) -> Node:
     """A spec merged onto everything it extends."""
-    root = _parse(file)
+    root = _sections_resolved(_parse(file), file, chain)
     parent = root.child("extends")
     if parent is None or parent.value is None:
         return _without(root, ("extends",))
+    base = _without(_parent(file, parent, chain), _OWN_KEYS)
+    merged = _merge(base, _without(root, ("extends",)))
+    return _join_sources(base, root, merged)
+
+
+def _parent(file: Path, parent: Node, chain: tuple[Path, ...]) -> Node:
+    """The resolved spec that `extends` names."""
     if not isinstance(parent.value, str):
         raise QCompilerError(f"extends: needs the name or the path of one target ({parent.place})")
     parent_file = _locate_parent(file, parent.value, parent.place)
@@ -153,9 +161,30 @@ def _resolve(file: Path, chain: tuple[Path, ...]) -> Node:
     if parent_file.resolve() in seen:
         circle = " -> ".join(step.name for step in (*seen[seen.index(parent_file.resolve()) :], parent_file))
         raise QCompilerError(f"extends: {circle} goes round in a circle ({parent.place})")
-    base = _without(_resolve(parent_file, seen), _OWN_KEYS)
-    merged = _merge(base, _without(root, ("extends",)))
-    return _join_sources(base, root, merged)
+    return _resolve(parent_file, seen)
+
+
+def _sections_resolved(root: Node, file: Path, chain: tuple[Path, ...]) -> Node:
+    """The spec with accelerators that extend those of other specs merged onto them."""
+    for name, kind in ACCELERATORS.items():
+        section = root.child(name)
+        parent = section.child("extends") if section is not None else None
+        if section is None or parent is None:
+            continue
+        spec = _parent(file, parent, chain)
+        base = next(
+            (spec.child(other) for other, its in ACCELERATORS.items() if its is kind and spec.child(other)), None
+        )
+        if base is None:
+            kinds = " or ".join(other for other, its in ACCELERATORS.items() if its is kind)
+            raise QCompilerError(f"{name}.extends: {parent.value} has no {kinds} section ({parent.place})")
+        assert isinstance(root.value, Mapping)
+        merged = _merge(base, _without(section, ("extends",)))
+        sources = spec.child("sources")
+        inherited = {} if sources is None or root.child("sources") is not None else {"sources": sources}
+        own = Node({**root.value, **inherited, name: merged}, root.place, root.key)
+        root = _join_sources(spec, own, own)
+    return root
 
 
 def _locate_parent(file: Path, text: str, place: Place) -> Path:
@@ -198,7 +227,8 @@ def _join_sources(base: Node, root: Node, merged: Node) -> Node:
     assert isinstance(merged.value, Mapping)
     if old is None or new is None or not isinstance(old.value, tuple) or not isinstance(new.value, tuple):
         return merged
-    joined = Node((*new.value, *old.value), new.place, new.key)
+    said = {node.plain() for node in new.value if isinstance(node.value, str)}
+    joined = Node((*new.value, *(node for node in old.value if node.value not in said)), new.place, new.key)
     return Node({**merged.value, "sources": joined}, merged.place, merged.key)
 
 

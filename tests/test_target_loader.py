@@ -164,6 +164,39 @@ def test_a_geometry_of_another_kind_replaces_the_inherited_one(tmp_path: Path) -
     assert npu.engines["mac"].geometry == Systolic(kind="systolic", rows=4, cols=4, dataflow="output_stationary")
 
 
+def test_an_accelerator_extends_that_of_another_spec(tmp_path: Path) -> None:
+    write(tmp_path, NPU, "base.yaml")
+    text = "extends: base.yaml\ndescription: two\ndsp:\n  extends: vector-dsp\n  clock: 1 GHz\n"
+    target = load_target(write(tmp_path, text))
+    inherited = load_target("vector-dsp")
+    assert list(target.accelerators) == ["npu", "dsp"] and inherited.npu is not None
+    assert target.dsp == inherited.npu.model_copy(update={"clock": 1e9})
+    assert target.npu == load_target(tmp_path / "base.yaml").npu
+    assert set(inherited.sources) < set(target.sources) and len(set(target.sources)) == len(target.sources)
+
+
+def test_an_accelerator_that_extends_nothing_of_its_kind_is_placed(tmp_path: Path) -> None:
+    write(tmp_path, NPU, "base.yaml")
+    message = complaint(write(tmp_path, "extends: base.yaml\ndescription: two\ndsp:\n  extends: arm-cpu\n"))
+    assert message == f"dsp.extends: arm-cpu has no npu or dsp section ({tmp_path}/mine.yaml:4:12)"
+    message = complaint(write(tmp_path, "extends: base.yaml\ndescription: two\ndsp:\n  extends: mine.yaml\n"))
+    assert message == f"extends: mine.yaml -> mine.yaml goes round in a circle ({tmp_path}/mine.yaml:4:12)"
+
+
+def test_rules_of_every_accelerator_are_read(tmp_path: Path) -> None:
+    write(tmp_path, NPU, "base.yaml")
+    text = "extends: base.yaml\ndescription: two\ndsp:\n  extends: base.yaml\n  rules: [{ops: [Ad], engine: vpu}]\n"
+    assert complaint(write(tmp_path, text)).startswith("dsp.rules[0].ops[0]: there is no operator 'Ad', did you mean")
+
+
+def test_an_override_names_the_accelerator_where_there_are_several() -> None:
+    changed = load_target("npu-dsp", ["dsp.memories.sram.size=64KiB", "npu.clock=2 GHz"])
+    assert changed.dsp is not None and changed.npu is not None
+    assert changed.dsp.scratchpad.size == 65536 and changed.npu.clock == 2e9
+    with pytest.raises(QCompilerError, match=r"several accelerators; say npu\.clock or dsp\.clock"):
+        load_target("npu-dsp", ["clock=2 GHz"])
+
+
 def test_null_removes(tmp_path: Path) -> None:
     write(tmp_path, NPU, "base.yaml")
     assert load_target(write(tmp_path, "extends: base.yaml\ndescription: CPU only\nnpu: null\n")).npu is None
