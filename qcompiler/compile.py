@@ -236,8 +236,13 @@ def prepare(
     options: Options = DEFAULTS,
     progress: Progress = SILENT,
     dumper: "Dumper | None" = None,
+    *,
+    learn: bool = True,
 ) -> Prepared:
-    """Every stage up to planning the quantization, which goes to `dumper` if there is one. Errors as of `compile`."""
+    """Every stage up to planning the quantization, which goes to `dumper` if there is one. Errors as of `compile`.
+
+    Without `learn` the plan is not repaired, whatever quality is asked for; the model may still be equalized.
+    """
     from qcompiler.calibrate import calibrate
     from qcompiler.dataset import input_specs, lint
     from qcompiler.importer import import_onnx
@@ -267,7 +272,7 @@ def prepare(
         ranges = formats = None
         if options.formats.activations == "dynamic" and not _is_quantized(graph):
             formats = plan_dynamic(graph, chip, options.keep_float, options.formats)
-            if effort.steps:
+            if effort.steps and learn:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, effort, progress.advance)
         elif not _is_quantized(graph):
@@ -286,7 +291,7 @@ def prepare(
                 progress.stage("equalize")
                 for change in equalizers(graph, data, per_channel=chip.quantization.weights.per_channel):
                     graph, ranges, formats = change_if_better(graph, change, ranges, formats, planned, data)
-            if effort.steps:
+            if effort.steps and learn:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, effort, progress.advance)
         elif options.formats != EIGHT_BITS:
