@@ -27,6 +27,7 @@ from qcompiler.layer_names import JOINT
 from qcompiler.options import Options
 from qcompiler.quant import operators
 from qcompiler.quant.formats import dequantize_array, quantize_array
+from qcompiler.quant.moments import ROUNDS_WEIGHTS
 from qcompiler.quant.plan import plan
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.types import QuantPlan
@@ -283,7 +284,10 @@ def _runner(model: ir.Model, names: Sequence[str]) -> Callable[[Arrays], Arrays]
     # More would replace QDQ operators by integer ones, with roundings of their own.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(
-        ir.to_proto(exposed).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ir.to_proto(exposed).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=[ROUNDS_WEIGHTS],
     )
 
     def run(arrays: Arrays) -> Arrays:
