@@ -14,6 +14,7 @@ import pytest
 from qcompiler.backends import accelerators, npu, relax
 from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.compile import EIGHT_BITS, Placed, place
+from qcompiler.costs import region_cost
 from qcompiler.graph import QCOMPILER_DOMAIN, dtype_of, is_op, users, value_name
 from qcompiler.integer.reference import Executor
 from qcompiler.options import Options
@@ -97,11 +98,11 @@ def outputs(lowered: relax.Lowered, executable: Executable, inputs: Arrays) -> d
 
 
 def placed(
-    zoo: Path, name: str, target: str, formats: WeightRequest = EIGHT_BITS
+    zoo: Path, name: str, target: str, formats: WeightRequest = EIGHT_BITS, overrides: tuple[str, ...] = ()
 ) -> tuple[Placed, list[dict[str, np.ndarray]]]:
     path, fed = real_inputs(zoo, name)
     calibration = {key: np.concatenate([inputs[key] for inputs in fed[:CALIBRATION_SAMPLES]]) for key in fed[0]}
-    done = place(path, target, Options(calibration=calibration, formats=formats))
+    done = place(path, target, Options(calibration=calibration, formats=formats, overrides=overrides))
     return done, fed[CALIBRATION_SAMPLES:]
 
 
@@ -138,6 +139,26 @@ def test_sixteen_bit_activations(zoo: Path, tmp_path: Path) -> None:
     done, samples = placed(zoo, "mobilenet_v1_025_128", "x86-cpu", WeightRequest(activations="int16"))
     assert "int16*int8" in {item.precision for item in done.partition.placements}
     check_agreement(done, samples, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_small_scratchpad(zoo: Path, tmp_path: Path, name: str) -> None:
+    """32 KiB run everything that the whole scratchpad runs: in more tiles, in more time, to the same bits."""
+    roomy, _ = placed(zoo, name, "arm-npu")
+    tight, samples = placed(zoo, name, "arm-npu", overrides=("memories.sram.size=32KiB",))
+    on_npu = [[item.node for item in done.partition.placements if item.backend == "npu"] for done in (roomy, tight)]
+    assert set(on_npu[0]) <= set(on_npu[1]) and on_npu[0]
+    commands, cycles = zip(*map(work_of, (roomy, tight)), strict=True)
+    assert cycles[1] >= cycles[0] and commands[1] >= commands[0]
+    check_agreement(tight, samples, tmp_path)
+
+
+def work_of(done: Placed) -> tuple[int, float]:
+    """Words of all commands, and cycles, of the accelerator's regions."""
+    regions = [npu.compile_region(region, done.target) for region in done.partition.regions if region.backend == "npu"]
+    costs = [region_cost(program, done.target) for program in regions]
+    return sum(len(npu.words(program)) for program in regions), sum(cost.cycles for cost in costs)
 
 
 def check_agreement(done: Placed, samples: list[dict[str, np.ndarray]], tmp_path: Path) -> None:
