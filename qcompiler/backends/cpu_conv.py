@@ -19,8 +19,10 @@ import onnx_ir as ir
 from qcompiler.backends import te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel
 from qcompiler.backends.cpu_elementwise import constant_input, variant
+from qcompiler.backends.cpu_matrix import matrix_convolution, suits
 from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, depthwise_convolution, packed_convolution
 from qcompiler.backends.schedules.dot import dot_product
+from qcompiler.backends.schedules.matrix import matrix_multiply
 from qcompiler.backends.te import Expr
 from qcompiler.graph import data_input, dtype_of, shape_of
 from qcompiler.integer.ops import QConv, QConvTranspose, QGemm
@@ -139,6 +141,10 @@ def _lower(problem: Problem, x: ir.Value, host: HostCode, after: Finish | None) 
     last = finish(problem) if after is None else finish(problem).then(after)
     if problem.is_depthwise:
         return depthwise_convolution(problem, fold_zero_points(problem, problem.x_dtype), last, x, host)
+    if (instruction := matrix_multiply(host, problem.x_dtype)) is not None:
+        operands = fold_zero_points(problem, problem.x_dtype)
+        if suits(problem, operands):
+            return matrix_convolution(problem, operands, last, x, host, instruction)
     dot = dot_product(host, problem.x_dtype) if sum_dtype(problem) == "int32" else None
     operands = fold_zero_points(problem, dot.a_dtype if dot else problem.x_dtype)
     return packed_convolution(problem, operands, last, x, host, dot)

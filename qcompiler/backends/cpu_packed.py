@@ -224,7 +224,14 @@ def stage(
     zero: Expr,
 ) -> te.Tensor:
     """The input as x' with padding, dilation and every group's depth filled up by `zero`; [N, rows, row elements]."""
-    n, h, w, c = geometry.x_shape
+    return te.compute((geometry.x_shape[0], *size), staged_element(x, geometry, operands, layout, zero), "staged")
+
+
+def staged_element(
+    x: te.Tensor, geometry: Geometry, operands: Operands, layout: tuple[int, int, int], zero: Expr
+) -> Callable[[Expr, Expr, Expr], Expr]:
+    """What `stage` has at a batch, a row and a place in the row."""
+    _, h, w, c = geometry.x_shape
     (top, left), (up_y, up_x) = geometry.pad, geometry.dilate
     pitch, padded_depth, depth = layout
 
@@ -241,7 +248,7 @@ def stage(
         load = _shifted(x[b, y // up_y, source], operands.x_offset, operands.x_dtype)
         return te.if_then_else(te.all_of(*rows, *inside), load, zero)
 
-    return te.compute((n, *size), element, "staged")
+    return element
 
 
 def _zero(operands: Operands, scalars: Sequence[te.Tensor]) -> Expr:

@@ -6,12 +6,14 @@ each buffer argument becomes a bare pointer, and temporaries too large for the s
 the caller passes as the last argument.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import PointerType, PrimType
 
@@ -27,6 +29,7 @@ MIN_ALIGNMENT = 16
 _tirx: Any = tirx
 _STIR: Any = s_tir.transform
 _TIRX: Any = tirx.transform
+_structural_mutate: Any = tvm_ffi.structural_mutate
 
 _CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """As `relax.build`: loops are cut where `te.inside` conditions change."""
@@ -104,7 +107,21 @@ def lower_functions(
         bare = {name: _Bare(name, module[name].with_attr("target", target), alignment) for name in functions}
         module = tvm.IRModule({name: item.function for name, item in bare.items()})
         module = tvm.transform.Sequential([_TIRX.LowerTVMBuiltin(), _TIRX.LowerIntrin()])(module)
+    if not is_llvm(target):
+        module = tvm.IRModule({name: _structural_mutate(module[name], _EXACT) for name in functions})
     return RawModule(module, tuple(item.signature for item in bare.values()))
+
+
+def _exact(number: Any, _: Any) -> Any:
+    """A float constant as its bits, where the seven digits that TVM writes into C would round it."""
+    dtype = np.dtype(str(number.ty.dtype))
+    if dtype.itemsize < 4 or dtype.type(f"{number.value:.6e}") == dtype.type(number.value):
+        return number
+    bits = f"int{8 * dtype.itemsize}"
+    return _tirx.reinterpret(str(dtype), _tirx.const(int(dtype.type(number.value).view(bits)), bits))
+
+
+_EXACT = [(tirx.FloatImm, _exact)]
 
 
 def is_llvm(target: tvm.target.Target) -> bool:
@@ -125,10 +142,28 @@ def c_source(module: Any, functions: Sequence[RawFunction]) -> str:
     """The portable C of a "c" target's module, without TVM's headers."""
     source = str(module.inspect_source())
     kept = [line for line in source.splitlines() if not line.startswith(('#include "tvm/', "void* __tvm_ffi__library"))]
-    text = "\n".join(["#include <stdint.h>", "#define TVM_DLL", *kept, ""])
+    text = _without_punning("\n".join(["#include <stdint.h>", "#define TVM_DLL", *kept, ""]))
     assert "TVM" not in text.replace("TVM_DLL", "").replace("TVM_EXPORTS", ""), "the runtime is needed after all"
     assert all(f" {function.name}(" in text for function in functions)
     return text
+
+
+_PUNNED = re.compile(r"\*\((\w+) \*\)\(&\((?:\(\(int64_t\)(-?\d+)\)|(-?\w+))\)\)")
+"""TVM's ``*(int32_t *)(&(v))``, which reads a float as an integer against C's aliasing rules, and GCC what it likes."""
+
+
+def _without_punning(text: str) -> str:
+    """The same by unions, which C lets be written as one type and read as another, and by numbers where v is one."""
+
+    def replacement(found: re.Match[str]) -> str:
+        wanted, name = found[1], found[2] or found[3]
+        if name.lstrip("-").isdigit():
+            number = np.int64(name).view(np.float64) if wanted == "double" else np.int32(name).view(np.float32)
+            return f"{float(number).hex()}{'' if wanted == 'double' else 'f'}"
+        declared = re.findall(rf"\b(\w+) {name} = ", text[: found.start()])
+        return f"((union {{ {declared[-1]} a; {wanted} b; }}){{ .a = {name} }}).b"
+
+    return _PUNNED.sub(replacement, text)
 
 
 class _Bare:

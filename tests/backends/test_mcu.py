@@ -175,6 +175,8 @@ def add_convolutions(bench) -> None:
     # Factors too large for the high half of the product alone, and other roundings.
     add_conv(bench, (1, 4, 4, 16), 8, (1, 1), gain=60)
     add_conv(bench, (1, 4, 4, 16), 8, (1, 1), variant="tflite")
+    add_conv(bench, (1, 5, 4, 24), 9, (3, 2), strides=(1, 2), variant="float32")
+    add_conv(bench, (1, 5, 7, 8), 16, (1, 1), x_dtype="uint8", variant="float32")
     add_gemm(bench, 1, 37, 10)
     add_gemm(bench, 3, 64, 1)
 
@@ -245,7 +247,15 @@ def test_a_missing_tool_is_named_in_one_line(workbench, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "instruction"), [("cortex-m55", "vmlava.s8"), ("cortex-m4", "smlad"), ("riscv-rvv", "vwmul")]
+    ("name", "instruction"),
+    [
+        ("cortex-m55", "vmlava.s8"),
+        ("cortex-m4", "smlad"),
+        ("riscv-rvv", "vwmul"),
+        ("arm-cpu-neon", "sadalp"),
+        ("arm-cpu", "sdot"),
+        ("arm-cpu-i8mm", "\tsmmla"),
+    ],
 )
 def test_inner_loops_use_the_chips_dot_product(workbench, name: str, instruction: str) -> None:
     target = load_target(name)
@@ -450,8 +460,14 @@ def test_keyword_spotting(zoo: Path, tmp_path: Path, target: str) -> None:
     check_network(zoo, tmp_path, "kws_dscnn", target, samples=2)
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "kws_dscnn"])
+@pytest.mark.parametrize("target", ["arm-cpu", "arm-cpu-i8mm"])
+def test_networks_on_arm_cpus(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
+    check_network(zoo, tmp_path, name, target, samples=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("target", ["cortex-m55", "cortex-m4", "riscv-rvv"])
+@pytest.mark.parametrize("target", ["cortex-m55", "cortex-m4", "riscv-rvv", *ARM_CPUS])
 def test_networks(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
     check_network(zoo, tmp_path, name, target, samples=20)
