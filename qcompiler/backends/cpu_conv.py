@@ -11,6 +11,7 @@ the bias; the last is computed only if zw' is not 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -18,9 +19,10 @@ import onnx_ir as ir
 
 from qcompiler.backends import te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel
+from qcompiler.backends.cpu_depthwise import depthwise_convolution
 from qcompiler.backends.cpu_elementwise import constant_input, variant
 from qcompiler.backends.cpu_matrix import matrix_convolution, suits
-from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, depthwise_convolution, packed_convolution
+from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, packed_convolution
 from qcompiler.backends.schedules.dot import dot_product
 from qcompiler.backends.schedules.matrix import matrix_multiply
 from qcompiler.backends.te import Expr
@@ -140,7 +142,7 @@ def _epilogue(node: ir.Node, op: QConv | QConvTranspose | QGemm) -> Epilogue:
 def _lower(problem: Problem, x: ir.Value, host: HostCode, after: Finish | None) -> Kernel:
     last = finish(problem) if after is None else finish(problem).then(after)
     if problem.is_depthwise:
-        return depthwise_convolution(problem, fold_zero_points(problem, problem.x_dtype), last, x, host)
+        return depthwise_convolution(problem, partial(fold_zero_points, problem), problem.x_dtype, last, x, host)
     if (instruction := matrix_multiply(host, problem.x_dtype)) is not None:
         operands = fold_zero_points(problem, problem.x_dtype)
         if suits(problem, operands):

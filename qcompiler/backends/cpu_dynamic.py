@@ -13,8 +13,9 @@ import onnx_ir as ir
 from qcompiler.backends import te, te_arithmetic
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_conv import Epilogue, Problem, fold_zero_points
+from qcompiler.backends.cpu_depthwise import depthwise_convolution
 from qcompiler.backends.cpu_elementwise import constant_input
-from qcompiler.backends.cpu_packed import Finish, depthwise_convolution, packed_convolution
+from qcompiler.backends.cpu_packed import Finish, Operands, packed_convolution
 from qcompiler.backends.schedules.dot import dot_product
 from qcompiler.backends.schedules.loops import schedule_dynamic_quantize
 from qcompiler.backends.te import Expr
@@ -73,12 +74,14 @@ def _no_epilogue(outputs: int) -> Epilogue:
 
 def _lower(node: ir.Node, problem: Problem, limits: tuple[float, float], host: HostCode) -> Kernel:
     finish, x = _dequantize(node, problem, limits), data_input(node)
+
+    def operands(x_dtype: str) -> Operands:
+        return replace(fold_zero_points(problem, x_dtype), zero_scalar=1)
+
     if problem.is_depthwise:
-        operands = replace(fold_zero_points(problem, problem.x_dtype), zero_scalar=1)
-        return depthwise_convolution(problem, operands, finish, x, host)
+        return depthwise_convolution(problem, operands, problem.x_dtype, finish, x, host)
     dot = dot_product(host, problem.x_dtype)
-    operands = replace(fold_zero_points(problem, dot.a_dtype if dot else problem.x_dtype), zero_scalar=1)
-    return packed_convolution(problem, operands, finish, x, host, dot)
+    return packed_convolution(problem, operands(dot.a_dtype if dot else problem.x_dtype), finish, x, host, dot)
 
 
 def _dequantize(node: ir.Node, problem: Problem, limits: tuple[float, float]) -> Finish:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from qcompiler.backends import cpu_pool, te
 from qcompiler.backends.base import HostCode, Kernel, placeholder
-from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, depthwise_convolution, packed_convolution
+from qcompiler.backends.cpu_depthwise import plain_convolution
+from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, packed_convolution
 from qcompiler.backends.float_nn import averaged_count, transposed_pads, window
 from qcompiler.backends.schedules import conv as schedule
 from qcompiler.backends.schedules.loops import schedule_reduction, threads_for
@@ -64,7 +65,7 @@ def product(node: ir.Node, x: ir.Value, host: HostCode, finish: Finish = PLAIN) 
     geometry, bias = _geometry(node)
     operands = Operands(0, "float32", 0, geometry.weights, 0, bias, four_bits=False, sums="float32")
     if geometry.is_depthwise and geometry.group > 1:
-        return depthwise_convolution(geometry, operands, finish, x, host)
+        return plain_convolution(geometry, operands, finish, x, host)
     return packed_convolution(geometry, operands, finish, x, host, None)
 
 

@@ -2,8 +2,8 @@
 
 Maps are NHWC. `packed_convolution` is everything with a reduction over channels: it computes, for a strip of pixels
 and some blocks of output channels, `lanes` channels to a vector register, with a dot-product instruction where the
-operands are bytes and the CPU has one, else by multiplying and adding (in float, one FMA). `depthwise_convolution`
-keeps channels in lanes and sums over the window. Both end in a `Finish`, computed while the sums are in registers.
+operands are bytes and the CPU has one, else by multiplying and adding (in float, one FMA). It ends in a `Finish`,
+computed while the sums are in registers. Depthwise convolutions are in `cpu_depthwise`.
 """
 
 from collections.abc import Callable, Sequence
@@ -165,7 +165,7 @@ def packed_convolution(
     )
     x = placeholder(x_value, (n, h, w * c))
     scalars = [placeholder(value, (1,)) for value in finish.scalars]
-    zero = _zero(operands, scalars)
+    zero = zero_of(operands, scalars)
     staged = x if as_is else stage(x, geometry, operands, (rows, row_length), (pitch, padded_depth, depth), zero)
 
     packed = _pack(operands.weights, group, blocks, lanes, quads, quad, run=run)
@@ -251,7 +251,7 @@ def staged_element(
     return element
 
 
-def _zero(operands: Operands, scalars: Sequence[te.Tensor]) -> Expr:
+def zero_of(operands: Operands, scalars: Sequence[te.Tensor]) -> Expr:
     """The zero point of x'."""
     if operands.zero_scalar is None:
         return te.const(operands.x_zero_point, operands.x_dtype)
@@ -299,56 +299,3 @@ def _per_lane(arrays: Sequence[np.ndarray], group: int, blocks: int, lanes: int)
         filled[:, : per_group.shape[1]] = per_group
         packed.append(filled.reshape(group, blocks, lanes))
     return packed
-
-
-# --- depthwise ---------------------------------------------------------------------------------------------
-
-
-def depthwise_convolution(
-    geometry: Geometry, operands: Operands, finish: Finish, x_value: ir.Value, host: HostCode
-) -> Kernel:
-    """A convolution in which every output channel reads one channel."""
-    n, h, w, c = geometry.x_shape
-    oh, ow = geometry.out_size
-    _, kh, kw, _ = operands.weights.shape
-    (sy, sx), (dy, dx) = geometry.strides, geometry.dilations
-    rows, columns = (oh - 1) * sy + (kh - 1) * dy + 1, (ow - 1) * sx + (kw - 1) * dx + 1
-
-    x = placeholder(x_value, (n, h, w * c))
-    as_is = (
-        operands.x_offset == 0 and geometry.pad == (0, 0) and geometry.dilate == (1, 1) and rows <= h and columns <= w
-    )
-    scalars = [placeholder(value, (1,)) for value in finish.scalars]
-    zero = _zero(operands, scalars)
-    staged = x if as_is else stage(x, geometry, operands, (rows, columns * c), (c, 1, 1), zero)
-
-    taps = np.ascontiguousarray(operands.weights[..., 0].transpose(1, 2, 0))
-    arrays = [nibbles.pack_runs(taps) if operands.four_bits else taps, operands.bias, *finish.channels]
-    stored, bias, *channels = parameters_of(arrays)
-    weights = nibbles.unpacked(stored, taps.shape) if operands.four_bits else stored
-    maps = [placeholder(value, (n, oh, ow, c)) for value in finish.maps]
-    ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
-    sums = operands.sums
-
-    def product(b: Expr, i: Expr, j: Expr, k: Expr) -> Expr:
-        pixel = staged[b, i * sy + ky * dy, (j * sx + kx * dx) * c + k].astype(sums)
-        weight = weights[ky, kx, k].astype(sums)
-        return te.reduce_sum(
-            pixel * (weight - operands.w_zero_point if operands.w_zero_point else weight), axis=[ky, kx]
-        )
-
-    accumulator = te.compute((n, oh, ow, c), product, "accumulator")
-
-    def finished(b: Expr, i: Expr, j: Expr, k: Expr) -> Expr:
-        total = accumulator[b, i, j, k] + bias[k].astype(sums)
-        elements = [*(tensor[b, i, j, k] for tensor in maps), *(scalar[0] for scalar in scalars)]
-        return finish.expression(total, [array[k] for array in channels], elements)
-
-    output = te.compute((n, oh, ow, c), finished, "output")
-    function = te.prim_func([x, *maps, *scalars, stored, bias, *channels, output])
-    lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
-    threads = threads_for(host, geometry.macs, host.vector_bytes // 4)
-    scheduled = schedule.schedule_depthwise(function, lanes, threads=threads)
-    if operands.four_bits:
-        scheduled = nibbles.schedule_unpacking(scheduled, taps.shape, threads=threads)
-    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))

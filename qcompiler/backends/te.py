@@ -158,6 +158,29 @@ def bitwise_and(a: Expr, b: Expr) -> Expr:
     return _tirx.bitwise_and(a, b)
 
 
+def bitwise_or(a: Expr, b: Expr) -> Expr:
+    return _tirx.bitwise_or(a, b)
+
+
+def bitwise_xor(a: Expr, b: Expr) -> Expr:
+    return _tirx.bitwise_xor(a, b)
+
+
+def call(function: str, dtype: str, *arguments: Expr) -> Expr:
+    """A function of the generated language, without side effects."""
+    return _tirx.call_pure_extern(dtype, function, *arguments)
+
+
+def word_dot_name(length: int, dtype: str) -> str:
+    """The name that stands for `word_dot` until a schedule replaces it by an instruction."""
+    return f"qcompiler_dot_{length}_{dtype}"
+
+
+def word_dot(a: Expr, b: Expr, length: int, dtype: str) -> Expr:
+    """Σ of the products of `length` numbers packed in each word of 32 bits: of a type in a, signed in b."""
+    return _tirx.call_pure_extern("int32", word_dot_name(length, dtype), a, b)
+
+
 def truncated_divide(a: Expr, b: Expr) -> Expr:
     return _tirx.truncdiv(a, b)
 
