@@ -474,7 +474,7 @@ def _costs(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int) -
 
 def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Report":
     from qcompiler.quant.plan import ON_REQUEST
-    from qcompiler.report import Calibration, PlacementReport, Report
+    from qcompiler.report import AlternativeReport, Calibration, PlacementReport, RegionReport, Report
 
     ranges = placed.ranges
     return Report(
@@ -489,6 +489,8 @@ def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Repor
                 item.engine,
                 item.precision,
                 ON_REQUEST if item.node in placed.kept_float else item.reason,
+                item.seconds,
+                tuple(AlternativeReport(other.backend, other.seconds, other.refusal) for other in item.alternatives),
             )
             for item in placed.partition.placements
         ),
@@ -497,6 +499,10 @@ def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Repor
         calibration=None if ranges is None else Calibration(ranges.method, ranges.samples, ranges.synthetic),
         self_check=check,
         warnings=placed.warnings,
+        regions=tuple(
+            RegionReport(region.name, region.backend, len(region.nodes), cost.seconds, cost.elsewhere)
+            for region, cost in zip(placed.partition.regions, placed.partition.costs, strict=True)
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -11,7 +11,7 @@ from qcompiler.graph import const_of, element_count, is_op, shape_of
 from qcompiler.integer.facts import facts_of_integer
 from qcompiler.partition import Partition, Region
 from qcompiler.partition_cost import accelerator_seconds, multiplications, tensor_bytes
-from qcompiler.report import LayerReport, Totals
+from qcompiler.report import AcceleratorTotals, LayerReport, Totals
 from qcompiler.simulator.cost import RegionCost, Traffic, crossing_cost, host_cost, host_rate, price
 from qcompiler.target import Gpu, Npu, Target
 
@@ -72,7 +72,33 @@ def cost(
             layers += _npu_layers(region, priced, engines, names)
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
         layers.append(_hand_over(region, unit))
-    return Costs(tuple(layers), _totals(layers, target, npu_cycles, peak, weights), regions)
+    totals = _totals(layers, target, npu_cycles, peak, weights)
+    if len(target.accelerators) > 1:
+        totals = replace(totals, accelerators=_by_accelerator(partition, layers, regions, target))
+    return Costs(tuple(layers), totals, regions)
+
+
+def _by_accelerator(
+    partition: Partition, layers: Sequence[LayerReport], priced: Mapping[str, RegionCost], target: Target
+) -> tuple[AcceleratorTotals, ...]:
+    found: list[AcceleratorTotals] = []
+    for name, unit in target.accelerators.items():
+        own = [layer for layer in layers if layer.backend == name]
+        regions = [region for region in partition.regions if region.backend == name]
+        peaks = [priced[region.name].peak_scratchpad for region in regions if region.name in priced]
+        found.append(
+            AcceleratorTotals(
+                name=name,
+                operators=sum(len(region.nodes) for region in regions),
+                regions=len(regions),
+                seconds=sum(layer.seconds for layer in own),
+                cycles=sum(layer.cycles for layer in own if layer.op != HAND_OVER),
+                macs=sum(layer.macs for layer in own),
+                peak_scratchpad=max(peaks, default=0),
+                scratchpad=0 if isinstance(unit, Gpu) else unit.scratchpad.size,
+            )
+        )
+    return tuple(found)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

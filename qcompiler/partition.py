@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompiler.integer.facts import facts_of_integer
-from qcompiler.partition_cost import accelerator_seconds, host_seconds, inward_seconds
+from qcompiler.partition_cost import accelerator_seconds, host_seconds, inward_seconds, tensor_bytes
 from qcompiler.partition_search import Crossing, Placing, Problem, components, moved, search
 from qcompiler.regions import Region, cut
 from qcompiler.simulator.cost import crossing_cost
@@ -49,11 +49,22 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class RegionCost:
+    """What a region takes by the estimates that placed it, its hand-over included."""
+
+    seconds: float
+    elsewhere: Mapping[Backend, float]
+    """The same with all of it on another backend that can run it whole, where the graph around stays as it is."""
+
+
+@dataclass(frozen=True)
 class Partition:
     regions: tuple[Region, ...]
     """In execution order; no cycles between them."""
     placements: tuple[Placement, ...]
     """One per node, in graph order."""
+    costs: tuple[RegionCost, ...] = ()
+    """One per region."""
 
 
 CanRun = Callable[[ir.Node, AcceleratorName], str | None]
@@ -82,7 +93,26 @@ def partition(
         item.placed(backend, reasons.of(index))
         for index, (item, backend) in enumerate(zip(items, placing, strict=True))
     )
-    return Partition(cut(dict(zip(judged, placing, strict=True))), placements)
+    regions = cut(dict(zip(judged, placing, strict=True)))
+    return Partition(regions, placements, _region_costs(problem, placing, regions))
+
+
+def _region_costs(problem: Problem, placing: Placing, regions: Sequence[Region]) -> tuple[RegionCost, ...]:
+    position, total = {node: index for index, node in enumerate(problem.nodes)}, problem.total(placing)
+    found: list[RegionCost] = []
+    for region in regions:
+        members = [position[node] for node in region.nodes]
+        spent = sum(problem.seconds[node][region.backend] for node in members)
+        if region.backend != "cpu":
+            moved_bytes = sum(tensor_bytes(value) for value in (*region.inputs, *region.outputs))
+            spent += problem.crossings[region.backend].seconds(moved_bytes)
+        others: tuple[Backend, ...] = (*problem.crossings, "cpu")
+        elsewhere: dict[Backend, float] = {}
+        for other in others:
+            if other != region.backend and all(other in problem.seconds[node] for node in members):
+                elsewhere[other] = max(0.0, spent + problem.total(moved(placing, members, other)) - total)
+        found.append(RegionCost(spent, elsewhere))
+    return tuple(found)
 
 
 def _crossings(target: Target) -> dict[AcceleratorName, Crossing]:

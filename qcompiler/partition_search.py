@@ -40,6 +40,10 @@ class Crossing:
     per_byte: float
     """Seconds, for inputs and outputs."""
 
+    def seconds(self, moved: int) -> float:
+        """A whole hand-over, of so many bytes."""
+        return self.sync + moved * self.per_byte
+
 
 @dataclass(frozen=True)
 class _Tensor:

@@ -27,6 +27,17 @@ SI_PREFIXES: tuple[tuple[float, str], ...] = ((1, ""), (1e-3, "m"), (1e-6, "µ")
 
 
 @dataclass(frozen=True)
+class AlternativeReport:
+    """Another backend for an operator."""
+
+    backend: Backend
+    seconds: float | None
+    """What the operator would take there by itself; None if it cannot run there."""
+    refusal: str | None
+    """Why it cannot."""
+
+
+@dataclass(frozen=True)
 class PlacementReport:
     """Where one operator runs and why."""
 
@@ -39,7 +50,24 @@ class PlacementReport:
     engine: str
     precision: str
     reason: str | None
-    """Why the accelerator does not run it; None where it does, or where there is none."""
+    """Why no accelerator runs it; None where one does, or where there is none."""
+    seconds: float = 0.0
+    """What it takes by the estimate that placed it; `LayerReport` has what its commands cost."""
+    alternatives: tuple[AlternativeReport, ...] = ()
+    """All other backends of the target."""
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """Operators that run on one backend without a break, by the estimates that placed them."""
+
+    name: str
+    backend: Backend
+    operators: int
+    seconds: float
+    """Its hand-over included."""
+    elsewhere: Mapping[Backend, float]
+    """The same had another backend all of it; those that can run it."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +96,33 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AcceleratorTotals:
+    """What one of several accelerators does in an inference."""
+
+    name: Backend
+    operators: int
+    regions: int
+    seconds: float
+    """Hand-overs included."""
+    cycles: float
+    """Of its own clock, hand-overs left out."""
+    macs: int
+    peak_scratchpad: int
+    """Bytes; 0 where it has none."""
+    scratchpad: int
+
+
+@dataclass(frozen=True)
 class Totals:
     """One inference, from input to output."""
 
     latency: float
     """Seconds."""
     npu_cycles: float
+    """Of all accelerators that take commands."""
     macs: int
     npu_macs: int
+    """On any accelerator."""
     traffic: Mapping[str, int]
     """Bytes by memory."""
     peak_sram: int
@@ -85,7 +132,9 @@ class Totals:
     weights: int
     """Bytes of constants in the bundle."""
     energy: float
-    """Joules, idle power of the accelerator included."""
+    """Joules, idle power of the accelerators included."""
+    accelerators: tuple[AcceleratorTotals, ...] = ()
+    """By themselves, where there are several."""
 
     @property
     def inferences_per_second(self) -> float:
@@ -155,6 +204,8 @@ class Report:
     warnings: tuple[str, ...]
     vela: tuple[VelaReport, ...] = ()
     """Empty unless the regions went through Vela (`--emit vela`)."""
+    regions: tuple[RegionReport, ...] = ()
+    """In execution order."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
@@ -184,7 +235,9 @@ def as_text(report: Report, width: int = TEXT_WIDTH) -> str:
 def render(report: Report) -> RenderableType:
     """The whole report for a terminal."""
     parts: list[RenderableType] = [Text(f"{report.model} for {report.target}", style="bold"), Text()]
-    parts += [_heading("Placement"), _placement_table(report.placements), Text(_placement_summary(report.placements))]
+    parts += [_heading("Placement"), _placement_table(report.placements), Text(placement_summary(report.placements))]
+    if any(region.elsewhere for region in report.regions):
+        parts += [Text(), _heading("Regions, by the estimates that placed them"), _region_table(report.regions)]
     parts += [Text(), _heading("Cost of one inference"), _cost_table(report.layers), _totals_table(report.totals)]
     if report.self_check is not None:
         parts += [Text(), _heading(f"Self-check on {_count(report.self_check.samples, 'sample')}")]
@@ -210,16 +263,42 @@ def _table(*columns: tuple[str, bool]) -> Table:
 
 
 def _placement_table(placements: Sequence[PlacementReport]) -> Table:
-    table = _table(("operator", False), ("layer", False), ("runs on", False), ("precision", False), ("reason", False))
+    costed = any(placement.seconds for placement in placements)
+    columns = (("estimate", True), ("elsewhere", False)) if costed else ()
+    table = _table(
+        ("operator", False), ("layer", False), ("runs on", False), ("precision", False), *columns, ("reason", False)
+    )
     for placement in placements:
         where = "cpu" if placement.backend == "cpu" else f"{placement.backend}: {placement.engine}"
         style = "yellow" if placement.reason else ""
-        cells = (placement.op, _shortened(placement.layer), where, placement.precision, placement.reason or "")
+        costs = (quantity(placement.seconds, "s"), elsewhere(placement)) if costed else ()
+        reason = placement.reason or refusals(placement)
+        cells = (placement.op, _shortened(placement.layer), where, placement.precision, *costs, reason)
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
 
 
-def _placement_summary(placements: Sequence[PlacementReport]) -> str:
+def elsewhere(placement: PlacementReport) -> str:
+    """What the other backends would take: "dsp 12.3 µs, cpu 80.0 µs"."""
+    taken = ((item.backend, item.seconds) for item in placement.alternatives)
+    return ", ".join(f"{backend} {quantity(seconds, 's')}" for backend, seconds in taken if seconds is not None)
+
+
+def refusals(placement: PlacementReport) -> str:
+    """Why accelerators refuse an operator that another one runs."""
+    return "; ".join(f"{item.backend}: {item.refusal}" for item in placement.alternatives if item.refusal)
+
+
+def _region_table(regions: Sequence[RegionReport]) -> Table:
+    table = _table(("region", False), ("operators", True), ("estimate", True), ("elsewhere", False))
+    for region in regions:
+        others = ", ".join(f"{backend} {quantity(seconds, 's')}" for backend, seconds in region.elsewhere.items())
+        table.add_row(Text(region.name), str(region.operators), quantity(region.seconds, "s"), Text(others))
+    return table
+
+
+def placement_summary(placements: Sequence[PlacementReport]) -> str:
+    """How many operators run where, in one line."""
     counts = Counter(placement.backend for placement in placements)
     used = [name for name in get_args(AcceleratorName) if counts[name]]
     everything = _count(len(placements), "operator")
@@ -269,11 +348,24 @@ def _totals_table(totals: Totals) -> RenderableType:
         ("weights", byte_count(totals.weights)),
         ("energy", quantity(totals.energy, "J")),
     ]
-    if not totals.sram:
+    if totals.accelerators:
+        rows = [row for row in rows if row[0] not in ("accelerator cycles", "peak SRAM")]
+        rows[2:2] = [(unit.name, _accelerator(unit, totals)) for unit in totals.accelerators]
+    elif not totals.sram:
         rows = [row for row in rows if row[0] not in ("accelerator cycles", "traffic", "peak SRAM")]
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return Padding(table, (0, 0, 0, 0))
+
+
+def _accelerator(unit: AcceleratorTotals, totals: Totals) -> str:
+    parts = [
+        f"{_count(unit.operators, 'operator')} in {_count(unit.regions, 'region')}",
+        f"{quantity(unit.seconds, 's')} ({unit.cycles:,.0f} cycles)",
+        f"{unit.macs / totals.macs:.1%} of the MACs" if totals.macs else "",
+        f"{byte_count(unit.peak_scratchpad)} of {byte_count(unit.scratchpad)} scratchpad" if unit.scratchpad else "",
+    ]
+    return ", ".join(part for part in parts if part) if unit.operators else "unused"
 
 
 def _check_table(check: SelfCheck) -> Table:

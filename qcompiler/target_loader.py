@@ -227,8 +227,8 @@ def _join_sources(base: Node, root: Node, merged: Node) -> Node:
     assert isinstance(merged.value, Mapping)
     if old is None or new is None or not isinstance(old.value, tuple) or not isinstance(new.value, tuple):
         return merged
-    said = {node.plain() for node in new.value if isinstance(node.value, str)}
-    joined = Node((*new.value, *(node for node in old.value if node.value not in said)), new.place, new.key)
+    said = {str(node.value) for node in new.value}
+    joined = Node((*new.value, *(node for node in old.value if str(node.value) not in said)), new.place, new.key)
     return Node({**merged.value, "sources": joined}, merged.place, merged.key)
 
 

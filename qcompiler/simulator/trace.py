@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qcompiler.simulator.cost import CommandCost, RegionCost
 
 _NPU, _HOST = 1, 2
-"""Processes of the trace."""
+"""Processes of the trace; further accelerators are counted on from the host."""
 
 Event = dict[str, object]
 
@@ -26,16 +26,19 @@ class RegionSpan:
     operators: Mapping[int, str]
     start: float
     """Seconds from the beginning of the inference."""
+    owner: str = ""
+    """Which accelerator it is, where there are several."""
 
 
 @dataclass(frozen=True)
 class HostSpan:
-    """One operator on the CPU, or a hand-over between it and the accelerator. Times in seconds."""
+    """One operator on the CPU or a GPU, or a hand-over between CPU and accelerator. Times in seconds."""
 
     layer: str
     op: str
     start: float
     end: float
+    unit: str = "CPU"
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,22 @@ def chrome_trace(cost: RegionCost, names: Mapping[int, str], title: str = "NPU")
         names: layer index to the node's name; a layer not named is shown by its index.
         title: the name of the trace's one process.
     """
-    return _text(_npu_events((RegionSpan(cost, names, {}, 0.0),), title))
+    return _text(_npu_events((RegionSpan(cost, names, {}, 0.0),), _NPU, title))
 
 
 def inference_trace(line: Timeline, title: str) -> str:
-    """The JSON text of an inference's trace: the accelerator's units as one process, the host as another."""
+    """The JSON text of an inference's trace: each accelerator's units as one process, the host as another."""
+    threads = {
+        unit: number for number, unit in enumerate(dict.fromkeys(("CPU", *(s.unit for s in line.host))), start=1)
+    }
     host: list[Event] = [
         _metadata("process_name", _HOST, None, "host"),
-        _metadata("thread_name", _HOST, 1, "CPU"),
+        *(_metadata("thread_name", _HOST, thread, unit) for unit, thread in threads.items()),
         *(
             {
                 "ph": "X",
                 "pid": _HOST,
-                "tid": 1,
+                "tid": threads[span.unit],
                 "name": f"{span.op} {span.layer}",
                 "cat": span.op,
                 "ts": span.start * 1e6,
@@ -77,21 +83,25 @@ def inference_trace(line: Timeline, title: str) -> str:
             for span in line.host
         ),
     ]
-    return _text([*(_npu_events(line.regions, title) if line.regions else []), *host])
+    driven: list[Event] = []
+    for number, owner in enumerate(dict.fromkeys(region.owner for region in line.regions)):
+        own = tuple(region for region in line.regions if region.owner == owner)
+        driven += _npu_events(own, _NPU if number == 0 else _HOST + number, f"{title} {owner}".strip())
+    return _text([*driven, *host])
 
 
 def _text(events: list[Event]) -> str:
     return json.dumps({"displayTimeUnit": "ns", "traceEvents": events}, separators=(",", ":"))
 
 
-def _npu_events(regions: tuple[RegionSpan, ...], title: str) -> list[Event]:
+def _npu_events(regions: tuple[RegionSpan, ...], process: int, title: str) -> list[Event]:
     tracks = sorted({(command.unit, command.channel) for region in regions for command in region.cost.commands})
     threads = {track: number for number, track in enumerate(tracks, start=1)}
     return [
-        _metadata("process_name", _NPU, None, title),
-        *(_metadata("thread_name", _NPU, thread, _track_name(track)) for track, thread in threads.items()),
+        _metadata("process_name", process, None, title),
+        *(_metadata("thread_name", process, thread, _track_name(track)) for track, thread in threads.items()),
         *(
-            _event(command, threads[command.unit, command.channel], region)
+            _event(command, process, threads[command.unit, command.channel], region)
             for region in regions
             for command in region.cost.commands
         ),
@@ -108,7 +118,7 @@ def _track_name(track: tuple[str, int]) -> str:
     return f"{unit} {channel}" if channel else unit
 
 
-def _event(command: CommandCost, thread: int, region: RegionSpan) -> Event:
+def _event(command: CommandCost, process: int, thread: int, region: RegionSpan) -> Event:
     microsecond = region.cost.clock / 1e6
     layer = region.layers.get(command.layer, f"layer {command.layer}")
     arguments: Event = {"layer": layer, "command": command.index, "cycles": command.end - command.start}
@@ -127,7 +137,7 @@ def _event(command: CommandCost, thread: int, region: RegionSpan) -> Event:
         arguments["waited for"] = command.waited_for
     return {
         "ph": "X",
-        "pid": _NPU,
+        "pid": process,
         "tid": thread,
         "name": f"{command.name} {layer}",
         "cat": command.name,

@@ -3,18 +3,18 @@
 Equal reports give equal bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from qcompiler.report import LayerReport, PlacementReport, Report, byte_count, quantity
+from qcompiler.report import LayerReport, PlacementReport, Report, byte_count, elsewhere, placement_summary, quantity
 from qcompiler.simulator.trace import Timeline
-from qcompiler.target import Target
+from qcompiler.target import Npu, Target
 from qcompiler.views.lanes import kind_of, lanes
-from qcompiler.views.roofline import roofline
+from qcompiler.views.roofline import Roofline, roofline
 
 TEMPLATE = "report.html.j2"
 
@@ -45,6 +45,8 @@ class Row:
     traffic: tuple[str, ...]
     bound: str
     time: str
+    elsewhere: str
+    """What other backends would take, by the estimates that placed it."""
     share: float
     """Of the latency, in percent."""
     bar: float
@@ -71,9 +73,8 @@ def html_report(report: Report, line: Timeline, target: Target) -> str:
         target: its bandwidths and rates are the roofs.
     """
     memories = tuple(dict.fromkeys(name for layer in report.layers for name in layer.traffic))
-    precisions = {item.node: item.precision for item in report.placements}
+    placements = {item.node: item for item in report.placements}
     longest = max((layer.seconds for layer in report.layers), default=0.0)
-    on_npu = sum(item.backend != "cpu" for item in report.placements)
     return _template().render(
         report=report,
         description=target.description,
@@ -81,16 +82,27 @@ def html_report(report: Report, line: Timeline, target: Target) -> str:
         tiles=_tiles(report),
         memories=memories,
         rows=[
-            _row(number, layer, memories, precisions, report.totals.latency, longest)
+            _row(number, layer, memories, placements, report.totals.latency, longest)
             for number, layer in enumerate(report.layers, start=1)
         ],
-        roofline=roofline(target.npu, report.layers, report.placements) if target.npu is not None else None,
+        rooflines=_rooflines(report, target),
         lanes=lanes(line),
         fallbacks=_fallbacks(report.placements),
-        on_npu=on_npu,
-        on_cpu=len(report.placements) - on_npu,
+        summary=placement_summary(report.placements),
+        time=lambda seconds: quantity(seconds, "s"),
+        on_cpu=len(report.placements),
         has_npu=bool(target.accelerators),
     )
+
+
+def _rooflines(report: Report, target: Target) -> list[tuple[str, Roofline]]:
+    """Of the accelerators that multiply and take commands, with what the heading adds."""
+    found: list[tuple[str, Roofline]] = []
+    for name, unit in target.accelerators.items():
+        drawn = roofline(unit, report.layers, report.placements, name) if isinstance(unit, Npu) else None
+        if drawn is not None:
+            found.append((f" of the {name.upper()}" if len(target.accelerators) > 1 else "", drawn))
+    return found
 
 
 @cache
@@ -124,15 +136,23 @@ def _tiles(report: Report) -> list[Tile]:
 
 
 def _row(
-    number: int, layer: LayerReport, memories: Sequence[str], precisions: dict[str, str], latency: float, longest: float
+    number: int,
+    layer: LayerReport,
+    memories: Sequence[str],
+    placements: Mapping[str, PlacementReport],
+    latency: float,
+    longest: float,
 ) -> Row:
+    placement = placements.get(layer.node)
     return Row(
         number=number,
         layer=layer.layer,
         op=layer.op,
         kind=kind_of(layer.op),
-        where=layer.engine or layer.backend,
-        precision=precisions.get(layer.node, "").replace("*", "×"),
+        where=layer.engine
+        if layer.engine and layer.backend in ("cpu", "npu")
+        else f"{layer.backend} {layer.engine}".strip(),
+        precision=placement.precision.replace("*", "×") if placement is not None else "",
         macs=f"{layer.macs:,}" if layer.macs else "",
         cycles=f"{layer.cycles:,.0f}" if layer.cycles else "",
         utilised="" if layer.utilisation is None else f"{layer.utilisation:.0%}",
@@ -140,6 +160,7 @@ def _row(
         traffic=tuple(byte_count(layer.traffic[name]) if layer.traffic.get(name) else "" for name in memories),
         bound=layer.bound if layer.cycles else "",
         time=quantity(layer.seconds, "s") if layer.seconds else "",
+        elsewhere=elsewhere(placement) if placement is not None else "",
         share=100 * layer.seconds / latency if latency else 0.0,
         bar=100 * layer.seconds / longest if longest else 0.0,
         energy=quantity(layer.energy, "J") if layer.energy else "",

@@ -82,11 +82,12 @@ def lanes(line: Timeline) -> Lanes | None:
     if line.seconds <= 0:
         return None
     pieces: list[tuple[str, list[_Piece]]] = []
-    if line.host:
-        pieces.append(("CPU", [_Piece(span.layer, span.op, span.start, span.end) for span in line.host]))
-    for unit, channel in units(line):
-        label = f"{unit} {channel}" if channel else unit
-        pieces.append((label, list(_commands(line, unit, channel))))
+    for host in dict.fromkeys(span.unit for span in line.host):
+        found = [_Piece(span.layer, span.op, span.start, span.end) for span in line.host if span.unit == host]
+        pieces.append((host, found))
+    for owner, unit, channel in units(line):
+        label = " ".join(part for part in (owner, unit, str(channel or "")) if part)
+        pieces.append((label, list(_commands(line, owner, unit, channel))))
     scale = (WIDTH - LEFT - RIGHT) / line.seconds
     drawn = tuple(
         Lane(label, TOP + index * (LANE + GAP), tuple(_marks(found, scale, TOP + index * (LANE + GAP))))
@@ -104,10 +105,10 @@ def lanes(line: Timeline) -> Lanes | None:
     )
 
 
-def _commands(line: Timeline, unit: str, channel: int) -> Iterable[_Piece]:
+def _commands(line: Timeline, owner: str, unit: str, channel: int) -> Iterable[_Piece]:
     for region in line.regions:
         for command in region.cost.commands:
-            if (command.unit, command.channel) == (unit, channel):
+            if (region.owner, command.unit, command.channel) == (owner, unit, channel):
                 yield _Piece(
                     region.layers.get(command.layer, f"layer {command.layer}"),
                     region.operators.get(command.layer, ""),

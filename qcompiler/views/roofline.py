@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qcompiler.report import LayerReport, PlacementReport, byte_count, quantity
-from qcompiler.target import Npu
+from qcompiler.target import AcceleratorName, Npu
 from qcompiler.views.scales import LogScale
 
 WIDTH, HEIGHT = 720, 400
@@ -71,19 +71,22 @@ class _Layer:
     rate: float
 
 
-def roofline(npu: Npu, layers: Sequence[LayerReport], placements: Sequence[PlacementReport]) -> Roofline | None:
+def roofline(
+    npu: Npu, layers: Sequence[LayerReport], placements: Sequence[PlacementReport], backend: AcceleratorName = "npu"
+) -> Roofline | None:
     """Place the accelerator's layers; None if none of them multiplies.
 
     Args:
         npu: its memories' bandwidths and its engines' rates are the roofs.
         layers: the rows of the cost table; a point is numbered by its row, from 1.
         placements: which engine and precision each operator has.
+        backend: which accelerator it is.
     """
     memories = list(npu.memories)
     bandwidths = [memory.bandwidth.per_cycle(npu.clock) * npu.clock for memory in npu.memories.values()]
     found: list[_Layer] = []
     for number, row in enumerate(layers, start=1):
-        if row.backend != "npu" or not row.macs or not row.seconds or not any(row.traffic.values()):
+        if row.backend != backend or not row.macs or not row.seconds or not any(row.traffic.values()):
             continue
         busy = [row.traffic.get(name, 0) / speed for name, speed in zip(memories, bandwidths, strict=True)]
         slowest = max(range(len(busy)), key=busy.__getitem__)

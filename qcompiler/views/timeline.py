@@ -18,20 +18,24 @@ def timeline(partition: Partition, costs: Costs) -> Timeline:
     start = 0.0
     regions: list[RegionSpan] = []
     host: list[HostSpan] = []
+    several = len({region.backend for region in partition.regions} - {"cpu"}) > 1
     for region in partition.regions:
-        if region.backend == "cpu":
+        if region.name not in costs.regions:  # no commands behind the rows: the CPU, or kernels of a GPU
             for _ in region.nodes:
                 row = next(rows)
                 if row.seconds:
-                    host.append(_span(row, start))
+                    host.append(_span(row, start, region.backend.upper()))
                 start += row.seconds
-            continue
-        cost = costs.regions[region.name]
-        taken = [next(rows) for _ in cost.layers]
-        names = {layer.index: row.layer for layer, row in zip(cost.layers, taken, strict=True)}
-        operators = {layer.index: row.op for layer, row in zip(cost.layers, taken, strict=True)}
-        regions.append(RegionSpan(cost, names, operators, start))
-        start += cost.cycles / cost.clock
+            if region.backend == "cpu":
+                continue
+        else:
+            cost = costs.regions[region.name]
+            taken = [next(rows) for _ in cost.layers]
+            names = {layer.index: row.layer for layer, row in zip(cost.layers, taken, strict=True)}
+            operators = {layer.index: row.op for layer, row in zip(cost.layers, taken, strict=True)}
+            owner = region.backend.upper() if several else ""
+            regions.append(RegionSpan(cost, names, operators, start, owner))
+            start += cost.cycles / cost.clock
         row = next(rows)
         assert row.op == HAND_OVER, row
         host.append(_span(row, start))
@@ -40,16 +44,17 @@ def timeline(partition: Partition, costs: Costs) -> Timeline:
     return Timeline(tuple(regions), tuple(host), start)
 
 
-def _span(row: LayerReport, start: float) -> HostSpan:
-    return HostSpan(row.layer, row.op, start, start + row.seconds)
+def _span(row: LayerReport, start: float, unit: str = "CPU") -> HostSpan:
+    return HostSpan(row.layer, row.op, start, start + row.seconds, unit)
 
 
-def units(line: Timeline) -> Sequence[tuple[str, int]]:
-    """Engines and DMA channels that do anything, engines first, as (unit, channel)."""
-    engines, copiers = dict[tuple[str, int], None](), dict[tuple[str, int], None]()
+def units(line: Timeline) -> Sequence[tuple[str, str, int]]:
+    """Engines and DMA channels that do anything, engines first, as (accelerator, unit, channel)."""
+    engines, copiers = dict[tuple[str, str, int], None](), dict[tuple[str, str, int], None]()
     for region in line.regions:
         for command in region.cost.commands:
             if command.name == "barrier":
                 continue
-            (copiers if command.name in ("dma", "fill") else engines)[command.unit, command.channel] = None
+            key = (region.owner, command.unit, command.channel)
+            (copiers if command.name in ("dma", "fill") else engines)[key] = None
     return (*sorted(engines), *sorted(copiers))
