@@ -6,7 +6,7 @@ rows of outputs, with the weights shifted. Words are made row by row as they are
 `plain_convolution` is for floats, for channels that fill no vector, 4-bit weights and weights with a zero point.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -56,11 +56,15 @@ def word_convolution(
 
     x = placeholder(x_value, (n, h, w, c))
     scalars = [placeholder(value, (1,)) for value in finish.scalars]
-    fill = te.const(operands.x_zero_point - operands.x_offset, x.dtype)
-    fill = fill if operands.zero_scalar is None else scalars[operands.zero_scalar][0]
+    if operands.zero_scalar is None:
+        zero = operands.x_zero_point - operands.x_offset
+        fill, filled = te.const(zero, x.dtype), te.const(_filled_word(zero, min(rows, dot.length), dot.bits), "int32")
+    else:
+        fill = scalars[operands.zero_scalar][0]
+        filled = _packed([fill] * min(rows, dot.length), dot)
 
     def word(b: Expr, i: Expr, j: Expr, p: Expr, k: Expr) -> Expr:
-        packed = _word(x, geometry, fill, dot, (b, i * (together * sy) - top, j - left, k), p, rows)
+        packed = _word(x, geometry, fill, filled, dot, (b, i * (together * sy) - top, j - left, k), p, rows)
         # Adding 128 to a byte modulo 256 flips its highest bit.
         return te.bitwise_xor(packed, te.const(-0x7F7F7F80, "int32")) if operands.x_offset else packed
 
@@ -107,27 +111,41 @@ def _word(
     x: te.Tensor,
     geometry: Geometry,
     fill: Expr,
+    filled: Expr,
     dot: LaneDot,
     at: tuple[Expr, Expr, Expr, Expr],
     part: Expr,
     rows: int,
 ) -> Expr:
-    """x of one channel in up to `rows` rows below each other, those of one part, from a position on."""
+    """x of one channel, or `fill`, and all of it `filled`, in up to `rows` rows below each other, those of one part, from a position on."""
     _, h, w, _ = geometry.x_shape
     (dy, _), (up_y, up_x) = geometry.dilations, geometry.dilate
     batch, first, column, channel = at
-    word: Expr | None = None
+    stacked: list[Expr] = []
     for position in range(min(dot.length, rows)):
         y = first + (part * dot.length + position) * dy
-        tests = [y >= 0, y < (h - 1) * up_y + 1, column >= 0, column < (w - 1) * up_x + 1]
-        tests += [(y % up_y).equal(0)] if up_y > 1 else []
-        tests += [(column % up_x).equal(0)] if up_x > 1 else []
-        number = te.if_then_else(te.all_of(*tests), x[batch, y // up_y, column // up_x, channel], fill)
+        inside = [y >= 0, y < (h - 1) * up_y + 1, *([(y % up_y).equal(0)] if up_y > 1 else [])]
+        stacked.append(te.if_then_else(te.all_of(*inside), x[batch, y // up_y, column // up_x, channel], fill))
+    inside = [column >= 0, column < (w - 1) * up_x + 1, *([(column % up_x).equal(0)] if up_x > 1 else [])]
+    # Columns are tested once a word; rows, which stay the same along the loop, number by number.
+    return te.if_then_else(te.all_of(*inside), _packed(stacked, dot), filled)
+
+
+def _packed(numbers: Sequence[Expr], dot: LaneDot) -> Expr:
+    """A word, the first number lowest."""
+    word: Expr | None = None
+    for position, number in enumerate(numbers):
         bits = number.astype("uint8" if dot.bits == 8 else "int16").astype(f"uint{dot.bits}").astype("int32")
         shifted = te.shift_left(bits, te.const(position * dot.bits, "int32")) if position else bits
         word = shifted if word is None else te.bitwise_or(word, shifted)
     assert word is not None
     return word
+
+
+def _filled_word(number: int, count: int, bits: int) -> int:
+    """What `_packed` makes of the same number so many times."""
+    word = sum((number & ((1 << bits) - 1)) << (position * bits) for position in range(count))
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _pack_words(weights: np.ndarray, together: int, stride: int, dot: LaneDot) -> np.ndarray:
