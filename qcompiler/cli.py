@@ -132,7 +132,10 @@ RepairQuality = Annotated[
 ]
 Weights = Annotated[
     WeightType,
-    typer.Option(help="int4: store weights in four bits, but for the first and last layers, if the target has them."),
+    typer.Option(
+        help="int4, int2, binary: store weights in four, two or one bits, but for the first and last layers, if the "
+        "target has them."
+    ),
 ]
 Activations = Annotated[
     ActivationType,
@@ -141,9 +144,12 @@ Activations = Annotated[
         "what is multiplied by its own range at run time, on the CPU; needs no calibration data."
     ),
 ]
+AllLayers = Annotated[
+    bool, typer.Option("--all-layers", help="--weights is for the first and last layers too.", show_default=False)
+]
 LayerWeights = Annotated[
     list[str] | None,
-    typer.Option("--layer-weights", metavar="LAYER=int4|int8", help="For this layer only; may be repeated."),
+    typer.Option("--layer-weights", metavar="LAYER=int4|int2|…", help="For this layer only; may be repeated."),
 ]
 HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
 TraceFile = Annotated[
@@ -197,6 +203,7 @@ def compile_command(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    all_layers: AllLayers = False,
     quality: RepairQuality = "fast",
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
@@ -211,7 +218,7 @@ def compile_command(
     def options() -> "Options":
         return _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations), quality, dump,
+            Formats(weights, layer_weights, activations, all_layers), quality, dump,
         )  # fmt: skip
 
     if emit == "c":
@@ -275,6 +282,7 @@ def explain(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    all_layers: AllLayers = False,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -285,7 +293,7 @@ def explain(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations), dump=dump,
+            Formats(weights, layer_weights, activations, all_layers), dump=dump,
         )  # fmt: skip
         report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
         progress.finish()
@@ -314,6 +322,7 @@ def debug(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    all_layers: AllLayers = False,
 ) -> None:
     """Find the layers whose quantization hurts, say why, and name the option that helps."""
     with _mistakes(as_json), _console_progress() as progress:
@@ -322,7 +331,7 @@ def debug(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations),
+            Formats(weights, layer_weights, activations, all_layers),
         )  # fmt: skip
         diagnosis = diagnose(model, target, options, progress=progress)
         progress.finish()
@@ -483,6 +492,7 @@ class Formats:
     weights: WeightType = "int8"
     by_layer: list[str] | None = None
     activations: ActivationType = "int8"
+    all_layers: bool = False
 
 
 EIGHT_BITS = Formats()
@@ -511,7 +521,9 @@ def _options(
         images=_image_options(pixels),
         keep_float=keep_float or (),
         overrides=overrides or (),
-        formats=WeightRequest(formats.weights, _layer_weights(formats.by_layer or []), formats.activations),
+        formats=WeightRequest(
+            formats.weights, _layer_weights(formats.by_layer or []), formats.activations, edges=formats.all_layers
+        ),
         quality=quality,
         dump=dump,
     )
@@ -537,7 +549,8 @@ def _layer_weights(texts: Sequence[str]) -> dict[str, WeightType]:
         layer, _, dtype = text.rpartition("=")
         if not layer or dtype not in get_args(WeightType):
             raise QCompilerError(
-                f"--layer-weights {text}: write LAYER=int4 or LAYER=int8, the layer's name as reported."
+                f"--layer-weights {text}: write LAYER=int4 or LAYER=int8 (or int2, binary), with the layer's name as "
+                "reported."
             )
         chosen[layer] = cast(WeightType, dtype)
     return chosen

@@ -83,6 +83,7 @@ def compile(
     weights: WeightType = "int8",
     layer_weights: Mapping[str, WeightType] | None = None,
     activations: ActivationType = "int8",
+    all_layers: bool = False,
     quality: Quality = "fast",
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -105,11 +106,13 @@ def compile(
         overrides: changes to the target spec, such as "memories.sram.size=512KiB".
         html: where the report goes as one HTML page.
         trace: where the timeline goes, for Perfetto or chrome://tracing.
-        weights: "int4" stores the weights of all but the first and last layers in four bits, if the target has them.
+        weights: "int4", "int2" and "binary" store the weights of all but the first and last layers in four, two or one
+            bits, if the target has them.
         layer_weights: single layers that differ, by name as in reports.
         activations: "int16" computes in sixteen bits, if the target has them; what has no such form stays in float.
             "dynamic" keeps them float and quantizes what is multiplied by its own range at run time, on the CPU; it
             needs no calibration data.
+        all_layers: whether `weights` is for the first and last layers too.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
         progress: told of stages as they begin.
@@ -125,7 +128,7 @@ def compile(
         images=images,
         keep_float=keep_float,
         overrides=overrides,
-        formats=WeightRequest(weights, layer_weights or {}, activations),
+        formats=WeightRequest(weights, layer_weights or {}, activations, edges=all_layers),
         quality=quality,
         dump=dump,
     )

@@ -281,7 +281,7 @@ def _weight_cause(
             )
     usual = _usual(array.reshape(-1) / np.maximum(_per_weight(array, fmt), 1e-30))
     spread = float(np.abs(array / np.maximum(_per_weight(array, fmt), 1e-30)).max())
-    if fmt.dtype == "int4":
+    if fmt.dtype in ("int4", "int2", "int1"):
         return Explanation(
             "few bits",
             "its weights have four bits",

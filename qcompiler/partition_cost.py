@@ -34,6 +34,7 @@ _CLASSES: Mapping[str, OpClass] = {
 
 _ROW_OPS = ("Gemm", "MatMul", "MatMulInteger")
 _BITS = 8
+_WEIGHT_BITS = {"int4": 4, "int2": 2, "int1": 1}
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
 
@@ -162,7 +163,7 @@ def _shape(node: ir.Node, facts: OpFacts, kind: OpClass) -> Shape:
         groups=_whole(facts, "group", 1),
         ifm_bits=_BITS,
         ofm_bits=_BITS,
-        weight_bits=4 if facts.precision.endswith("*int4") else _BITS,
+        weight_bits=_WEIGHT_BITS.get(facts.precision.partition("*")[2], _BITS),
         upsampling=_whole(facts, "stride_h", 1) * _whole(facts, "stride_w", 1) if facts.op == "ConvTranspose" else 1,
     )
 

@@ -265,8 +265,8 @@ class MacPrecision(Spec):
     energy: Picojoules
 
 
-DTYPES: tuple[str, ...] = ("int4", "int8", "uint8", "int16", "int32", "float32")
-"""The types a precision is written with, as in "int8" or "uint8*int8"."""
+DTYPES: tuple[str, ...] = ("int1", "int2", "int4", "int8", "uint8", "int16", "int32", "float32")
+"""The types a precision is written with, as in "int8" or "uint8*int8"; int1 is for weights of -1 and 1."""
 
 
 def check_precision(precision: str, *at: str | int) -> None:
@@ -298,7 +298,7 @@ class ActivationFormat(Spec):
 
 
 class WeightFormat(Spec):
-    dtypes: tuple[Literal["int8", "uint8", "int4"], ...]
+    dtypes: tuple[Literal["int8", "uint8", "int4", "int2", "int1"], ...]
     symmetric: bool = True
     per_channel: bool = True
     narrow_range: bool = True

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -28,6 +27,7 @@ from qcompiler.backends.schedules.matrix import matrix_multiply
 from qcompiler.backends.te import Expr
 from qcompiler.graph import data_input, dtype_of, shape_of
 from qcompiler.integer.ops import QConv, QConvTranspose, QGemm
+from qcompiler.integer.weight_types import stored_bits
 from qcompiler.quant.arithmetic import RequantizeVariant, wrap_int32
 
 
@@ -46,7 +46,7 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Problem(Geometry):
-    """An integer convolution; its weights are int4, int8 or uint8."""
+    """An integer convolution; its weights are int2, int4, int8 or uint8."""
 
     x_dtype: str
     x_zero_point: int
@@ -190,8 +190,8 @@ def fold_zero_points(problem: Problem, x_dtype: str) -> Operands:
         weights.astype(np.int8),
         w_zero_point,
         wrap_int32(bias).astype(np.int32),
-        # A zero point would take 4-bit weights out of their range.
-        four_bits=problem.weights.dtype == ml_dtypes.int4 and problem.w_zero_point == 0,
+        # A zero point would take weights of few bits out of their range.
+        bits=8 if problem.w_zero_point else stored_bits(problem.weights),
         sums=sum_dtype(problem),
     )
 

@@ -3,7 +3,7 @@
 `word_convolution` is for integers. The rows of a window lie one in each byte (or half) of a word per channel, so
 that one instruction multiplies and adds them all; where a word has room for more rows than the kernel, it serves two
 rows of outputs, with the weights shifted. Words are made row by row as they are needed, padding included.
-`plain_convolution` is for floats, for channels that fill no vector, 4-bit weights and weights with a zero point.
+`plain_convolution` is for floats, for channels that fill no vector, weights of few bits and weights with a zero point.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.backends import nibbles, te
+from qcompiler.backends import packed_bits, te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, stage, zero_of
 from qcompiler.backends.schedules import conv as schedule
@@ -37,7 +37,7 @@ def depthwise_convolution(
     """
     plain = operands_in(x_dtype)
     dot = lane_dot(host, x_dtype, geometry.group) if plain.sums == "int32" else None
-    if dot is None or plain.w_zero_point or plain.four_bits:
+    if dot is None or plain.w_zero_point or plain.bits < 8:
         return plain_convolution(geometry, plain, finish, x_value, host)
     return word_convolution(geometry, operands_in(dot.a_dtype), finish, x_value, host, dot)
 
@@ -178,9 +178,10 @@ def plain_convolution(
     staged = x if as_is else stage(x, geometry, operands, (rows, columns * c), (c, 1, 1), zero)
 
     taps = np.ascontiguousarray(operands.weights[..., 0].transpose(1, 2, 0))
-    arrays = [nibbles.pack_runs(taps) if operands.four_bits else taps, operands.bias, *finish.channels]
-    stored, bias, *channels = parameters_of(arrays)
-    weights = nibbles.unpacked(stored, taps.shape) if operands.four_bits else stored
+    stored = packed_bits.store(taps, operands.bits)
+    arrays = [stored.array, operands.bias, *finish.channels]
+    w, bias, *channels = parameters_of(arrays)
+    weights = stored.read(w)
     maps = [placeholder(value, (n, oh, ow, c)) for value in finish.maps]
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
     sums = operands.sums
@@ -200,10 +201,9 @@ def plain_convolution(
         return finish.expression(total, [array[k] for array in channels], elements)
 
     output = te.compute((n, oh, ow, c), finished, "output")
-    function = te.prim_func([x, *maps, *scalars, stored, bias, *channels, output])
+    function = te.prim_func([x, *maps, *scalars, w, bias, *channels, output])
     lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
     threads = threads_for(host, geometry.macs, host.vector_bytes // 4)
     scheduled = schedule.schedule_depthwise(function, lanes, threads=threads)
-    if operands.four_bits:
-        scheduled = nibbles.schedule_unpacking(scheduled, taps.shape, threads=threads)
+    scheduled = stored.scheduled(scheduled, threads=threads)
     return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))

@@ -7,7 +7,7 @@ It wants channels in eights and rows of at least two pixels; `cpu_packed` has th
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.backends import nibbles, te
+from qcompiler.backends import packed_bits, te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, flattened, round_up, staged_element
 from qcompiler.backends.schedules import matrix as schedule
@@ -57,12 +57,13 @@ def matrix_convolution(
         )
 
     packed = _pack(operands.weights, blocks)
+    stored = packed_bits.store(packed, operands.bits)
     arrays = [
-        nibbles.pack_runs(packed) if operands.four_bits else packed,
+        stored.array,
         *(_per_lane(array, blocks) for array in (operands.bias, *finish.channels)),
     ]
-    stored, bias, *channels = parameters_of(arrays)
-    weights = nibbles.unpacked(stored, packed.shape) if operands.four_bits else stored
+    w, bias, *channels = parameters_of(arrays)
+    weights = stored.read(w)
     maps = [placeholder(value, (n, oh, ow, blocks, LANES)) for value in finish.maps]
     scalars = [placeholder(value, (1,)) for value in finish.scalars]
 
@@ -89,17 +90,16 @@ def matrix_convolution(
             (n, oh, ow, out_channels), lambda b, i, j, o: output[b, i, j, o // LANES, o % LANES], "cropped"
         )
     threads = threads_for(host, geometry.macs, 4 * DEPTH)
-    function = te.prim_func([x, *maps, *scalars, stored, bias, *channels, result])
+    function = te.prim_func([x, *maps, *scalars, w, bias, *channels, result])
     scheduled = schedule.schedule_matrix_convolution(function, instruction, tile, threads=threads)
-    if operands.four_bits:
-        scheduled = nibbles.schedule_unpacking(scheduled, packed.shape, threads=threads)
+    scheduled = stored.scheduled(scheduled, threads=threads)
     return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))
 
 
 def _pack(weights: np.ndarray, blocks: int) -> np.ndarray:
-    """[O, KH, KW, C] to [blocks, KH, KW, C / 8, 2, 2, 8], zeros where channels are filled up."""
+    """[O, KH, KW, C] to [blocks, KH, KW, C / 8, 2, 2, 8], ones where channels are filled up."""
     out_channels, kh, kw, c = weights.shape
-    filled = np.zeros((blocks * LANES, kh, kw, c), weights.dtype)
+    filled = np.ones((blocks * LANES, kh, kw, c), weights.dtype)
     filled[:out_channels] = weights
     split = filled.reshape(blocks, LANES // 2, 2, kh, kw, c // DEPTH, DEPTH)
     return np.ascontiguousarray(split.transpose(0, 3, 4, 5, 1, 2, 6))

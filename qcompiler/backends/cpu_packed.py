@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.backends import nibbles, te
+from qcompiler.backends import packed_bits, te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.schedules import conv as schedule
 from qcompiler.backends.schedules.dot import DotProduct
@@ -60,8 +60,8 @@ class Operands:
     w_zero_point: int
     bias: np.ndarray
     """[O]."""
-    four_bits: bool
-    """Whether the weights are stored two to a byte."""
+    bits: int
+    """Bits of a stored weight. Less than 8: several to a byte. One: -1 and 1, and two where padding adds zeros."""
     sums: str
     """The accumulators' type."""
     zero_scalar: int | None = None
@@ -169,12 +169,13 @@ def packed_convolution(
     staged = x if as_is else stage(x, geometry, operands, (rows, row_length), (pitch, padded_depth, depth), zero)
 
     packed = _pack(operands.weights, group, blocks, lanes, quads, quad, run=run)
+    stored = packed_bits.store(packed, operands.bits)
     arrays = [
-        nibbles.pack_runs(packed) if operands.four_bits else packed,
+        stored.array,
         *_per_lane([operands.bias, *finish.channels], group, blocks, lanes),
     ]
-    stored, bias, *channels = parameters_of(arrays)
-    weights = nibbles.unpacked(stored, packed.shape) if operands.four_bits else stored
+    w, bias, *channels = parameters_of(arrays)
+    weights = stored.read(w)
     maps = [placeholder(value, (n, oh, ow, group, blocks, lanes)) for value in finish.maps]
 
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(taps, "kx")
@@ -207,11 +208,10 @@ def packed_convolution(
         result = te.compute((n, oh, ow, out_channels), crop, "cropped")
     else:
         result = output
-    function = te.prim_func([x, *maps, *scalars, stored, bias, *channels, result])
+    function = te.prim_func([x, *maps, *scalars, w, bias, *channels, result])
     threads = threads_for(host, geometry.macs, quad * lanes)
     scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=threads)
-    if operands.four_bits:
-        scheduled = nibbles.schedule_unpacking(scheduled, packed.shape, threads=threads)
+    scheduled = stored.scheduled(scheduled, threads=threads)
     return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))
 
 
@@ -279,12 +279,16 @@ def _window_sum(staged: te.Tensor, geometry: Geometry, operands: Operands, layou
 
 
 def _pack(weights: np.ndarray, group: int, blocks: int, lanes: int, quads: int, quad: int, *, run: bool) -> np.ndarray:
-    """[O, KH, KW, C/group] to [group, blocks, KH, KW, quads, lanes, quad], zeros where a dimension is filled up."""
+    """[O, KH, KW, C/group] to [group, blocks, KH, KW, quads, lanes, quad].
+
+    Zeros fill up what is reduced; lanes past the last channel, whose sums nobody reads, hold ones.
+    """
     out_channels, kh, kw, depth = weights.shape
     if run:
         weights, kw, depth = weights.reshape(out_channels, kh, 1, kw * depth), 1, kw * depth
     per_group = out_channels // group
     filled = np.zeros((group, blocks * lanes, kh, kw, quads * quad), weights.dtype)
+    filled[:, per_group:] = 1
     filled[:, :per_group, :, :, :depth] = weights.reshape(group, per_group, kh, kw, depth)
     split = filled.reshape(group, blocks, lanes, kh, kw, quads, quad)
     return np.ascontiguousarray(split.transpose(0, 1, 3, 4, 5, 2, 6))

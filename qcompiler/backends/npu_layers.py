@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -43,6 +42,7 @@ from qcompiler.graph import (
     string,
 )
 from qcompiler.integer import ops
+from qcompiler.integer.weight_types import stored_bits, stored_type
 from qcompiler.quant import arithmetic
 from qcompiler.simulator import isa
 from qcompiler.target import Target
@@ -180,8 +180,9 @@ def _bytes(array: np.ndarray) -> bytes:
 def _weight_stream(weights: np.ndarray, zero_point: int) -> Stream:
     """Weights [O, …] as `isa.WEIGHTS` reads them."""
     rows = weights.reshape(weights.shape[0], -1)
-    if rows.dtype == ml_dtypes.int4:
-        rows = arithmetic.pack_int4(rows)
+    bits = stored_bits(weights)
+    if bits < 8:
+        rows = arithmetic.pack_bits(rows, bits)
     dtypes: dict[np.dtype, Literal["int8", "uint8"]] = {np.dtype(np.int8): "int8", np.dtype(np.uint8): "uint8"}
     return Stream(_bytes(rows), rows.nbytes // rows.shape[0], dtypes.get(weights.dtype), zero_point)
 
@@ -258,7 +259,7 @@ def _convolution(
     if isinstance(scales, str):
         return scales
     in_depth, out_depth = ifm[3] // op.group, ofm[3] // op.group
-    weights_dtype, variant = _dtype_index(data_input(node, 1)), _variant(op.requantize)
+    weights_dtype, variant = isa.DTYPES.index(stored_type(weights)), _variant(op.requantize)
 
     def issue(emit: Emitter, tile: Tile) -> None:
         rows, columns, _ = tile.windows[0]

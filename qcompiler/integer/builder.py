@@ -1,6 +1,6 @@
 """What realizing shares: reading quantized values off a QDQ graph, and adding integer nodes to it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -20,13 +20,14 @@ from qcompiler.graph import (
     value_name,
 )
 from qcompiler.integer.ops import IntegerOp
+from qcompiler.integer.weight_types import narrowed
 from qcompiler.passes.rewriting import infer_types
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import RequantizeVariant
 
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
-_STORED = (ml_dtypes.uint4, ml_dtypes.int4, np.int8, np.uint8, np.int32)
+_STORED = (ml_dtypes.uint2, ml_dtypes.int2, ml_dtypes.uint4, ml_dtypes.int4, np.int8, np.uint8, np.int32)
 
 TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 TABLE_SIZE = 256
@@ -144,9 +145,12 @@ def constant_of(value: ir.Value | None) -> Constant | None:
     if array is None or scale is None or array.dtype not in _STORED:
         return None
     zero_point = np.zeros(scale.shape, np.int32) if zero_point is None else zero_point.astype(np.int32)
-    if array.dtype == ml_dtypes.uint4:
+    if array.dtype in (ml_dtypes.uint4, ml_dtypes.uint2):
         # The same numbers as int4: targets have no other 4-bit weights.
-        array, zero_point = (array.astype(np.int8) - 8).astype(ml_dtypes.int4), zero_point - 8
+        middle = 8 if array.dtype == ml_dtypes.uint4 else 2
+        array, zero_point = (array.astype(np.int8) - middle).astype(ml_dtypes.int4), zero_point - middle
+    if array.dtype == ml_dtypes.int2:
+        array = array.astype(np.int8).astype(ml_dtypes.int4)  # `narrowed` decides what the target stores
     axis = integer(dequantize, "axis", 1) % max(array.ndim, 1) if scale.size > 1 else None
     return Constant(array, scale.astype(np.float32), zero_point, axis)
 
@@ -162,9 +166,11 @@ def real_constant(value: ir.Value | None) -> np.ndarray | None:
 class Builder:
     """Adds integer nodes before an insertion point of a graph, under fresh names and with types set."""
 
-    def __init__(self, graph: ir.Graph, variant: RequantizeVariant) -> None:
+    def __init__(self, graph: ir.Graph, variant: RequantizeVariant, weight_types: Collection[str] = ()) -> None:
         self.graph = graph
         self.variant: RequantizeVariant = variant
+        self.weight_types = weight_types
+        """What the target can store weights as."""
         self._before: ir.Node | None = None
         self._names = {value.name for node in graph for value in node.outputs}
         self._names |= set(graph.initializers) | {value.name for value in graph.inputs}
@@ -173,6 +179,10 @@ class Builder:
     def insert_before(self, node: ir.Node) -> None:
         """Later nodes go right before `node`."""
         self._before = node
+
+    def weights(self, array: np.ndarray, hint: str) -> ir.Value:
+        """Constant weights, in the fewest bits the target has for them."""
+        return self.constant(narrowed(array, self.weight_types), hint)
 
     def constant(self, array: np.ndarray, hint: str) -> ir.Value:
         # ascontiguousarray makes a vector of a scalar.

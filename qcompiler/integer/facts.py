@@ -25,6 +25,7 @@ from qcompiler.graph import (
     string,
 )
 from qcompiler.integer import ops
+from qcompiler.integer.weight_types import stored_type
 from qcompiler.target import FactValue, OpFacts
 
 Facts = dict[str, FactValue]
@@ -344,5 +345,7 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
         case _:
             raise AssertionError(f"{node.op_type} is not an integer operator")
     if op in _WEIGHTS_AT:
-        precision = f"{precision}*{dtype_of(data_input(node, _WEIGHTS_AT[op]))}"
+        second = data_input(node, _WEIGHTS_AT[op])
+        weights = const_of(second)
+        precision = f"{precision}*{dtype_of(second) if weights is None else stored_type(weights)}"
     return OpFacts(op, precision, facts)

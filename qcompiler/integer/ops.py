@@ -48,7 +48,7 @@ class IntegerOp:
 class QConv(IntegerOp):
     """2-D convolution, grouped and depthwise (group == in channels) included.
 
-    Inputs: x [N,H,W,C] int8|uint8|int16; w [O,KH,KW,C/group] int4|int8|uint8; bias [O] int32; multiplier [O];
+    Inputs: x [N,H,W,C] int8|uint8|int16; w [O,KH,KW,C/group] int2|int4|int8|uint8; bias [O] int32; multiplier [O];
     shift [O].
     Output: y [N,OH,OW,O].  y = requant(bias + Σ (x - x_zero_point)(w - w_zero_point)); padding adds nothing.
     pads: top, left, bottom, right.
@@ -92,7 +92,7 @@ class QConvTranspose(IntegerOp):
 
 @dataclass(frozen=True)
 class QGemm(IntegerOp):
-    """Fully connected. x [M,K]; w [N,K] int4|int8|uint8; bias [N] int32; multiplier [N]; shift [N] → y [M,N].
+    """Fully connected. x [M,K]; w [N,K] int2|int4|int8|uint8; bias [N] int32; multiplier [N]; shift [N] → y [M,N].
 
     y = requant(bias + Σ_k (x - x_zero_point)(w - w_zero_point)).
     """

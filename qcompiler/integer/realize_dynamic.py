@@ -240,7 +240,7 @@ def _gemm(builder: Builder, node: ir.Node, source: _Source) -> Replacement | Non
 def _operands(
     builder: Builder, source: _Source, result: _Result, filters: np.ndarray, zero_point: int, name: str
 ) -> list[ir.Value]:
-    constant = builder.constant(filters, f"{name}.weights")
+    constant = builder.weights(filters, f"{name}.weights")
     record(constant, result.w_scale, zero_point)
     zero = source.zero_point
     if zero is None:

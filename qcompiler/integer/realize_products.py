@@ -164,7 +164,7 @@ def _gemm(
     if bias_integers is None or not _multipliable(x, weights):
         return None
     op = ops.QGemm(x.format.zero_point, weights.zero_point, out.format.zero_point, *out.clamp, builder.variant)
-    constant = builder.constant(weights.array, f"{out.name}.weights")
+    constant = builder.weights(weights.array, f"{out.name}.weights")
     record(constant, weights.scale, weights.zero_point)
     inputs = [x.value, constant, bias_integers]
     factors = _factors(builder, x, weights, out)
@@ -224,7 +224,7 @@ def _spatial_product(
     bias: ir.Value,
     out: Output,
 ) -> ir.Value:
-    constant = builder.constant(filters, f"{out.name}.weights")
+    constant = builder.weights(filters, f"{out.name}.weights")
     record(constant, weights.scale, weights.zero_point)
     inputs = [constant, bias, *_factors(builder, x, weights, out)]
     source = builder.feature_map(x.value, f"{out.name}.x")

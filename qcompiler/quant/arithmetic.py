@@ -255,24 +255,44 @@ def dequantize(q: IntArray, scale: npt.ArrayLike, zero_point: npt.ArrayLike) -> 
 
 
 def pack_int4(values: npt.NDArray[np.generic]) -> np.ndarray:
-    """Two numbers of the last axis to a byte, the first in the low nibble; a row of odd length ends in a zero nibble.
+    """`pack_bits` of integers of [-8, 7]."""
+    return pack_bits(values, 4)
+
+
+def pack_bits(values: npt.NDArray[np.generic], bits: int) -> np.ndarray:
+    """Several numbers of the last axis to a byte, the first in the lowest bits; zero bits fill up a row's last byte.
 
     Args:
-        values: integers of [-8, 7], any integer dtype, [..., n].
+        values: two's complement integers of so many bits, any integer dtype, [..., n]; of one bit: -1 and 1, which
+            become 0 and 1 (and so must be what stands for nothing, if anything does).
 
     Returns:
-        uint8 [..., ceil(n / 2)]
+        uint8 [..., ceil(n * bits / 8)]
     """
-    nibbles = values.astype(np.int8).view(np.uint8) & 15
-    if nibbles.shape[-1] % 2:
-        nibbles = np.concatenate([nibbles, np.zeros((*nibbles.shape[:-1], 1), np.uint8)], axis=-1)
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    assert bits in (1, 2, 4)
+    if bits == 1:
+        return np.packbits(values.astype(np.int8) > 0, axis=-1, bitorder="little")
+    per_byte = 8 // bits
+    codes = values.astype(np.int8).view(np.uint8) & ((1 << bits) - 1)
+    rest = -codes.shape[-1] % per_byte
+    codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], rest), np.uint8)], axis=-1)
+    shifted = codes.reshape(*codes.shape[:-1], -1, per_byte) << (bits * np.arange(per_byte, dtype=np.uint8))
+    return np.bitwise_or.reduce(shifted, axis=-1)
+
+
+def unpack_bits(packed: npt.NDArray[np.uint8], count: int, bits: int) -> np.ndarray:
+    """The inverse of `pack_bits`: int8 [..., count]."""
+    places = bits * np.arange(8 // bits, dtype=np.uint8)
+    codes = (packed[..., None] >> places & ((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)[..., :count]
+    if bits == 1:
+        return (2 * codes.astype(np.int8) - 1).astype(np.int8)
+    sign = 1 << (bits - 1)
+    return ((codes ^ sign).astype(np.int8) - sign).astype(np.int8)
 
 
 def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> np.ndarray:
-    """The inverse of `pack_int4`: int8 [..., count]."""
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
-    return (nibbles.astype(np.int8) ^ 8) - np.int8(8)
+    """`unpack_bits` of 4 bits."""
+    return unpack_bits(packed, count, 4)
 
 
 WeightOnlyCompute = Literal["float32", "int8"]

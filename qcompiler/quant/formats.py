@@ -8,6 +8,8 @@ from qcompiler.quant import arithmetic
 from qcompiler.quant.types import DTypeName, TensorFormat
 
 _LIMITS: dict[DTypeName, tuple[int, int]] = {
+    "int1": (-1, 1),
+    "int2": (-2, 1),
     "int4": (-8, 7),
     "int8": (-128, 127),
     "uint8": (0, 255),
@@ -29,7 +31,22 @@ def limits(dtype: DTypeName) -> tuple[int, int]:
 
 def bit_width(dtype: DTypeName) -> int:
     low, high = _LIMITS[dtype]
-    return (high - low).bit_length()
+    return ((high - low) // step(dtype)).bit_length()
+
+
+def step(dtype: DTypeName) -> int:
+    """The distance of neighbouring integers of a format: 2 for -1 and 1."""
+    return 2 if dtype == "int1" else 1
+
+
+def weight_limits(dtype: DTypeName, *, narrow: bool) -> tuple[int, int]:
+    """Smallest and largest integer of symmetric weights.
+
+    `narrow` leaves out the lowest, whose product with the lowest activation is the one that overflows narrow adders;
+    types of less than 4 bits cannot spare it, and are far from there.
+    """
+    smallest, largest = _LIMITS[dtype]
+    return smallest + (narrow and smallest < 0 and bit_width(dtype) > 2), largest
 
 
 def activation_format(
@@ -65,7 +82,8 @@ def weight_format(
 
     Args:
         weights: float32, any shape.
-        dtype: symmetric int4 spans what makes the least squared error; other formats span all weights.
+        dtype: symmetric types of 4 and 2 bits span what makes the least squared error; int1's scale, the mean
+            magnitude, makes it too (Rastegari et al., XNOR-Net, ECCV 2016, equation 6). Others span all weights.
         narrow: leave out the lowest integer, so that the range is symmetric.
         floor: the smallest scale allowed, scalar or [channels] (see `least_weight_scale`).
     """
@@ -74,14 +92,17 @@ def weight_format(
     low = np.minimum(weights.min(axis=others), 0).astype(np.float64)
     high = np.maximum(weights.max(axis=others), 0).astype(np.float64)
     middle = (smallest + largest + 1) // 2
-    if symmetric:
+    if dtype == "int1":
+        scale = np.abs(weights.astype(np.float64)).mean(axis=others)
+    elif symmetric:
         extreme = np.maximum(-low, high)
         scale = extreme / (largest - middle)
         # Weights that were quantized before lie on a grid; keeping it makes them exact.
         step = grid_step(weights, largest - smallest + 1)
         on_grid = extreme <= step * (largest - middle + 0.01)
-        if dtype == "int4" and not np.all(on_grid):
-            scale = _least_error_scale(weights, others, scale, (smallest + narrow, largest))
+        if dtype in ("int4", "int2") and not np.all(on_grid):
+            tried = _CLIPPING if dtype == "int2" else _CLIPPING[:61]
+            scale = _least_error_scale(weights, others, scale, weight_limits(dtype, narrow=narrow), tried)
         scale = np.where(on_grid, step, scale)
     else:
         smallest += narrow
@@ -91,19 +112,27 @@ def weight_format(
     scale = np.where(scale > ZERO_SPAN, scale, nonzero.mean() if nonzero.size else 1.0)
     scale = _round_scale(np.maximum(scale, floor), power_of_two)
     zero_point = (
-        np.full(scale.shape, middle) if symmetric else np.clip(np.rint(smallest - low / scale), smallest, largest)
+        np.full(scale.shape, middle)
+        if symmetric or dtype == "int1"
+        else np.clip(np.rint(smallest - low / scale), smallest, largest)
     )
     return TensorFormat(dtype, scale.astype(np.float32), zero_point.astype(_storage(dtype)), axis)
 
 
-_CLIPPING = np.linspace(1, 0.4, 61)
-"""Fractions of the whole span that `_least_error_scale` tries."""
+_CLIPPING = np.linspace(1, 0.1, 91)
+"""Fractions of the whole span to try; four bits never want less than 0.4 of it."""
 
 
 def _least_error_scale(
-    weights: np.ndarray, others: tuple[int, ...] | None, whole: np.ndarray, limits: tuple[int, int]
+    weights: np.ndarray,
+    others: tuple[int, ...] | None,
+    whole: np.ndarray,
+    limits: tuple[int, int],
+    fractions: np.ndarray,
 ) -> np.ndarray:
-    """The fraction of each scale with the least squared rounding error; `others` are the axes a scale is shared along.
+    """The one of `fractions` of each scale with the least squared rounding error.
+
+    `others` are the axes a scale is shared along.
 
     With few levels, clipping the largest weights costs less than rounding all others coarsely.
     """
@@ -111,7 +140,7 @@ def _least_error_scale(
     best, least = whole, np.full(whole.shape, np.inf)
     spread = whole if others is None else np.expand_dims(whole, others)
     spread = np.where(spread > ZERO_SPAN, spread, 1.0)
-    for fraction in _CLIPPING:
+    for fraction in fractions:
         rounded = np.clip(np.rint(values / (spread * fraction)), *limits) * (spread * fraction)
         error = ((values - rounded) ** 2).sum(axis=others)
         best = np.where(error < least, whole * fraction, best)
@@ -146,12 +175,13 @@ def bias_format(input_scale: np.ndarray, weight: TensorFormat) -> TensorFormat:
 
 
 def quantize_array(values: np.ndarray, fmt: TensorFormat, *, narrow: bool = False) -> np.ndarray:
-    """Round constants into `fmt`, half to even; int4 comes back as int8 in [-8, 7].
+    """Round constants into `fmt`, half to even; types of 4 bits and less come back as int8.
 
     `narrow` leaves out the lowest integer of a signed format.
     """
-    smallest, largest = limits(fmt.dtype)
-    smallest += narrow and smallest < 0
+    smallest, largest = weight_limits(fmt.dtype, narrow=narrow)
+    if fmt.dtype == "int1":
+        return np.where(values < 0, -1, 1).astype(np.int8)
     scale, zero_point = (_along(parameter, fmt, values.shape) for parameter in (fmt.scale, fmt.zero_point))
     rounded = np.rint(values.astype(np.float64) / scale.astype(np.float64)) + zero_point
     return np.clip(rounded, smallest, largest).astype(_storage(fmt.dtype))
@@ -184,4 +214,4 @@ Storage = Literal["int8", "uint8", "int16", "int32"]
 
 def _storage(dtype: DTypeName) -> Storage:
     """The numpy dtype that holds a format's integers."""
-    return "int8" if dtype == "int4" else dtype
+    return "int8" if dtype in ("int1", "int2", "int4") else dtype

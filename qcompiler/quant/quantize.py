@@ -25,6 +25,8 @@ from qcompiler.quant.qdq import Parameters, insert_pair
 from qcompiler.quant.types import QuantPlan, TensorFormat
 
 _DTYPES = {
+    "int1": ir.DataType.INT4,  # ONNX has no type of one bit, and one of two only since opset 25
+    "int2": ir.DataType.INT4,
     "int4": ir.DataType.INT4,
     "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
@@ -102,9 +104,7 @@ def _stored(reader: ir.Node, name: str, integers: np.ndarray, fmt: TensorFormat)
 
 
 def _constant(graph: ir.Graph, hint: str, integers: np.ndarray, fmt: TensorFormat) -> ir.Value:
-    if fmt.dtype != "int4":
-        return add_initializer(graph, hint, integers)
-    return add_initializer(graph, hint, integers.astype(ir.DataType.INT4.numpy()))
+    return add_initializer(graph, hint, integers.astype(_DTYPES[fmt.dtype].numpy()))
 
 
 def _parameters(graph: ir.Graph, name: str, fmt: TensorFormat) -> Sequence[ir.Value]:

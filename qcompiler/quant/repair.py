@@ -27,7 +27,7 @@ from qcompiler.calibrate import Progress, Samples
 from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, users, value_name
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.migrate_scales import MigrateScales
-from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, limits
+from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, step, weight_limits
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, Sample, Tap, collect
 from qcompiler.quant.operators import MAC_OPS
@@ -248,10 +248,9 @@ def _repair_layer(
 
 
 def _problem(node: ir.Node, fmt: TensorFormat, aim: np.ndarray, hessian: np.ndarray) -> Problem:
-    low, high = limits(fmt.dtype)
-    narrow = low < 0 and not fmt.zero_point.any()
+    low, high = weight_limits(fmt.dtype, narrow=not fmt.zero_point.any())
     scale, zero_point = (_per_row(node, fmt, array.astype(np.float64)) for array in (fmt.scale, fmt.zero_point))
-    return Problem(aim, hessian, scale, zero_point, low + narrow, high)
+    return Problem(aim, hessian, scale, zero_point, low, high, step(fmt.dtype))
 
 
 def _per_row(node: ir.Node, fmt: TensorFormat, array: np.ndarray) -> np.ndarray:

@@ -35,13 +35,19 @@ class Problem:
     low: int
     """Smallest integer allowed."""
     high: int
+    step: int = 1
+    """Distance of neighbouring integers that are allowed."""
 
     def nearest(self) -> np.ndarray:
         """Each weight rounded on its own; integers as float64 [groups, M, K]."""
-        return self.clip(np.rint(self.weights / self.scale) + self.zero_point)
+        return self.round(self.weights / self.scale, self.zero_point)
 
-    def clip(self, integers: np.ndarray) -> np.ndarray:
-        return np.clip(integers, self.low, self.high)
+    def round(self, steps: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
+        """The allowed integers nearest to real numbers of scales, away from `zero_point`."""
+        if self.step == 1:
+            return np.clip(np.rint(steps) + zero_point, self.low, self.high)
+        count = np.rint((steps + zero_point - self.low) / self.step)
+        return np.clip(self.low + self.step * count, self.low, self.high)
 
     def real(self, integers: np.ndarray) -> np.ndarray:
         return (integers - self.zero_point) * self.scale
@@ -90,7 +96,7 @@ def gptq(problem: Problem) -> np.ndarray:
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         for k in range(start, stop):
-            chosen[..., k] = problem.clip(np.rint(left[..., k] / scale[..., k]) + zero[..., k])
+            chosen[..., k] = problem.round(left[..., k] / scale[..., k], zero[..., k])
             error = (left[..., k] - (chosen[..., k] - zero[..., k]) * scale[..., k]) / factor[:, k, k, None]
             errors[..., k] = error
             left[..., k + 1 : stop] -= error[..., None] * factor[:, None, k, k + 1 : stop]
@@ -109,7 +115,7 @@ def descend(problem: Problem, start: np.ndarray, sweeps: int = 4) -> np.ndarray:
         changed = False
         for k in range(chosen.shape[2]):
             best = (chosen[..., k] - zero[..., k]) * scale[..., k] + pull[..., k] / diagonal[:, k, None]
-            integers = problem.clip(np.rint(best / scale[..., k]) + zero[..., k])
+            integers = problem.round(best / scale[..., k], zero[..., k])
             step = (integers - chosen[..., k]) * scale[..., k]
             if step.any():
                 pull -= step[..., None] * problem.hessian[:, None, k, :]
@@ -132,12 +138,13 @@ def adaround(problem: Problem, iterations: int = 1000, *, rate: float = 0.03, pr
         pressure: weight of the term that drives the soft decisions to 0 or 1, relative to the error of rounding to
             nearest per weight; its exponent falls from 20 to 2 after the first fifth of the iterations.
     """
-    below = np.floor(problem.weights / problem.scale) + problem.zero_point
+    steps = (problem.weights / problem.scale + problem.zero_point - problem.low) / problem.step
+    below = problem.low + problem.step * np.floor(steps)
     low, high = _STRETCH
-    fraction = problem.weights / problem.scale - (below - problem.zero_point)
+    fraction = steps - np.floor(steps)
     inner = np.clip((fraction - low) / (high - low), 1e-4, 1 - 1e-4)
     logits = np.log(inner / (1 - inner)).astype(np.float32)
-    hessian, scale = problem.hessian.astype(np.float32), np.asarray(problem.scale, np.float32)
+    hessian, scale = problem.hessian.astype(np.float32), np.asarray(problem.scale * problem.step, np.float32)
     base = (problem.weights - problem.real(below)).astype(np.float32)
     # In units of the nearest rounding's error per weight, rate and pressure suit every layer.
     unit = np.maximum(problem.errors(problem.nearest()) / base.shape[-1], 1e-30)[..., None].astype(np.float32)
@@ -155,4 +162,5 @@ def adaround(problem: Problem, iterations: int = 1000, *, rate: float = 0.03, pr
         first += 0.1 * (gradient - first)
         second += 0.001 * (gradient**2 - second)
         logits -= rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
-    return problem.clip(below + (1 / (1 + np.exp(-logits)) * (high - low) + low >= 0.5))
+    up = 1 / (1 + np.exp(-logits)) * (high - low) + low >= 0.5
+    return np.clip(below + problem.step * up, problem.low, problem.high)

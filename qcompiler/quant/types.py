@@ -10,10 +10,10 @@ RangeMethod = Literal["minmax", "moving_average", "percentile", "entropy", "mse"
 """How the interval of an activation follows from what was seen; see `qcompiler.calibrate.calibrate`."""
 Quality = Literal["fast", "balanced", "best"]
 """How much time to spend on repairing the quantized model; see `qcompiler.quant.repair.EFFORTS`."""
-DTypeName = Literal["int4", "int8", "uint8", "int16", "int32"]
-WeightType = Literal["int8", "int4"]
-"""int8 stands for the target's first 8-bit type."""
-
+DTypeName = Literal["int1", "int2", "int4", "int8", "uint8", "int16", "int32"]
+"""int1 holds -1 and 1."""
+WeightType = Literal["int8", "int4", "int2", "binary"]
+"""int8 stands for the target's first 8-bit type; binary weights are -1 or 1 times their scale."""
 
 ActivationType = Literal["int8", "int16", "dynamic"]
 """int8 stands for the target's first 8-bit type; dynamic: float tensors, quantized to uint8 where they are multiplied,
@@ -34,6 +34,8 @@ class WeightRequest:
     activations: ActivationType = "int8"
     group: int | None = None
     """How many weights of one output share a scale, along the input axis; None for all of them."""
+    edges: bool = False
+    """Whether layers next to inputs and outputs have `default` too; else they keep 8 bits."""
     scheme: Scheme | None = None
     """Of weights in groups; None leaves the choice to the quality."""
 

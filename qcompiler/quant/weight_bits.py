@@ -1,4 +1,4 @@
-"""Which weights are stored in four bits, and which activations computed in sixteen."""
+"""Which weights are stored in four bits or less, and which activations computed in sixteen."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.graph import data_input, value_name
 from qcompiler.integer.facts import facts_of_float
 from qcompiler.layer_names import JOINT
-from qcompiler.quant.types import DTypeName, WeightRequest
+from qcompiler.quant.types import DTypeName, WeightRequest, WeightType
 from qcompiler.target import Match, Target
 
 
@@ -23,8 +23,9 @@ def weight_dtypes(
 ) -> dict[str, DTypeName]:
     """The type of every weight initializer, by name.
 
-    Where `wanted` says int4 for all, the layers next to inputs and outputs keep eight bits, and so do layers that the
-    accelerator takes with 8-bit weights only. An initializer of several layers has four bits if all of them want it.
+    Where `wanted` says so few for all, the layers next to inputs and outputs keep eight bits (unless it says `edges`),
+    and so do layers that the accelerator takes with 8-bit weights only. An initializer of several layers has few bits
+    if all of them want it.
 
     Args:
         weighted: the operators with constant weights that will be quantized.
@@ -37,23 +38,30 @@ def weight_dtypes(
         QCompilerError: the target has no weights of a type asked for, or no layer has a name asked for.
     """
     offered = target.quantization.weights.dtypes
-    eight: DTypeName | None = next((dtype for dtype in offered if dtype != "int4"), None)
-    explicit = {*wanted.by_layer.values(), *(["int4"] if wanted.default == "int4" else [])}
-    for dtype in explicit:
-        if (eight is None) if dtype == "int8" else (dtype not in offered):
+    eight: DTypeName | None = next((dtype for dtype in offered if dtype in ("int8", "uint8")), None)
+    explicit: set[WeightType] = {*wanted.by_layer.values(), *([wanted.default] if wanted.default != "int8" else [])}
+    for asked in sorted(explicit):
+        if (eight is None) if asked == "int8" else (FEW_BITS[asked] not in offered):
             raise QCompilerError(
-                f"{target.name} has no {dtype} weights: its spec lists {', '.join(offered)} under "
+                f"{target.name} has no {asked} weights: its spec lists {', '.join(offered)} under "
                 "quantization.weights.dtypes. Choose another target, or other --weights."
             )
     by_layer = _by_node(weighted, wanted.by_layer)
+    widest: DTypeName = eight or offered[0]
+    few = FEW_BITS.get(wanted.default)
     chosen: dict[str, DTypeName] = {}
     for node in weighted:
-        four = wanted.default == "int4" and node not in edges and _no_worse(node, target, activation, eight)
-        dtype = by_layer.get(node, "int4" if four else "int8")
+        inner = wanted.edges or node not in edges
+        stored = few if few is not None and inner and _no_worse(node, target, activation, eight, few) else widest
+        if node in by_layer:
+            stored = FEW_BITS.get(by_layer[node], widest)
         name = value_name(data_input(node, 1))
-        stored: DTypeName = "int4" if eight is None or dtype == "int4" else eight
-        chosen[name] = stored if chosen.get(name, stored) == stored else eight or "int4"
+        chosen[name] = stored if chosen.get(name, stored) == stored else widest
     return chosen
+
+
+FEW_BITS: Mapping[WeightType, DTypeName] = {"int4": "int4", "int2": "int2", "binary": "int1"}
+"""What weights of less than 8 bits are stored as."""
 
 
 def activation_dtype(target: Target, wanted: WeightRequest) -> DTypeName:
@@ -71,20 +79,20 @@ def activation_dtype(target: Target, wanted: WeightRequest) -> DTypeName:
     return "int16" if wanted.activations == "int16" else offered[0]
 
 
-def _no_worse(node: ir.Node, target: Target, activation: DTypeName, eight: DTypeName | None) -> bool:
-    """Whether four bits do not send the layer from the accelerator to the CPU."""
+def _no_worse(node: ir.Node, target: Target, activation: DTypeName, eight: DTypeName | None, few: DTypeName) -> bool:
+    """Whether fewer bits do not send the layer from the accelerator to the CPU."""
     facts = facts_of_float(node, activation)
 
     def taken(weights: DTypeName) -> bool:
         return isinstance(target.match(replace(facts, precision=f"{activation}*{weights}")), Match)
 
-    return not target.accelerators or eight is None or taken("int4") or not taken(eight)
+    return not target.accelerators or eight is None or taken(few) or not taken(eight)
 
 
-def _by_node(weighted: Sequence[ir.Node], by_layer: Mapping[str, DTypeName]) -> dict[ir.Node, DTypeName]:
+def _by_node(weighted: Sequence[ir.Node], by_layer: Mapping[str, WeightType]) -> dict[ir.Node, WeightType]:
     """A layer of several operators goes by their names joined, as in reports; one of them has the weights."""
     by_name = {node.name or "": node for node in weighted}
-    found: dict[ir.Node, DTypeName] = {}
+    found: dict[ir.Node, WeightType] = {}
     for layer, dtype in by_layer.items():
         node = by_name.get(layer) or next((by_name[part] for part in layer.split(JOINT) if part in by_name), None)
         if node is None:

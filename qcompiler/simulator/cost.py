@@ -13,6 +13,7 @@ their memories' bandwidths.
 Every command's time is rounded up to whole cycles of the accelerator's clock.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,11 +169,14 @@ def host_cost(host: Host, *, precision: str, macs: int, elements: int, transferr
 def host_rate(host: Host, precision: str) -> float:
     """MACs per cycle and thread for a pair such as "int8*int8", or "float32".
 
-    int4 weights without a rate of their own count as int8, to which the CPU's code unpacks them; any other pair
-    without one counts as float32.
+    Weights of fewer bits without a rate of their own count as int8, to which the CPU's code unpacks them; any other
+    pair without one counts as float32.
     """
     rates = host.rates()
-    return rates.get(precision) or rates.get(precision.replace("*int4", "*int8")) or rates["float32"]
+    return rates.get(precision) or rates.get(_FEW_BITS.sub("*int8", precision)) or rates["float32"]
+
+
+_FEW_BITS = re.compile(r"\*int[124]$")
 
 
 def crossing_cost(unit: Npu | Gpu, transferred: int) -> HostCost:
@@ -214,7 +218,7 @@ _KERNEL = _picker(isa.KERNEL, "height", "width", "stride_y", "stride_x", "dilati
 _WEIGHTS = _picker(isa.WEIGHTS, "base", "dtype")
 _GROUPS = _picker(isa.CONV, "ifm_group_depth", "ofm_group_depth")
 
-_BITS: tuple[int, ...] = (8, 8, 16, 32, 4)
+_BITS: tuple[int, ...] = (8, 8, 16, 32, 4, 2, 1)
 """Of one element, by index of `isa.DTYPES`."""
 
 _OPERATORS: Mapping[int, tuple[str, ...]] = {

@@ -279,3 +279,18 @@ def test_four_bit_packing_is_onnx_packing() -> None:
     values = np.arange(-8, 8)
     onnx = ir.tensor(values.astype(np.int8), dtype=ir.DataType.INT4)
     assert arithmetic.pack_int4(values).tobytes() == onnx.tobytes()
+
+
+@given(st.integers(0, 40), st.sampled_from((1, 2, 4)), st.integers(0, 1000))
+def test_packed_bits_come_back(count: int, bits: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << bits, (3, count))
+    values = (2 * codes - 1 if bits == 1 else codes - (1 << (bits - 1))).astype(np.int8)
+    packed = arithmetic.pack_bits(values, bits)
+    assert packed.shape == (3, -(-count * bits // 8)) and packed.dtype == np.uint8
+    np.testing.assert_array_equal(arithmetic.unpack_bits(packed, count, bits), values)
+
+
+def test_the_first_number_lies_in_the_lowest_bits() -> None:
+    assert arithmetic.pack_bits(np.array([1, -2, 0, -1]), 2).tolist() == [0b11_00_10_01]
+    assert arithmetic.pack_bits(np.array([1, -1, -1, -1, -1, -1, -1, 1, 1]), 1).tolist() == [0b1000_0001, 1]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +9,7 @@ from qcompiler.quant.formats import (
     BIAS_LIMIT,
     activation_format,
     bias_format,
+    bit_width,
     dequantize_array,
     grid_step,
     least_weight_scale,
@@ -146,3 +149,30 @@ def test_weights_already_on_a_four_bit_grid_are_exact():
     weights = np.random.default_rng(4).integers(-7, 8, (5, 40)).astype(np.float32) * np.float32(0.03)
     fmt = weight_format(weights, "int4", 0, symmetric=True, narrow=True)
     np.testing.assert_allclose(dequantize_array(quantize_array(weights, fmt, narrow=True), fmt), weights, atol=1e-6)
+
+
+def test_two_bits_use_all_four_integers_at_the_least_error():
+    rng = np.random.default_rng(4)
+    weights = rng.standard_normal((6, 200)).astype(np.float32)
+    fmt = weight_format(weights, "int2", 0, symmetric=True, narrow=True)
+    integers = quantize_array(weights, fmt, narrow=True)
+    assert integers.dtype == np.int8 and set(np.unique(integers)) == {-2, -1, 0, 1}
+    error = np.square(weights - dequantize_array(integers, fmt)).sum()
+    for factor in (0.8, 0.9, 1.1, 1.2):
+        other = replace(fmt, scale=fmt.scale * np.float32(factor))
+        assert np.square(weights - dequantize_array(quantize_array(weights, other), other)).sum() > error
+
+
+def test_binary_weights_are_their_signs_times_the_mean_magnitude():
+    rng = np.random.default_rng(5)
+    weights = rng.standard_normal((4, 3, 5)).astype(np.float32)
+    weights[1] = 0
+    fmt = weight_format(weights, "int1", 0, symmetric=True, narrow=True)
+    integers = quantize_array(weights, fmt)
+    np.testing.assert_array_equal(integers, np.where(weights < 0, -1, 1))
+    np.testing.assert_allclose(fmt.scale[[0, 2, 3]], np.abs(weights[[0, 2, 3]]).mean(axis=(1, 2)), rtol=1e-6)
+    assert fmt.zero_point.dtype == np.int8 and not fmt.zero_point.any() and bit_width("int1") == 1
+    # Weights that are binary already stay what they are.
+    real = dequantize_array(integers, fmt)
+    again = weight_format(real, "int1", 0, symmetric=True, narrow=True)
+    np.testing.assert_allclose(dequantize_array(quantize_array(real, again), again), real, rtol=1e-6)

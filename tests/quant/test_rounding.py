@@ -69,3 +69,18 @@ def test_few_rows_are_hardly_trusted():
     assert damped(gram, 2, 0.0)[0, 0, 1] == 0.5 and damped(gram, 2, 0.0)[0, 0, 0] == 2.0
     assert damped(gram, 10**6)[0, 0, 1] == pytest.approx(1.0, rel=1e-5)
     assert np.linalg.eigvalsh(damped(np.zeros((1, 3, 3)), 5)).min() > 0
+
+
+@pytest.mark.parametrize("rounder", [gptq, adaround])
+def test_binary_weights(rounder) -> None:
+    """Only -1 and 1 come out, the error is no larger than that of the signs, and descending finds no better."""
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((400, 12)) @ rng.standard_normal((12, 12))
+    hessian = damped((x.T @ x / 400)[None], 400)
+    weights = rng.standard_normal((1, 5, 12))
+    scale = np.abs(weights).mean(axis=2, keepdims=True)
+    problem = Problem(weights, hessian, scale, np.zeros((1, 5, 1)), -1, 1, step=2)
+    np.testing.assert_array_equal(problem.nearest(), np.where(weights < 0, -1, 1))
+    chosen = descend(problem, rounder(problem))
+    assert set(np.unique(chosen)) == {-1, 1}
+    assert problem.error(chosen) < problem.error(problem.nearest())
