@@ -117,7 +117,10 @@ def _word(
     part: Expr,
     rows: int,
 ) -> Expr:
-    """x of one channel, or `fill`, and all of it `filled`, in up to `rows` rows below each other, those of one part, from a position on."""
+    """x of one channel in up to `rows` rows below each other, those of one part, from a position on.
+
+    Outside the input `fill` stands for a number, and `filled` for all of a word.
+    """
     _, h, w, _ = geometry.x_shape
     (dy, _), (up_y, up_x) = geometry.dilations, geometry.dilate
     batch, first, column, channel = at
