@@ -9,13 +9,15 @@ from pathlib import Path
 from qcompiler.errors import QCompilerError
 
 STUBS = "qcompiler.runtime_stubs"
+HEADERS: tuple[str, ...] = (".", "abi", "simulator", "driver")
+"""Folders of runtime_stubs that hold headers."""
 COMPILE_FLAGS: tuple[str, ...] = ("-std=c99", "-O3", "-ffp-contract=off", "-fPIC", "-fno-semantic-interposition")
 """No -march: a bundle runs on every machine of its architecture. No contraction: float32 requantization is exact."""
 
 
 @dataclass(frozen=True)
 class CSource:
-    """One C file. It may include the headers of runtime_stubs."""
+    """One C file. It may include the headers of runtime_stubs, by their names alone."""
 
     name: str
     """File name, ending in .c. Regions may bring the same source; of two with one name the texts must be equal."""
@@ -24,11 +26,13 @@ class CSource:
     """For messages: "the NPU simulator"."""
     libraries: tuple[str, ...] = ()
     """What the linker needs with it, such as -ldl."""
+    folder: Path | None = None
+    """Where other headers it includes lie."""
 
 
 def stub(name: str, what: str, libraries: tuple[str, ...] = ()) -> CSource:
-    """A file of runtime_stubs."""
-    return CSource(name, (resources.files(STUBS) / name).read_text("utf-8"), what, libraries)
+    """A file of runtime_stubs, by its path there."""
+    return CSource(Path(name).name, (resources.files(STUBS) / name).read_text("utf-8"), what, libraries)
 
 
 def compile_c(source: CSource, folder: Path, compiler: Sequence[str]) -> Path:
@@ -38,11 +42,12 @@ def compile_c(source: CSource, folder: Path, compiler: Sequence[str]) -> Path:
     Raises QCompilerError if the compiler fails.
     """
     file, target = folder / source.name, folder / Path(source.name).with_suffix(".o").name
-    with resources.as_file(resources.files(STUBS) / "qrt.h") as header:
-        command = [
-            *compiler, *COMPILE_FLAGS, f"-ffile-prefix-map={folder}=.", f"-ffile-prefix-map={header.parent}=.",
-            f"-I{header.parent}", "-c", str(file), "-o", str(target),
-        ]  # fmt: skip
+    with resources.as_file(resources.files(STUBS) / "__init__.py") as marker:
+        places = [marker.parent / name for name in HEADERS]
+        places += [source.folder] if source.folder is not None else []
+        unnamed = [f"-ffile-prefix-map={place}=." for place in (folder, *places)]
+        includes = [f"-I{place}" for place in places]
+        command = [*compiler, *COMPILE_FLAGS, *unnamed, *includes, "-c", str(file), "-o", str(target)]
         try:
             file.write_text(source.text, "utf-8", newline="\n")
         except OSError as error:

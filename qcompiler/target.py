@@ -580,7 +580,7 @@ class Accelerator(Spec):
 class Npu(Accelerator):
     """Engines that compute from a scratchpad which DMA fills: an NPU, or a DSP with tightly coupled memory.
 
-    A driver feeds it commands through `runtime_stubs/qrt.h`. Memories, DMA paths and engines go by name.
+    A driver feeds it commands through `runtime_stubs/abi/qrt.h`. Memories, DMA paths and engines go by name.
     """
 
     memories: Mapping[str, Memory]

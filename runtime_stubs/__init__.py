@@ -1,1 +1,1 @@
-"""C sources linked into compiled models: the device ABI (`qrt.h`) and the NPU simulator."""
+"""C sources linked into compiled models: the device ABI, the NPU simulator, an example driver, and bare metal."""

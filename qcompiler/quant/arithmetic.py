@@ -1,6 +1,6 @@
 """The single definition of the integer arithmetic, in numpy.
 
-The TE expressions (`qcompiler.backends.te_arithmetic`) and the simulator's C (`runtime_stubs/qarith.h`)
+The TE expressions (`qcompiler.backends.te_arithmetic`) and the simulator's C (`runtime_stubs/simulator/qarith.h`)
 follow this file and are compared with it bit for bit.
 
 Every integer operator ends in `requantize`: an int32 accumulator becomes an 8- or 16-bit output.

@@ -1,6 +1,6 @@
 """The NPU's commands: one table shared by the driver generator, the C ABI and the cost model.
 
-A driver issues commands by calling ``qrt_<name>(int32, …)`` of `runtime_stubs/qrt.h`. The simulator logs each
+A driver issues commands by calling ``qrt_<name>(int32, …)`` of `runtime_stubs/abi/qrt.h`. The simulator logs each
 call as int32 words ``code, argument…``; the generator can produce the same words without running anything. The
 cost model reads words and nothing else, so a static estimate and a simulated run cannot disagree.
 

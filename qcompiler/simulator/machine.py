@@ -1,6 +1,6 @@
 """Build the functional simulator and read its log.
 
-The simulator is C (`runtime_stubs/npu_sim.c`); it is compiled into an object file that is linked with the drivers
+The simulator is C (`runtime_stubs/simulator/npu_sim.c`), compiled into an object file that is linked with the drivers
 TVM compiles, so a bundle's library holds both. `Log` finds the simulator inside a loaded library.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from qcompiler.c_code import compile_c, stub
 from qcompiler.tools import c_compiler
 
-SIMULATOR = stub("npu_sim.c", "the NPU simulator")
+SIMULATOR = stub("simulator/npu_sim.c", "the NPU simulator")
 
 
 def compile_simulator(directory: Path) -> Path:

@@ -2,8 +2,8 @@
  *
  * A region's driver, compiled by TVM, is ordinary host code: loops over tiles that call these functions. The
  * commands and their arguments are those of qcompiler/simulator/isa.py, which explains each; all arguments are
- * int32 and every command returns 0. `npu_sim.c` implements this header as a functional simulator. To run the
- * same programs on silicon, implement it with code that writes your command stream, and link that instead.
+ * int32 and every command returns 0. `../simulator/npu_sim.c` implements this header as a functional simulator. To run
+ * the same programs on silicon, implement it with code that writes your command stream, as in `../driver`, and link that.
  *
  * Not thread-safe: one region runs at a time, as on the device.
  */

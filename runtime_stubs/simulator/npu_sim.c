@@ -23,7 +23,7 @@ enum {
     CONV = 20, CONV_TRANSPOSE = 21, MAX_POOL = 22, AVERAGE_POOL = 23, ADD = 24, MUL = 25, REQUANTIZE = 26,
     LOOKUP = 27, SOFTMAX = 28, RESIZE_NEAREST = 29, RESIZE_LINEAR = 30
 };
-enum { INT8 = 0, UINT8 = 1, INT4 = 4 };
+enum { INT8 = 0, UINT8 = 1, INT4 = 4, INT2 = 5, INT1 = 6 };
 enum { SCRATCHPAD = 0 };
 enum { RECORD_BYTES = 12, POISON = 0xA5 };
 
@@ -351,7 +351,8 @@ int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stri
 
 int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point) {
     BEGIN(WEIGHTS, "weights", base, offset, dtype, zero_point);
-    if (dtype != INT8 && dtype != UINT8 && dtype != INT4) fail("dtype %d is not implemented for weights", dtype);
+    if (dtype != INT8 && dtype != UINT8 && dtype != INT4 && dtype != INT2 && dtype != INT1)
+        fail("dtype %d is not implemented for weights", dtype);
     weights = (weight_block){base, offset, dtype, zero_point};
     return 0;
 }
@@ -416,17 +417,20 @@ static int16_t *padded_ifm(const uint8_t *data, int32_t height, int32_t width, i
 
 /* The weights as int16 without their zero point: `outputs` filters of `taps`. */
 static int16_t *wide_weights(int64_t outputs, int64_t taps) {
-    int64_t filter_bytes = weights.dtype == INT4 ? (taps + 1) / 2 : taps;
+    int32_t bits = weights.dtype == INT4 ? 4 : weights.dtype == INT2 ? 2 : weights.dtype == INT1 ? 1 : 8;
+    int64_t filter_bytes = (taps * bits + 7) / 8;
     const uint8_t *bytes = touch_run("the weights", weights.base, weights.offset, outputs * filter_bytes);
     int16_t *wide = arena(FILTERS, outputs * taps * (int64_t)sizeof(int16_t));
-    if (weights.dtype != INT4) {
+    if (bits == 8) {
         widen(bytes, wide, outputs * taps, weights.dtype, weights.zero_point);
         return wide;
     }
+    int32_t sign = 1 << (bits - 1);
     for (int64_t o = 0; o < outputs; ++o)
         for (int64_t tap = 0; tap < taps; ++tap) {
-            int32_t nibble = bytes[o * filter_bytes + tap / 2] >> (tap % 2 ? 4 : 0) & 15;
-            wide[o * taps + tap] = (int16_t)((nibble ^ 8) - 8 - weights.zero_point);
+            int32_t code = bytes[o * filter_bytes + tap * bits / 8] >> (tap * bits % 8) & (2 * sign - 1);
+            int32_t value = bits == 1 ? 2 * code - 1 : (code ^ sign) - sign;
+            wide[o * taps + tap] = (int16_t)(value - weights.zero_point);
         }
     return wide;
 }

@@ -43,7 +43,7 @@ void softmax(int64_t n, const int32_t *e, int64_t total, int32_t inverse, int32_
 
 
 def link(source: Path, library: Path) -> Path:
-    command = [c_compiler(), *COMPILE_FLAGS, "-shared", f"-I{STUBS}", str(source), "-o", str(library)]
+    command = [c_compiler(), *COMPILE_FLAGS, "-shared", f"-I{STUBS / 'simulator'}", str(source), "-o", str(library)]
     subprocess.run(command, check=True)
     return library
 
@@ -171,7 +171,7 @@ def test_the_log_decodes_to_the_calls(machine: tuple[ctypes.CDLL, Log]) -> None:
 
 
 def test_every_opcode_has_a_function_of_its_arity() -> None:
-    header = (STUBS / "qrt.h").read_text()
+    header = (STUBS / "abi" / "qrt.h").read_text()
     for opcode in isa.OPCODES:
         _, _, rest = header.partition(f"int32_t qrt_{opcode.name}(")
         arguments = rest.partition(")")[0]
@@ -278,7 +278,7 @@ def test_the_object_is_reproducible(tmp_path: Path) -> None:
 
 def test_it_is_portable_c99_without_warnings(tmp_path: Path) -> None:
     command = [c_compiler(), "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"]
-    subprocess.run([*command, str(STUBS / "npu_sim.c")], check=True)
+    subprocess.run([*command, f"-I{STUBS / 'abi'}", str(STUBS / "simulator" / "npu_sim.c")], check=True)
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
