@@ -7,8 +7,8 @@ Sources: gemmlowp `fixedpoint/fixedpoint.h` (exponential and Newton-Raphson reci
 TensorFlow Lite `kernels/internal/reference/softmax.h`, `reference/integer_ops/logistic.h` and `tanh.h`,
 `kernels/internal/quantization_util.cc`, `kernels/activations.cc`.
 
-As everywhere, what is written here in numpy, `backends.te_arithmetic` and `runtime_stubs/simulator/qarith.h` follow bit for
-bit.
+As everywhere, what is written here in numpy, `backends.te_arithmetic` and `runtime_stubs/simulator/qarith.h` follow bit
+for bit.
 """
 
 import math
