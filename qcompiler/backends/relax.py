@@ -345,22 +345,11 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
 
 
 def c_compiler(host: Host) -> tuple[str, ...]:
-    """The command that compiles and links C for a spec's CPU.
-
-    For this machine's architecture: $CC, cc, gcc or clang. For another: the GNU cross compiler of its triple, or clang
-    with lld, which needs no libraries of the other machine because a shared library may leave them to be found there.
-    """
+    """The command that compiles and links C for a spec's CPU. Errors as of `tools.cross_compiler`."""
     triple = str(host.tvm_target.get("mtriple", ""))
     if not triple or triple.partition("-")[0] == host_cpu.architecture():
         return (tools.c_compiler(),)
-    candidates = [(f"{triple}-gcc",), ("clang", f"--target={triple}", "-fuse-ld=lld", "-nostdlib")]
-    for candidate in candidates:
-        if shutil.which(candidate[0]):
-            return candidate
-    names = ", ".join(candidate[0] for candidate in candidates)
-    raise QCompilerError(
-        f"no C compiler found to link the compiled model (looked for {names}); install one for {triple}."
-    )
+    return tools.cross_compiler(triple)
 
 
 def _link(compiler: Sequence[str], work: Path, output: str, objects: Sequence[str], libraries: Sequence[str]) -> None:

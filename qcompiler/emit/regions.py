@@ -1,10 +1,10 @@
 """Write the accelerator's regions of a compiled model for other compilers, and have Vela compile them."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from qcompiler import tools
 from qcompiler.emit.vela import compile_network, require_vela
 from qcompiler.errors import QCompilerError
 from qcompiler.partition import Partition, Region
@@ -30,8 +30,8 @@ def check_emission(target: Target, form: EmitFormat) -> None:
         from qcompiler.emit.tosa import tosa_program
 
         tosa_program("tosa-opt")
-    elif find_spec("ai_edge_litert") is None:
-        raise QCompilerError("writing .tflite needs ai-edge-litert; pip install 'qcompiler[ethosu]'")
+    else:
+        tools.require_package("ai_edge_litert", purpose="to write .tflite", install="pip install 'qcompiler[ethosu]'")
 
 
 def emit_regions(
@@ -96,12 +96,10 @@ def _through_vela(region: Region, ours: RegionCost, config: VelaConfig, folder: 
 
 def _network(region: Region, folder: Path) -> Path:
     """TFLite; or TOSA where only that computes the same, if its tools are there."""
-    from qcompiler.emit.tosa import find_program
-
     try:
         return write_tflite(region, folder)
     except QCompilerError:
-        if find_program("tosa-opt") is None:
+        if tools.find("tosa-opt", beside_python=True) is None:
             raise
     return write_tosa(region, folder)
 

@@ -10,14 +10,13 @@ Source: the TOSA 1.0 specification, https://www.mlplatform.org/tosa/tosa_spec.ht
 """
 
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler import tools
 from qcompiler.emit.tosa_elementwise import emit_add, emit_clip, emit_lookup, emit_mul, emit_requantize, emit_softmax
 from qcompiler.emit.tosa_emitter import Emitter, refusal
 from qcompiler.emit.tosa_movement import emit_concat, emit_pad, emit_reshape, emit_slice, emit_split, emit_transpose
@@ -89,18 +88,12 @@ def serialize(text: Path) -> Path:
     return file
 
 
-def find_program(name: str) -> str | None:
-    """A program beside this Python, or on PATH."""
-    folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    return shutil.which(name, path=folders)
-
-
 def tosa_program(name: str) -> str:
     """A program of tosa-tools. Raises QCompilerError if it is not installed."""
-    found = find_program(name)
-    if found is None:
-        raise QCompilerError(
-            f"{name} is not on PATH; it comes with tosa-tools, which wants an old numpy and so an environment of its "
-            "own: python3 -m venv tosa && tosa/bin/pip install tosa-tools"
-        )
-    return found
+    return tools.require(
+        name,
+        purpose="to write TOSA",
+        install="python3 -m venv tosa && tosa/bin/pip install tosa-tools (an environment of its own: it wants an old "
+        "numpy)",
+        beside_python=True,
+    )

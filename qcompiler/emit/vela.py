@@ -5,7 +5,6 @@ file: NAME_vela.tflite holds the command stream, NAME_per-layer.csv and NAME_sum
 """
 
 import csv
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from qcompiler import tools
 from qcompiler.errors import QCompilerError
 from qcompiler.target import VelaConfig
 
@@ -77,10 +77,8 @@ def require_vela() -> None:
 def _program() -> list[str]:
     if find_spec("ethosu") is not None:
         return [sys.executable, "-m", "ethosu.vela"]
-    beside = shutil.which("vela", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    if beside is None:
-        raise QCompilerError("the Vela compiler is not installed; pip install 'qcompiler[ethosu]'")
-    return [beside]
+    install = "pip install 'qcompiler[ethosu]'"
+    return [tools.require("vela", purpose="to compile for an Ethos-U", install=install, beside_python=True)]
 
 
 def _read(summary: Path, printed: str, files: tuple[Path, ...]) -> VelaResult:

@@ -158,7 +158,7 @@ def test_builds_are_byte_identical(workbench, tmp_path) -> None:
 def test_no_c_compiler_is_the_users_to_mend(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(QCompilerError, match=r"no C compiler found.*install gcc or clang"):
+    with pytest.raises(QCompilerError, match=r"no C compiler found.*apt-get install gcc"):
         c_compiler(TARGET.host)
     with pytest.raises(QCompilerError, match="aarch64-linux-gnu-gcc"):
         c_compiler(load_target("arm-cpu").host)

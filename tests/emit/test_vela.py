@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from qcompiler import tools
 from qcompiler.backends.npu import compile_region
 from qcompiler.costs import region_cost
 from qcompiler.emit import vela
 from qcompiler.emit.regions import check_emission, emit_regions
-from qcompiler.emit.tosa import find_program
 from qcompiler.emit.vela import compile_network
 from qcompiler.errors import QCompilerError
 from qcompiler.partition import Partition
@@ -65,7 +65,7 @@ def test_vela_says_what_it_does_not_know(network, tmp_path):
 def test_vela_gets_tosa_where_tflite_computes_otherwise(net, realized, tmp_path):
     pytest.importorskip("ai_edge_litert", reason="the extra 'ethosu' is not installed")
     pytest.importorskip("ethosu", reason="the extra 'ethosu' is not installed")
-    if find_program("tosa-opt") is None:
+    if tools.find("tosa-opt", beside_python=True) is None:
         pytest.skip("tosa-tools is not on PATH (it wants numpy < 2.2)")
     graph = net(3)
     x = graph.conv(graph.input(1, 3, 9, 9), 3, 16, (1, 1))
