@@ -76,7 +76,8 @@ def bench(
     Args:
         targets: bundled targets' names, or YAML specs.
         variants: lists of overrides such as "memories.sram.size=512KiB".
-        options: with calibration data, the quantized model is also run beside the float one; `overrides` are not read.
+        options: with calibration data, the quantized model is also run beside the float one; `overrides` hold for every
+            column.
         Others: as in `compile.compile`.
 
     Raises:
@@ -87,7 +88,7 @@ def bench(
     columns: list[Column] = []
     for target in targets:
         for overrides in ((), *variants):
-            placed = place(model, target, replace(options, overrides=overrides), progress)
+            placed = place(model, target, replace(options, overrides=[*options.overrides, *overrides]), progress)
             check = None
             if options.calibration is not None:
                 progress.stage("self-check")

@@ -107,6 +107,8 @@ class Bundle:
     manifest: Manifest
     _keep: TemporaryDirectory[str] | None = field(default=None, repr=False)
     """The folder above, if it is to go when the bundle does."""
+    _threads: int | None = None
+    """To use of those it was compiled for; None for all."""
 
     @property
     def target(self) -> str:
@@ -119,6 +121,11 @@ class Bundle:
     @property
     def outputs(self) -> tuple[Tensor, ...]:
         return self.manifest.outputs
+
+    @cached_property
+    def threads(self) -> int:
+        """How many threads it was compiled for."""
+        return json.loads((self.path / TARGET).read_text("utf-8"))["host"]["threads"]
 
     @cached_property
     def report(self) -> "Report":
@@ -135,8 +142,7 @@ class Bundle:
         problem = why_not_here(self.manifest.cpu.architecture, self.manifest.cpu.flags)
         if problem is not None:
             raise QCompilerError(f"{self.path} cannot run here: {problem}. Compile the model again for this machine.")
-        threads: int = json.loads((self.path / TARGET).read_text("utf-8"))["host"]["threads"]
-        return Executable(self.path / LIBRARY, read_weights(self.path / WEIGHTS), threads)
+        return Executable(self.path / LIBRARY, read_weights(self.path / WEIGHTS), self._threads or self.threads)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the model.
@@ -214,15 +220,20 @@ class Bundle:
         return count
 
 
-def load(path: str | os.PathLike[str], keep: TemporaryDirectory[str] | None = None) -> Bundle:
+def load(
+    path: str | os.PathLike[str], keep: TemporaryDirectory[str] | None = None, *, threads: int | None = None
+) -> Bundle:
     """Open a bundle, verifying that every file is the one that was written.
 
     Args:
         path: the folder MODEL.qc/.
         keep: a temporary folder around it, to be removed when nobody holds the bundle any more.
+        threads: how many of the threads it was compiled for to use; all if not given. A process has one pool, as large
+            as the greediest of its bundles asks.
 
     Raises:
-        QCompilerError: it is not a bundle, of another format version, or a file is missing or changed.
+        QCompilerError: it is not a bundle, of another format version, a file is missing or changed, or it was compiled
+            for fewer threads.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -237,7 +248,13 @@ def load(path: str | os.PathLike[str], keep: TemporaryDirectory[str] | None = No
             raise QCompilerError(f"{file} is missing; the bundle is incomplete, compile the model again.")
         if sha256(file) != digest:
             raise QCompilerError(f"{file} is not the file that was compiled (its hash differs); compile again.")
-    return Bundle(folder, manifest, keep)
+    bundle = Bundle(folder, manifest, keep, threads)
+    if threads is not None and threads > bundle.threads:
+        raise QCompilerError(
+            f"{folder} was compiled for {bundle.threads} thread{'s' * (bundle.threads > 1)} and cannot use {threads}; "
+            f"compile the model again with --threads {threads}."
+        )
+    return bundle
 
 
 def _read_manifest(folder: Path) -> Manifest:

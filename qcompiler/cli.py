@@ -122,6 +122,12 @@ Overrides = Annotated[
         help="Change the target spec, for example memories.sram.size=512KiB; may be repeated.",
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", min=1, help="CPU threads that share large layers, instead of the target's own number."
+    ),
+]
 RepairQuality = Annotated[
     Quality,
     typer.Option(
@@ -205,6 +211,7 @@ def compile_command(
     activations: Activations = "int8",
     all_layers: AllLayers = False,
     quality: RepairQuality = "fast",
+    threads: Threads = None,
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
         typer.Option(
@@ -218,13 +225,15 @@ def compile_command(
     def options() -> "Options":
         return _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers), quality, dump,
+            Formats(weights, layer_weights, activations, all_layers), quality, dump, threads,
         )  # fmt: skip
 
     if emit == "c":
         with _mistakes(as_json), _console_progress() as progress:
             from qcompiler.emit_c import emit_c
 
+            if threads is not None:
+                raise QCompilerError("--emit c writes code without threads; leave out --threads.")
             if html is not None or trace is not None:
                 raise QCompilerError(
                     "--emit c writes sources and no report; `qcompile explain` takes --html and --trace for any target."
@@ -283,6 +292,7 @@ def explain(
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
     all_layers: AllLayers = False,
+    threads: Threads = None,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -293,7 +303,7 @@ def explain(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers), dump=dump,
+            Formats(weights, layer_weights, activations, all_layers), dump=dump, threads=threads,
         )  # fmt: skip
         report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
         progress.finish()
@@ -366,6 +376,7 @@ def bench(
     std: Std = "1",
     layout: Layout = "NCHW",
     color: Color = "rgb",
+    threads: Threads = None,
 ) -> None:
     """Compare targets, and changes to them, side by side, without building anything.
 
@@ -379,7 +390,9 @@ def bench(
             model,
             [name for name in targets.split(",") if name],
             [[part.strip() for part in text.split(";")] for text in variants or ()],
-            _options(calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color)),
+            _options(
+                calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), threads=threads
+            ),
             progress=progress,
         )
         progress.finish()
@@ -394,13 +407,17 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="The folder MODEL.qc.", show_default=False)],
     inputs: Annotated[Path, typer.Option("--input", "-i", metavar="IN.npz", help="One array per input of the model.")],
     outputs: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.npz", help="Where the outputs go.")],
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", metavar="N", min=1, help="Use at most N of the threads the bundle was compiled for."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a bundle on an .npz of inputs; the first axis may hold any number of samples."""
     with _mistakes(as_json):
         from qcompiler.bundle import load
 
-        compiled = load(bundle)
+        compiled = load(bundle, threads=threads)
         arrays = _read_arrays(inputs, compiled)
         started = time.perf_counter()
         results = compiled.run(arrays)
@@ -509,6 +526,7 @@ def _options(
     formats: Formats = EIGHT_BITS,
     quality: Quality = "fast",
     dump: Path | None = None,
+    threads: int | None = None,
 ) -> "Options":
     """Read what was typed. Raises QCompilerError where it makes no sense."""
     from qcompiler.options import Options
@@ -520,7 +538,7 @@ def _options(
         samples=samples,
         images=_image_options(pixels),
         keep_float=keep_float or (),
-        overrides=overrides or (),
+        overrides=[*(overrides or ()), *([] if threads is None else [f"host.threads={threads}"])],
         formats=WeightRequest(
             formats.weights, _layer_weights(formats.by_layer or []), formats.activations, edges=formats.all_layers
         ),

@@ -148,6 +148,7 @@ def build(
 ) -> Bundle:
     """`compile`, with what concerns quantization in one `Options`. Arguments and errors as there."""
     from qcompiler.backends import relax
+    from qcompiler.backends.memory import host_memory
 
     if emit is not None:
         from qcompiler.emit.regions import check_emission
@@ -176,7 +177,7 @@ def build(
         check = _check(placed, stage / bundle.LIBRARY, lowered)
         progress.stage("report")
         costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
-        report = replace(_report(placed, costs, check), vela=vela)
+        report = replace(_report(placed, costs, check), vela=vela, memory=host_memory(lowered, chip.host))
         _write_views(placed, costs, report, stage / bundle.REPORT_PAGE, None)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     _write_views(placed, costs, report, html, trace)
@@ -193,8 +194,16 @@ def explain(
     progress: Progress = SILENT,
 ) -> "Report":
     """What `compile` would decide and what that would cost, without building. Arguments and errors as there."""
+    from qcompiler.backends import relax
+    from qcompiler.backends.memory import host_memory
+
     placed = place(model, target, options, progress)
-    report, costs = estimate(placed, progress)
+    progress.stage("schedule")
+    programs = schedule(placed)
+    progress.stage("lower")
+    lowered = relax.lower(placed.integer, placed.partition, placed.target, _drivers(placed.partition, programs))
+    costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
+    report = replace(_report(placed, costs, None), memory=host_memory(lowered, placed.target.host))
     _write_views(placed, costs, report, html, trace)
     return report
 

@@ -142,6 +142,23 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class HostMemory:
+    """Main memory that the host's code takes, in bytes; what an accelerator keeps for itself is in `Totals`."""
+
+    arena: int
+    """One planned block for all that is computed between inputs and outputs, and the outputs."""
+    temporaries: int
+    """Most that one kernel takes beside it while it runs."""
+    constants: int
+    ports: int
+    """Inputs and outputs, as the caller holds them."""
+
+    @property
+    def peak(self) -> int:
+        return self.arena + self.temporaries + self.constants + self.ports
+
+
+@dataclass(frozen=True)
 class OutputCheck:
     """One output of the compiled model beside the float one."""
 
@@ -206,6 +223,8 @@ class Report:
     """Empty unless the regions went through Vela (`--emit vela`)."""
     regions: tuple[RegionReport, ...] = ()
     """In execution order."""
+    memory: HostMemory | None = None
+    """None where no code was generated."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
@@ -239,6 +258,8 @@ def render(report: Report) -> RenderableType:
     if any(region.elsewhere for region in report.regions):
         parts += [Text(), _heading("Regions, by the estimates that placed them"), _region_table(report.regions)]
     parts += [Text(), _heading("Cost of one inference"), _cost_table(report.layers), _totals_table(report.totals)]
+    if report.memory is not None:
+        parts.append(Text(f"host memory  {byte_count(report.memory.peak)}: {host_memory(report.memory)}"))
     if report.self_check is not None:
         parts += [Text(), _heading(f"Self-check on {_count(report.self_check.samples, 'sample')}")]
         parts.append(_check_table(report.self_check))
@@ -356,6 +377,17 @@ def _totals_table(totals: Totals) -> RenderableType:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return Padding(table, (0, 0, 0, 0))
+
+
+def host_memory(memory: HostMemory) -> str:
+    """What the peak is made of."""
+    parts = (
+        (memory.arena, "arena"),
+        (memory.temporaries, "temporaries"),
+        (memory.constants, "constants"),
+        (memory.ports, "inputs and outputs"),
+    )
+    return ", ".join(f"{byte_count(size)} {name}" for size, name in parts if size)
 
 
 def _accelerator(unit: AcceleratorTotals, totals: Totals) -> str:

@@ -145,6 +145,36 @@ def test_run(digits_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["in.npy", "in.npz", "one.npz", "out.npz"]
 
 
+def test_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled for two: the report estimates with two, `run` takes one or two and no more."""
+    latencies: list[float] = []
+    for count in ("1", "2"):
+        assert qcompile("explain", DIGITS, "--target", "x86-cpu", "--threads", count, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        latencies.append(report["totals"]["latency"])
+        memory = report["memory"]
+        assert memory["arena"] > 0 and memory["constants"] == report["totals"]["weights"] > 0
+    assert latencies[1] < latencies[0]
+    message = mistake(capsys, DIGITS, "--target", "portable-c", "--emit", "c", "--threads", "2")
+    assert message == "error: --emit c writes code without threads; leave out --threads."
+    two = str(tmp_path / "two.qc")
+    assert qcompile(DIGITS, "-t", "x86-cpu", "-c", CALIBRATION, "--threads", "2", "-o", two) == 0
+    assert "host memory" in capsys.readouterr().out
+    data, results = str(EXAMPLES / "digits_test.npz"), []
+    with np.load(data) as arrays:
+        np.savez(tmp_path / "in.npz", image=arrays["image"][:5])
+    data = str(tmp_path / "in.npz")
+    for count in ("1", "2"):
+        output = str(tmp_path / f"out{count}.npz")
+        assert qcompile("run", two, "-i", data, "-o", output, "--threads", count) == 0
+        with np.load(output) as arrays:
+            results.append(arrays["logits"])
+    assert np.array_equal(*results)
+    capsys.readouterr()
+    message = mistake(capsys, "run", two, "-i", data, "-o", str(tmp_path / "x.npz"), "--threads", "3")
+    assert "compiled for 2 threads and cannot use 3; compile the model again with --threads 3" in message
+
+
 def test_run_never_loads_the_compiler(digits_bundle: Path) -> None:
     """A process of its own: neither onnx nor the compiler half of TVM is imported or mapped."""
     np.savez("in.npz", image=np.zeros((2, 1, 8, 8), np.float32))

@@ -88,6 +88,16 @@ def _until_calling_convention(*, vectors: bool) -> tuple[Any, ...]:
     )
 
 
+def loops_of(functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target) -> tvm.IRModule:
+    """Scheduled functions as loops over flat memory, what they allocate where they allocate it."""
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name) for name, function in functions.items()})
+    # For a target with vectors of unknown length, VectorizeLoop would make loops of those: show it a plain one.
+    plain = tvm.target.Target({"kind": _kind(target)})
+    passes = [_TIRX.BindTarget(plain.with_host(plain)), *_until_calling_convention(vectors=is_llvm(target))]
+    with tvm.transform.PassContext(config=_CONFIG):
+        return tvm.transform.Sequential(passes)(module)
+
+
 def lower_functions(
     functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target, alignment: int = MIN_ALIGNMENT
 ) -> RawModule:
@@ -98,12 +108,8 @@ def lower_functions(
         target: an "llvm" or "c" target.
         alignment: bytes that the workspace and every argument will be aligned to.
     """
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name) for name, function in functions.items()})
-    # For a target with vectors of unknown length, VectorizeLoop would make loops of those: show it a plain one.
-    plain = tvm.target.Target({"kind": _kind(target)})
-    passes = [_TIRX.BindTarget(plain.with_host(plain)), *_until_calling_convention(vectors=is_llvm(target))]
+    module = loops_of(functions, target)
     with tvm.transform.PassContext(config=_CONFIG):
-        module = tvm.transform.Sequential(passes)(module)
         bare = {name: _Bare(name, module[name].with_attr("target", target), alignment) for name in functions}
         module = tvm.IRModule({name: item.function for name, item in bare.items()})
         module = tvm.transform.Sequential([_TIRX.LowerTVMBuiltin(), _TIRX.LowerIntrin()])(module)
@@ -215,7 +221,7 @@ class _Bare:
 
     def _place(self, statement: Any) -> Any:
         buffer = statement.buffer
-        size = int(np.prod([int(dim) for dim in buffer.shape])) * _element_bytes(str(buffer.dtype))
+        size = int(np.prod([int(dim) for dim in buffer.shape])) * element_bytes(str(buffer.dtype))
         if size <= STACK_LIMIT:
             return statement
         offset, self._used = self._used, self._used + aligned(size, self._alignment)
@@ -229,7 +235,7 @@ def _pointer(dtype: str) -> Any:
     return PointerType(PrimType(dtype), "global")
 
 
-def _element_bytes(dtype: str) -> int:
+def element_bytes(dtype: str) -> int:
     """Of a scalar or of a vector such as int32x4."""
     scalar, _, lanes = dtype.partition("x")
     return np.dtype(scalar).itemsize * int(lanes or 1)

@@ -53,6 +53,8 @@ class Lowered:
     outputs: tuple[TensorSpec, ...]
     sources: tuple[CSource, ...]
     """C to link in: the NPU simulator where a region runs on it."""
+    arena: int
+    """Bytes of the block in which everything lies that is computed."""
 
 
 # --- lowering ----------------------------------------------------------------------------------------------
@@ -152,6 +154,7 @@ class _Assembler:
             tuple(_spec(value) for value in graph.inputs),
             tuple(_spec(value) for value in graph.outputs),
             _sources(self._steps),
+            memory.size,
         )
 
     def _declare(self, step: _Call | _Alias) -> tuple[dict[ir.Value, int], list[int]]:

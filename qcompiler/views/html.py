@@ -10,7 +10,16 @@ from importlib import resources
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from qcompiler.report import LayerReport, PlacementReport, Report, byte_count, elsewhere, placement_summary, quantity
+from qcompiler.report import (
+    LayerReport,
+    PlacementReport,
+    Report,
+    byte_count,
+    elsewhere,
+    host_memory,
+    placement_summary,
+    quantity,
+)
 from qcompiler.simulator.trace import Timeline
 from qcompiler.target import Npu, Target
 from qcompiler.views.lanes import kind_of, lanes
@@ -112,7 +121,7 @@ def _template() -> Template:
 
 
 def _tiles(report: Report) -> list[Tile]:
-    totals = report.totals
+    totals, memory = report.totals, report.memory
     rate = totals.inferences_per_second
     tiles = [Tile("Latency", quantity(totals.latency, "s"), f"{rate:,.0f} inferences/s" if rate >= 10 else "")]
     if totals.sram:
@@ -126,6 +135,7 @@ def _tiles(report: Report) -> list[Tile]:
         tiles.append(Tile("MACs", f"{totals.macs:,}", "all on the CPU"))
     tiles += [
         Tile("Weights", byte_count(totals.weights), "in the bundle"),
+        *([] if memory is None else [Tile("Host memory", byte_count(memory.peak), host_memory(memory))]),
         Tile("Energy", quantity(totals.energy, "J"), "per inference"),
     ]
     if report.self_check is not None:
