@@ -182,11 +182,16 @@ def output_errors(model: ir.Model, candidates: Sequence[ir.Model], samples: Sequ
     return (errors / len(samples)).tolist()
 
 
+def learns_from(index: int, count: int) -> bool:
+    """Whether repair learns from the sample of this index of so many; what it is measured on should be others."""
+    return index < SAMPLES and (index % JUDGED != 0 or count < 4 * JUDGED)
+
+
 def _split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Samples to learn from and samples to judge by; the same if there are few."""
     if len(samples) < 4 * JUDGED:
         return samples, samples
-    return [s for index, s in enumerate(samples) if index % JUDGED], samples[::JUDGED]
+    return [s for index, s in enumerate(samples) if learns_from(index, len(samples))], samples[::JUDGED]
 
 
 def _repairable(node: ir.Node, plan: QuantPlan) -> bool:

@@ -1,0 +1,49 @@
+"""Formats by layer as a file: what `qcompile search` writes and `--formats FILE` reads."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcompiler.errors import QCompilerError
+from qcompiler.quant.types import WeightRequest
+
+
+class FormatsFile(BaseModel):
+    """JSON. `formats` has the fields of `WeightRequest`, those that are left out as by default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = ""
+    """File name of the model it was made for, for people to read."""
+    target: str = ""
+    formats: WeightRequest
+    keep_float: tuple[str, ...] = Field(default=(), alias="float")
+    """Names of layers left in float."""
+
+
+def write_formats(
+    file: str | os.PathLike[str], formats: WeightRequest, keep_float: Sequence[str], *, model: str, target: str
+) -> None:
+    """Raises QCompilerError if the file cannot be written."""
+    held = FormatsFile(model=model, target=target, formats=formats, float=tuple(keep_float))
+    try:
+        Path(file).write_text(held.model_dump_json(indent=1, by_alias=True) + "\n", "utf-8", newline="\n")
+    except OSError as error:
+        raise QCompilerError(f"cannot write {file}: {error.strerror}.") from None
+
+
+def read_formats(file: str | os.PathLike[str]) -> FormatsFile:
+    """Raises QCompilerError if it is not such a file."""
+    try:
+        return FormatsFile.model_validate_json(Path(file).read_bytes())
+    except OSError as error:
+        raise QCompilerError(f"--formats {file}: {error.strerror}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise QCompilerError(
+            f"--formats {file} is no file of formats{f' at {where}' if where else ''}: {first['msg']}. "
+            "`qcompile search` writes such files."
+        ) from None
