@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qcompiler.dataset import ImageOptions
     from qcompiler.options import Options
     from qcompiler.report import Report
+    from qcompiler.search.budget import Budget, Goal
 
 WIDTH_WITHOUT_TERMINAL = 160
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -44,6 +45,7 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join(
         "qcompile run model.qc --input in.npz --output out.npz",
         "qcompile explain model.onnx --target systolic-npu --html report.html",
         "qcompile debug model.onnx --calibration samples.npz",
+        "qcompile search model.onnx -t systolic-npu -c samples.npz --evaluate labelled.npz --max-drop 1%",
         "qcompile bench model.onnx --targets arm-npu,systolic-npu --set memories.sram.size=64KiB",
         "qcompile model.onnx --target cortex-m55 --emit c -o firmware/model",
         "qcompile targets check my-chip.yaml",
@@ -67,7 +69,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
-VERBS = ("compile", "run", "explain", "debug", "bench", "targets")
+VERBS = ("compile", "run", "explain", "debug", "bench", "search", "targets")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -157,6 +159,38 @@ LayerWeights = Annotated[
     list[str] | None,
     typer.Option("--layer-weights", metavar="LAYER=int4|int2|…", help="For this layer only; may be repeated."),
 ]
+FormatsFile = Annotated[
+    Path | None,
+    typer.Option("--formats", metavar="FILE", help="Formats by layer, as `qcompile search` writes them."),
+]
+_BUDGET = "Budget"
+MaxDrop = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        rich_help_panel=_BUDGET,
+        help="Choose a format for each layer's weights that loses at most this much accuracy, for example 1%: points "
+        "of top-1, or power of the outputs' error.",
+    ),
+]
+MaxLatency = Annotated[
+    str | None, typer.Option(metavar="TIME", rich_help_panel=_BUDGET, help="Likewise, within this latency: 3ms.")
+]
+MaxEnergy = Annotated[
+    str | None, typer.Option(metavar="ENERGY", rich_help_panel=_BUDGET, help="Likewise, within this energy: 40uJ.")
+]
+MaxWeights = Annotated[
+    str | None, typer.Option(metavar="SIZE", rich_help_panel=_BUDGET, help="Likewise, within these bytes: 250KiB.")
+]
+MinLatency = Annotated[
+    bool, typer.Option("--min-latency", rich_help_panel=_BUDGET, help="The least latency within the budget.")
+]
+MinEnergy = Annotated[
+    bool, typer.Option("--min-energy", rich_help_panel=_BUDGET, help="The least energy within the budget.")
+]
+MinWeights = Annotated[
+    bool, typer.Option("--min-weights", rich_help_panel=_BUDGET, help="The fewest bytes within the budget.")
+]
 HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page.")]
 TraceFile = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Write the timeline for ui.perfetto.dev.")
@@ -212,6 +246,14 @@ def compile_command(
     all_layers: AllLayers = False,
     quality: RepairQuality = "fast",
     threads: Threads = None,
+    formats: FormatsFile = None,
+    max_drop: MaxDrop = None,
+    max_latency: MaxLatency = None,
+    max_energy: MaxEnergy = None,
+    max_weights: MaxWeights = None,
+    min_latency: MinLatency = False,
+    min_energy: MinEnergy = False,
+    min_weights: MinWeights = False,
     emit: Annotated[
         Literal["c", "tflite", "tosa", "vela"] | None,
         typer.Option(
@@ -222,11 +264,15 @@ def compile_command(
 ) -> None:
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
 
-    def options() -> "Options":
-        return _options(
+    limits = Limits(max_drop, max_latency, max_energy, max_weights, min_latency, min_energy, min_weights)
+    chosen = Formats(weights, layer_weights, activations, all_layers, formats)
+
+    def options(progress: "ConsoleProgress") -> "Options":
+        given = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers), quality, dump, threads,
+            chosen, quality, dump, threads,
         )  # fmt: skip
+        return _within_budget(model, target, given, chosen, limits, progress)
 
     if emit == "c":
         with _mistakes(as_json), _console_progress() as progress:
@@ -238,7 +284,7 @@ def compile_command(
                 raise QCompilerError(
                     "--emit c writes sources and no report; `qcompile explain` takes --html and --trace for any target."
                 )
-            emitted = emit_c(model, target, output or Path(f"{model.stem}.c"), options(), progress=progress)
+            emitted = emit_c(model, target, output or Path(f"{model.stem}.c"), options(progress), progress=progress)
             progress.finish()
         if as_json:
             _print_json({**asdict(emitted), "path": str(emitted.path)})
@@ -251,7 +297,7 @@ def compile_command(
         bundle = build(
             model,
             target,
-            options(),
+            options(progress),
             output=output or Path(f"{model.stem}.qc"),
             emit=emit,
             html=html,
@@ -293,6 +339,7 @@ def explain(
     activations: Activations = "int8",
     all_layers: AllLayers = False,
     threads: Threads = None,
+    formats: FormatsFile = None,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -303,7 +350,7 @@ def explain(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers), dump=dump, threads=threads,
+            Formats(weights, layer_weights, activations, all_layers, formats), dump=dump, threads=threads,
         )  # fmt: skip
         report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
         progress.finish()
@@ -333,6 +380,7 @@ def debug(
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
     all_layers: AllLayers = False,
+    formats: FormatsFile = None,
 ) -> None:
     """Find the layers whose quantization hurts, say why, and name the option that helps."""
     with _mistakes(as_json), _console_progress() as progress:
@@ -341,7 +389,7 @@ def debug(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers),
+            Formats(weights, layer_weights, activations, all_layers, formats),
         )  # fmt: skip
         diagnosis = diagnose(model, target, options, progress=progress)
         progress.finish()
@@ -400,6 +448,85 @@ def bench(
         _print_json(comparison.to_dict())
         return
     _stdout().print(Text(f"{comparison.model}, one inference", style="bold"), render(comparison))
+
+
+@app.command()
+def search(
+    model: Model,
+    target: TargetName = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Other samples to run points on, as for --calibration. An .npz may hold classes as label or labels.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The class of each sample of --evaluate: an .npy, or text with one per line."
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the front and the chosen formats go; MODEL.search here if not given."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Also compile what was chosen, into this bundle."),
+    ] = None,
+    max_drop: MaxDrop = None,
+    max_latency: MaxLatency = None,
+    max_energy: MaxEnergy = None,
+    max_weights: MaxWeights = None,
+    min_latency: MinLatency = False,
+    min_energy: MinEnergy = False,
+    min_weights: MinWeights = False,
+    input_shape: InputShapes = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
+    activations: Activations = "int8",
+    quality: RepairQuality = "balanced",
+) -> None:
+    """Choose a format for each layer's weights: the best accuracy for the cost, or the least cost for the accuracy.
+
+    Without a budget, at most 1% of accuracy is given away.
+    """
+    limits = Limits(max_drop, max_latency, max_energy, max_weights, min_latency, min_energy, min_weights)
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.compile import build
+        from qcompiler.search.files import save as save_found
+        from qcompiler.search.results import render
+        from qcompiler.search.search import search as search_formats
+
+        options = _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(activations=activations), quality,
+        )  # fmt: skip
+        found = search_formats(
+            model, target, options, limits.budget(), evaluation=evaluate, labels=labels, progress=progress
+        )
+        folder = save or Path(f"{model.stem}.search")
+        file = save_found(found, folder)
+        bundle = build(model, target, found.options, output=output, progress=progress) if output is not None else None
+        progress.finish()
+    if as_json:
+        written = {"folder": str(folder), "formats": str(file), "bundle": str(bundle.path) if bundle else None}
+        _print_json({"search": found.search.to_dict(), **written})
+        return
+    _stdout().print(render(found.search))
+    _stdout().print(Text(f"\nwrote {folder}; `qcompile {model} … --quality {quality} --formats {file}` compiles it"))
+    if bundle is not None:
+        _stdout().print(Text(f"wrote {bundle.path}"))
 
 
 @app.command()
@@ -510,9 +637,52 @@ class Formats:
     by_layer: list[str] | None = None
     activations: ActivationType = "int8"
     all_layers: bool = False
+    file: Path | None = None
 
 
 EIGHT_BITS = Formats()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The options of a budget, as typed."""
+
+    max_drop: str | None
+    max_latency: str | None
+    max_energy: str | None
+    max_weights: str | None
+    min_latency: bool
+    min_energy: bool
+    min_weights: bool
+
+    def budget(self) -> "Budget":
+        """Raises QCompilerError where it makes no sense."""
+        from qcompiler.search.budget import GOALS, parse_budget
+
+        least = (self.min_latency, self.min_energy, self.min_weights)
+        wanted: list[Goal] = [goal for goal, flag in zip(GOALS, least, strict=True) if flag]
+        if len(wanted) > 1:
+            raise QCompilerError(f"--min-{wanted[0]} and --min-{wanted[1]} exclude each other: limit the other one.")
+        return parse_budget(
+            self.max_drop, self.max_latency, self.max_energy, self.max_weights, wanted[0] if wanted else None
+        )
+
+
+def _within_budget(
+    model: Path, target: str, options: "Options", formats: Formats, limits: Limits, progress: "ConsoleProgress"
+) -> "Options":
+    """The options, with formats chosen by a search if there is a budget."""
+    budget = limits.budget()
+    if budget.is_empty:
+        return options
+    from qcompiler.search.search import search as search_formats
+
+    if formats.weights != "int8" or formats.by_layer or formats.file is not None:
+        raise QCompilerError(
+            "a budget lets the compiler choose formats of weights; leave out --weights, --layer-weights and --formats, "
+            "or the budget."
+        )
+    return search_formats(model, target, options, budget, progress=progress).options
 
 
 def _options(
@@ -531,6 +701,16 @@ def _options(
     """Read what was typed. Raises QCompilerError where it makes no sense."""
     from qcompiler.options import Options
 
+    request = WeightRequest(
+        formats.weights, _layer_weights(formats.by_layer or []), formats.activations, edges=formats.all_layers
+    )
+    if formats.file is not None:
+        from qcompiler.formats_file import read_formats
+
+        if request != WeightRequest():
+            raise QCompilerError(f"--formats {formats.file} says all formats; leave out --weights and the like.")
+        held = read_formats(formats.file)
+        request, keep_float = held.formats, [*(keep_float or ()), *held.keep_float]
     return Options(
         calibration=calibration,
         input_shapes=_input_shapes(input_shape or []),
@@ -539,9 +719,7 @@ def _options(
         images=_image_options(pixels),
         keep_float=keep_float or (),
         overrides=[*(overrides or ()), *([] if threads is None else [f"host.threads={threads}"])],
-        formats=WeightRequest(
-            formats.weights, _layer_weights(formats.by_layer or []), formats.activations, edges=formats.all_layers
-        ),
+        formats=request,
         quality=quality,
         dump=dump,
     )
