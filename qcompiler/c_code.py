@@ -1,5 +1,6 @@
 """C that a bundle's library holds beside what TVM compiles: a runtime of the accelerator, or generated kernels."""
 
+import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from qcompiler.errors import QCompilerError
 
 STUBS = "qcompiler.runtime_stubs"
-HEADERS: tuple[str, ...] = (".", "abi", "simulator", "driver")
+HEADERS: tuple[str, ...] = (".", "abi", "simulator", "driver", "gpu")
 """Folders of runtime_stubs that hold headers."""
 COMPILE_FLAGS: tuple[str, ...] = ("-std=c99", "-O3", "-ffp-contract=off", "-fPIC", "-fno-semantic-interposition")
 """No -march: a bundle runs on every machine of its architecture. No contraction: float32 requantization is exact."""
@@ -33,6 +34,24 @@ class CSource:
 def stub(name: str, what: str, libraries: tuple[str, ...] = ()) -> CSource:
     """A file of runtime_stubs, by its path there."""
     return CSource(Path(name).name, (resources.files(STUBS) / name).read_text("utf-8"), what, libraries)
+
+
+def user_sources(files: Sequence[str | os.PathLike[str]]) -> tuple[CSource, ...]:
+    """C files of the user's. Raises QCompilerError if one cannot be read, is no .c file, or two have one name."""
+    found: dict[str, CSource] = {}
+    for file in map(Path, files):
+        if file.suffix != ".c":
+            raise QCompilerError(f"{file} is not a C source: give .c files; headers are found where these lie.")
+        if file.name in found:
+            raise QCompilerError(f"two sources are called {file.name}; rename one of them.")
+        try:
+            text = file.read_text("utf-8")
+        except OSError as error:
+            raise QCompilerError(f"cannot read {file}: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise QCompilerError(f"{file} is not a text file in UTF-8.") from None
+        found[file.name] = CSource(file.name, text, str(file), folder=file.resolve().parent)
+    return tuple(found.values())
 
 
 def compile_c(source: CSource, folder: Path, compiler: Sequence[str]) -> Path:

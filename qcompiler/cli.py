@@ -245,6 +245,13 @@ def compile_command(
     activations: Activations = "int8",
     all_layers: AllLayers = False,
     quality: RepairQuality = "fast",
+    runtime: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.c",
+            help="Link this driver (runtime_stubs/driver has one) in place of the simulator; may be repeated.",
+        ),
+    ] = None,
     threads: Threads = None,
     formats: FormatsFile = None,
     max_drop: MaxDrop = None,
@@ -278,6 +285,8 @@ def compile_command(
         with _mistakes(as_json), _console_progress() as progress:
             from qcompiler.emit_c import emit_c
 
+            if runtime:
+                raise QCompilerError("--emit c is for chips without an accelerator; leave out --runtime.")
             if threads is not None:
                 raise QCompilerError("--emit c writes code without threads; leave out --threads.")
             if html is not None or trace is not None:
@@ -302,6 +311,7 @@ def compile_command(
             emit=emit,
             html=html,
             trace=trace,
+            runtime=runtime or (),
             progress=progress,
         )
         report = bundle.report

@@ -5,14 +5,37 @@ TVM compiles, so a bundle's library holds both. `Log` finds the simulator inside
 """
 
 import ctypes
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from qcompiler.c_code import compile_c, stub
+from qcompiler.c_code import CSource, compile_c, stub, user_sources
+from qcompiler.errors import QCompilerError
 from qcompiler.tools import c_compiler
 
 SIMULATOR = stub("simulator/npu_sim.c", "the NPU simulator")
+
+
+def with_driver(sources: Sequence[CSource], files: Sequence[str | os.PathLike[str]]) -> tuple[CSource, ...]:
+    """The sources of a library with a driver, C files of the user's, in place of the simulator.
+
+    Raises:
+        QCompilerError: nothing in the library calls a driver, or a file cannot be used.
+    """
+    if SIMULATOR not in sources:
+        raise QCompilerError(
+            "nothing of this model runs on an accelerator that a driver feeds, so --runtime has nothing to replace; "
+            "leave it out, or see with `qcompile explain` why all is on the CPU."
+        )
+    own = user_sources(files)
+    others = [source for source in sources if source != SIMULATOR]
+    taken = {source.name for source in others}
+    for source in own:
+        if source.name in taken:
+            raise QCompilerError(f"{source.what} has the name of a source of the compiler's own; rename it.")
+    return (*others, *own)
 
 
 def compile_simulator(directory: Path) -> Path:

@@ -9,7 +9,7 @@
 
 #include "device.h"
 
-enum { BLOCK_WORDS = 1024, MOST_BUFFERS = 256 };
+enum { BLOCK_WORDS = 256, MOST_BUFFERS = 256 };
 
 /* Codes of qcompiler/simulator/isa.py. */
 enum {
