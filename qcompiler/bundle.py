@@ -6,6 +6,7 @@ model.so              the code; weights.safetensors: its constants
 model.qdq.onnx        the quantized model as standard ONNX, which any runtime can load
 model.int.onnx        the integer graph that was lowered (`qcompiler.integer.ops`)
 target.json           the target spec with inheritance resolved and units parsed
+gpu_0.cl, gpu_0.txt…  the kernels of a GPU's region (.cu with CUDA), and their launches, to read; the code holds both
 report.json           `qcompiler.report.Report`; report.txt: the same as tables; report.html: and as pictures
 ====================  ==========================================================================================
 
@@ -356,6 +357,8 @@ def write(
     from qcompiler.report import as_text
 
     write_weights(folder / WEIGHTS, lowered.parameters)
+    for document in lowered.documents:
+        (folder / document.name).write_text(document.text, "utf-8", newline="\n")
     ir.save(quantized, folder / QDQ_MODEL)
     ir.save(integer, folder / INTEGER_MODEL)
     write_json(folder / TARGET, target.model_dump(mode="json"))

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qcompiler.target import Target
 
 SYNTHETIC_SAMPLES = 8
+_UNCHECKED = "the bundle cannot be checked on this machine"
 EIGHT_BITS = WeightRequest()
 DEFAULTS = Options()
 
@@ -177,7 +178,7 @@ def build(
             progress.stage("emit")
             vela = _emit(placed, programs, emit, stage)
         progress.stage("lower")
-        lowered = relax.lower(placed.integer, placed.partition, chip, _drivers(placed.partition, programs))
+        lowered = relax.lower(placed.integer, placed.partition, chip, _drivers(placed.partition, programs, chip))
         if runtime:
             lowered = replace(lowered, sources=with_driver(lowered.sources, runtime))
             files = ", ".join(source.name for source in lowered.sources)
@@ -185,7 +186,7 @@ def build(
         progress.stage("build")
         relax.build(lowered, chip.host, stage / bundle.LIBRARY)
         progress.stage("self-check")
-        check = None if runtime else _check(placed, stage / bundle.LIBRARY, lowered)
+        placed, check = (placed, None) if runtime else _check(placed, stage / bundle.LIBRARY, lowered)
         progress.stage("report")
         costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
         report = replace(_report(placed, costs, check), vela=vela, memory=host_memory(lowered, chip.host))
@@ -212,7 +213,9 @@ def explain(
     progress.stage("schedule")
     programs = schedule(placed)
     progress.stage("lower")
-    lowered = relax.lower(placed.integer, placed.partition, placed.target, _drivers(placed.partition, programs))
+    lowered = relax.lower(
+        placed.integer, placed.partition, placed.target, _drivers(placed.partition, programs, placed.target)
+    )
     costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
     report = replace(_report(placed, costs, None), memory=host_memory(lowered, placed.target.host))
     _write_views(placed, costs, report, html, trace)
@@ -280,7 +283,7 @@ def prepare(
     with _Warnings(source) as warnings:
         chip = load_target(target, options.overrides)
         if (reason := _foreign(chip)) is not None:
-            warnings.messages.append(f"the bundle cannot be checked on this machine: {reason}")
+            warnings.messages.append(f"{_UNCHECKED}: {reason}")
         progress.stage("import")
         graph = import_onnx(source, options.input_shapes)
         if dumper is not None:
@@ -446,15 +449,17 @@ def _emit(
     return emit_regions(placed.partition, costs, placed.target, form, folder)
 
 
-def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]") -> "RegionLowering":
+def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]", target: "Target") -> "RegionLowering":
     """Makes the code that runs an accelerator's region. Regions are numbered in the simulator's log."""
+    from qcompiler.backends import gpu, npu
     from qcompiler.backends.base import AcceleratorFunction
-    from qcompiler.backends.npu import region_function
 
     numbers = {region.name: number for number, region in enumerate(partition.regions)}
 
     def lower(region: "Region") -> AcceleratorFunction:
-        return region_function(programs[region.name], numbers[region.name])
+        if region.name in programs:
+            return npu.region_function(programs[region.name], numbers[region.name])
+        return gpu.region_function(region, target, numbers[region.name])
 
     return lower
 
@@ -472,13 +477,16 @@ def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
     return run
 
 
-def _check(placed: Placed, library: Path, lowered: "Lowered") -> "SelfCheck | None":
-    """The self-check, unless the library is for another CPU."""
+def _check(placed: Placed, library: Path, lowered: "Lowered") -> "tuple[Placed, SelfCheck | None]":
+    """The self-check, unless the library is for another CPU; or for a GPU that is not here, which becomes a warning."""
+    from qcompiler.runtime import gpu_problem
     from qcompiler.selfcheck import self_check
 
     if _foreign(placed.target) is not None:
-        return None
-    return self_check(placed.source, _runner(library, lowered), placed.samples)
+        return placed, None
+    if (problem := gpu_problem(library)) is not None:
+        return replace(placed, warnings=(*placed.warnings, f"{_UNCHECKED}: {problem}")), None
+    return placed, self_check(placed.source, _runner(library, lowered), placed.samples)
 
 
 def _foreign(target: "Target") -> str | None:

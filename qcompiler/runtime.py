@@ -73,7 +73,8 @@ class Executable:
             threads: that share the work of large layers, if the library was built for more than one.
 
         Raises:
-            QCompilerError: the library cannot be loaded, for example because it is for another CPU.
+            QCompilerError: the library cannot be loaded, for example because it is for another CPU, or it needs a GPU
+                that is not here.
         """
         _load_runtime()
         try:
@@ -84,6 +85,9 @@ class Executable:
                 f"{library} cannot be loaded here ({str(error).splitlines()[-1].strip()}); "
                 "was it compiled for another machine? Compile the model again on this one."
             ) from error
+        self._gpu = _gpu_of(library)
+        if self._gpu is not None and (problem := self._gpu.problem()) is not None:
+            raise QCompilerError(f"{library} needs a GPU: {problem}.")
         self._machine = machine = module["vm_load_executable"]()
         if threads > 1:
             # The pool belongs to the process, and is made as large as its greediest model asks.
@@ -121,8 +125,17 @@ class Executable:
             own[...] = array
 
     def invoke(self) -> Sequence[tvm_ffi.Tensor]:
-        """Run with the inputs that were set; the outputs are the machine's own."""
-        return self._bound()
+        """Run with the inputs that were set; the outputs are the machine's own.
+
+        Raises:
+            QCompilerError: a GPU failed.
+        """
+        try:
+            return self._bound()
+        except RuntimeError as error:
+            if self._gpu is not None and (reason := self._gpu.error()):
+                raise QCompilerError(f"the GPU failed: {reason}.") from error
+            raise
 
     def profile(self, runs: int) -> list[tuple[str, float]]:
         """Name and seconds of every kernel, in the order they run; the fastest of so many runs of each."""
@@ -156,6 +169,55 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     aligned[...] = array
     return aligned
+
+
+# --- GPUs --------------------------------------------------------------------------------------------------
+
+
+class _Gpu:
+    """The GPU runtime (`runtime_stubs/abi/qgpu.h`) inside a loaded library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def problem(self) -> str | None:
+        """Why no GPU can be used here, naming what to install, or None if one can."""
+        return self._text("qgpu_problem")
+
+    def device(self) -> str:
+        return self._text("qgpu_device") or ""
+
+    def error(self) -> str:
+        """What the GPU failed with last; empty if it did not."""
+        return self._text("qgpu_error") or ""
+
+    def _text(self, function: str) -> str | None:
+        pointer = getattr(self._library, function)
+        pointer.argtypes = []
+        pointer.restype = ctypes.c_char_p
+        text: bytes | None = pointer()
+        return None if text is None else text.decode(errors="replace").strip()
+
+
+def _gpu_of(library: Path) -> _Gpu | None:
+    """The GPU runtime of a library, or None if nothing in the model runs on a GPU."""
+    with _fresh_name(library) as path:
+        loaded = ctypes.CDLL(str(path))
+    return _Gpu(loaded) if hasattr(loaded, "qgpu_problem") else None
+
+
+def gpu_problem(library: Path) -> str | None:
+    """Why a compiled library cannot use a GPU here; None if it can, or needs none."""
+    _load_runtime()
+    gpu = _gpu_of(library)
+    return None if gpu is None else gpu.problem()
+
+
+def gpu_device(library: Path) -> str:
+    """The GPU that a compiled library runs on, for people to read; empty if it needs none or there is none."""
+    _load_runtime()
+    gpu = _gpu_of(library)
+    return "" if gpu is None else gpu.device()
 
 
 # --- the simulator's log -----------------------------------------------------------------------------------

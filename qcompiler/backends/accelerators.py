@@ -2,15 +2,12 @@
 
 import onnx_ir as ir
 
-from qcompiler.backends import npu
-from qcompiler.errors import QCompilerError
+from qcompiler.backends import gpu, npu
 from qcompiler.target import AcceleratorName, Gpu, Target
 
 
 def can_run(node: ir.Node, accelerator: AcceleratorName, target: Target) -> str | None:
     """Why the backend of an accelerator cannot run a node that a rule takes, or None if it can."""
     if isinstance(target.accelerators[accelerator], Gpu):
-        raise QCompilerError(
-            f"{target.name} has a GPU, for which this version makes no code; leave out its gpu section."
-        )
+        return gpu.can_run(node, target)
     return npu.can_run(node, target.alone(accelerator))

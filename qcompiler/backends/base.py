@@ -39,6 +39,14 @@ Lowering = Kernel | View
 
 
 @dataclass(frozen=True)
+class Document:
+    """A text file that goes into the bundle, read by nobody but people."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
 class AcceleratorFunction:
     """Host code that runs one region: ``function(inputs…, constants uint8[n], outputs…, workspace uint8[m])``."""
 
@@ -49,6 +57,8 @@ class AcceleratorFunction:
     """Bytes of external memory the driver needs beside its arguments; at least 1."""
     sources: tuple[CSource, ...]
     """The C it calls, compiled into the library."""
+    documents: tuple[Document, ...] = ()
+    """What people may want to read about it."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,9 @@ def host_code(host: Host) -> HostCode:
 # --- building functions ------------------------------------------------------------------------------------
 
 
-def placeholder(value: ir.Value, shape: Shape | None = None) -> te.Tensor:
+def placeholder(value: ir.Value, shape: Shape | None = None, name: str = "x") -> te.Tensor:
     """A value as a TE input, under its own shape or another of as many elements."""
-    return te.placeholder(shape_of(value) if shape is None else shape, str(dtype_of(value)), "x")
+    return te.placeholder(shape_of(value) if shape is None else shape, str(dtype_of(value)), name)
 
 
 def parameters_of(arrays: Sequence[np.ndarray]) -> tuple[te.Tensor, ...]:

@@ -39,7 +39,7 @@ def moved(
     `out` are the shapes these see, if not the values' own.
     """
     seen = [shape_of(value) for value in inputs] if shapes is None else shapes
-    tensors = [placeholder(value, shape) for value, shape in zip(inputs, seen, strict=True)]
+    tensors = [placeholder(*pair, f"x{index}") for index, pair in enumerate(zip(inputs, seen, strict=True))]
     result = te.compute(shape_of(output) if out is None else out, element(tensors), "output")
     return Kernel(te.prim_func([*tensors, result]), tuple(inputs))
 

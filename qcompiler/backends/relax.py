@@ -17,7 +17,7 @@ from tvm import relax as _relax_module
 from tvm.relax import transform
 
 from qcompiler import host_cpu, tools
-from qcompiler.backends.base import AcceleratorFunction, HostCode, Kernel, View, host_code
+from qcompiler.backends.base import AcceleratorFunction, Document, HostCode, Kernel, View, host_code
 from qcompiler.backends.cpu_region import Step
 from qcompiler.backends.cpu_region import lower_region as lower_cpu_region
 from qcompiler.backends.workspace import Lifetime, plan
@@ -55,6 +55,8 @@ class Lowered:
     """C to link in: the NPU simulator where a region runs on it."""
     arena: int
     """Bytes of the block in which everything lies that is computed."""
+    documents: tuple[Document, ...] = ()
+    """Texts for the bundle: the kernels of a GPU's regions."""
 
 
 # --- lowering ----------------------------------------------------------------------------------------------
@@ -70,6 +72,7 @@ class _Call:
     workspace: int
     """Bytes of an extra last output that nobody reads; 0 for none."""
     sources: tuple[CSource, ...] = ()
+    documents: tuple[Document, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def _region_steps(region: Region, host: HostCode, lower_region: RegionLowering |
     assert lower_region is not None, f"nothing lowers the {region.backend} region {region.name}"
     driver = lower_region(region)
     kernel = Kernel(driver.function, region.inputs, (driver.constants,))
-    return [_Call(region.name, kernel, region.outputs, max(driver.workspace, 1), driver.sources)]
+    workspace = max(driver.workspace, 1)
+    return [_Call(region.name, kernel, region.outputs, workspace, driver.sources, driver.documents)]
 
 
 def _cpu_step(step: Step) -> _Call | _Alias:
@@ -155,6 +159,7 @@ class _Assembler:
             tuple(_spec(value) for value in graph.outputs),
             _sources(self._steps),
             memory.size,
+            tuple(document for step in self._steps if isinstance(step, _Call) for document in step.documents),
         )
 
     def _declare(self, step: _Call | _Alias) -> tuple[dict[ir.Value, int], list[int]]:

@@ -19,7 +19,7 @@ class Lifetime:
         return self.first <= other.last and other.first <= self.last
 
 
-def plan(tensors: Sequence[Lifetime]) -> tuple[list[int], int]:
+def plan(tensors: Sequence[Lifetime], alignment: int = ALIGNMENT) -> tuple[list[int], int]:
     """An offset for every tensor, such that those that live at the same time do not overlap, and the size of it all.
 
     The largest are placed first, each in the lowest gap it fits (Pisarchyk and Lee 2020, greedy by size).
@@ -32,11 +32,11 @@ def plan(tensors: Sequence[Lifetime]) -> tuple[list[int], int]:
         for start, other in neighbours:
             if offset + tensor.size <= start:
                 break
-            offset = max(offset, _aligned(start + tensors[other].size))
+            offset = max(offset, _aligned(start + tensors[other].size, alignment))
         offsets[index] = offset
         placed.append(index)
     return offsets, max((offset + tensor.size for offset, tensor in zip(offsets, tensors, strict=True)), default=0)
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+def _aligned(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment

@@ -1,0 +1,182 @@
+"""Which kernel runs which operators on a GPU, and what is fused into one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from tvm.target import Target as TvmTarget
+
+from qcompiler.backends import cpu_conv, cpu_elementwise, cpu_pool, gpu_conv, movement, te
+from qcompiler.backends.base import HostCode, Kernel, Lowering, View
+from qcompiler.backends.cpu_elementwise import constant_input
+from qcompiler.backends.cpu_packed import Finish
+from qcompiler.backends.elementwise import Formula
+from qcompiler.backends.gpu_code import Device
+from qcompiler.backends.gpu_elementwise import elementwise
+from qcompiler.backends.schedules.gpu import schedule_each, schedule_rows
+from qcompiler.graph import (
+    QCOMPILER_DOMAIN,
+    const_of,
+    data_input,
+    dtype_of,
+    element_count,
+    input_of,
+    integer,
+    is_op,
+    only_user,
+    shape_of,
+)
+
+_PRODUCTS = ("QConv", "QConvTranspose", "QGemm")
+_FORMULAS: Mapping[str, Callable[[ir.Node], Formula]] = {
+    "QAdd": cpu_elementwise.add_formula,
+    "QMul": cpu_elementwise.multiply_formula,
+    "QRequantize": cpu_elementwise.requantize_formula,
+}
+_STAGES: Mapping[str, Callable[[ir.Node], Kernel]] = {
+    "QMaxPool": cpu_pool.max_pool_stages,
+    "QAveragePool": cpu_pool.average_pool_stages,
+    "QReduceMean": cpu_pool.reduce_mean_stages,
+    "QResizeNearest": cpu_pool.resize_nearest_stages,
+    "QResizeLinear": cpu_pool.resize_linear_stages,
+}
+
+_ANY_HOST = HostCode(TvmTarget({"kind": "llvm"}), 1, frozenset())
+"""For lowerings that leave scheduling to others, and so ask nothing of the host."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one kernel computes."""
+
+    nodes: tuple[ir.Node, ...]
+    outputs: tuple[ir.Value, ...]
+    """One, or several views."""
+
+    @property
+    def label(self) -> str:
+        return "_".join(node.op_type for node in self.nodes)
+
+
+def refusal(node: ir.Node) -> str | None:
+    """Why there is no kernel for a node, or None if there is one."""
+    values = [value for value in (*node.inputs[:1], *node.outputs) if value is not None]
+    if any(dtype_of(value) not in (np.int8, np.uint8) for value in values):
+        return "the GPU's kernels take 8-bit activations"
+    known = (*_PRODUCTS, "QMatMul", "QLookup", "QSoftmax", *_FORMULAS, *_STAGES)
+    if node.domain == QCOMPILER_DOMAIN:
+        return None if node.op_type in known else f"no GPU kernel for {node.op_type}"
+    return None if node.op_type in (*movement.LOWERINGS, "Clip") else f"no GPU kernel for {node.op_type}"
+
+
+# --- fusing ------------------------------------------------------------------------------------------------
+
+
+def grouped(nodes: Sequence[ir.Node]) -> list[Group]:
+    """The nodes of a region as kernels, in execution order.
+
+    An addition goes into the product before it if nobody else reads that, and its other operand, of the same shape,
+    is there by then.
+    """
+    groups: list[Group] = []
+    pending = dict.fromkeys(nodes)
+    for node in nodes:
+        if node not in pending:
+            continue
+        del pending[node]
+        after = only_user(node.outputs[0]) if node.op_type in _PRODUCTS else None
+        if after in pending and _joins(after, node, pending):
+            del pending[after]
+            groups.append(Group((node, after), tuple(after.outputs)))
+        elif is_op(node, "Split"):
+            groups += [Group((node,), (value,)) for value in node.outputs]
+        else:
+            groups.append(Group((node,), tuple(node.outputs)))
+    return groups
+
+
+def _joins(after: ir.Node, product: ir.Node, pending: Mapping[ir.Node, None]) -> bool:
+    if not is_op(after, "QAdd", domain=QCOMPILER_DOMAIN):
+        return False
+    result = product.outputs[0]
+    others = [value for value in after.inputs[:2] if value is not result]
+    return all(
+        value is not None
+        and shape_of(value) == shape_of(result)
+        and const_of(value) is None
+        and value.producer() not in pending
+        for value in others
+    )
+
+
+# --- lowering ----------------------------------------------------------------------------------------------
+
+
+def lower(group: Group, device: Device) -> Lowering:
+    """The scheduled kernel of a group, or a view. The outputs are the group's."""
+    node = group.nodes[0]
+    if node.domain != QCOMPILER_DOMAIN:
+        return _standard(node, group.outputs)
+    if node.op_type in _PRODUCTS:
+        problem = cpu_conv.problem_of(node)
+        finish = cpu_conv.finish(problem)
+        for after in group.nodes[1:]:
+            finish = finish.then(_addition(after, node.outputs[0]))
+        return gpu_conv.convolution(problem, data_input(node), finish, device)
+    if node.op_type == "QMatMul":
+        return gpu_conv.matmul(node)
+    if node.op_type == "QLookup":
+        lowest = -128 if dtype_of(data_input(node)) == np.int8 else 0
+        return elementwise(
+            [data_input(node)],
+            node.outputs[0],
+            lambda x, table: table[x.astype("int32") - lowest],
+            tables=[constant_input(node, 1)],
+        )
+    if node.op_type == "QSoftmax":
+        kernel = cpu_elementwise.softmax(node, _ANY_HOST)
+        return replace(kernel, function=schedule_rows(kernel.function))
+    if node.op_type in _FORMULAS:
+        formula = _FORMULAS[node.op_type](node)
+        return elementwise(formula.operands, node.outputs[0], formula.expression)
+    kernel = _STAGES[node.op_type](node)
+    return replace(kernel, function=schedule_each(kernel.function))
+
+
+def _addition(node: ir.Node, result: ir.Value) -> Finish:
+    """A QAdd as what follows the product that makes `result`."""
+    formula = cpu_elementwise.add_formula(node)
+    others = tuple(value for value in formula.operands if isinstance(value, ir.Value) and value is not result)
+
+    def expression(total: te.Expr, _: Sequence[te.Expr], maps: Sequence[te.Expr]) -> te.Expr:
+        remaining = iter(maps)
+        return formula.expression(*(total if value is result else next(remaining) for value in formula.operands))
+
+    return Finish(str(dtype_of(node.outputs[0])), (), others, expression)
+
+
+def _standard(node: ir.Node, outputs: Sequence[ir.Value]) -> Lowering:
+    if is_op(node, "Split"):
+        return _piece(node, outputs[0])
+    if is_op(node, "Clip"):
+        low, high = (const_of(input_of(node, index)) for index in (1, 2))
+        info = np.iinfo(dtype_of(data_input(node)))
+        limits = (info.min if low is None else int(low.item()), info.max if high is None else int(high.item()))
+        dtype = str(info.dtype)
+        return elementwise([data_input(node)], outputs[0], lambda x: te.clamp(x.astype("int32"), *limits).astype(dtype))
+    lowering = movement.LOWERINGS[node.op_type](node, _ANY_HOST)
+    return lowering if isinstance(lowering, View) else replace(lowering, function=schedule_each(lowering.function))
+
+
+def _piece(node: ir.Node, output: ir.Value) -> Kernel:
+    """One output of a Split."""
+    shape, own = shape_of(data_input(node)), shape_of(output)
+    axis = integer(node, "axis", 0) % len(shape)
+    start = 0
+    for value in node.outputs[: list(node.outputs).index(output)]:
+        start += element_count(shape_of(value)[axis:])
+    outer, width, size = element_count(shape[:axis]), element_count(shape[axis:]), element_count(own[axis:])
+    x = te.placeholder((outer, width), str(dtype_of(output)), "x")
+    piece = te.compute((outer, size), lambda row, column: x[row, column + start], "output")
+    return Kernel(schedule_each(te.prim_func([x, piece])), (data_input(node),))
