@@ -13,7 +13,7 @@ from qcompiler.backends import cpu_pool, te
 from qcompiler.backends.base import HostCode, Kernel, placeholder
 from qcompiler.backends.cpu_depthwise import plain_convolution
 from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, packed_convolution
-from qcompiler.backends.float_nn import averaged_count, transposed_pads, window
+from qcompiler.backends.float_nn import averaged_count, has_indices, transposed_pads, window
 from qcompiler.backends.schedules import conv as schedule
 from qcompiler.backends.schedules.loops import schedule_reduction, threads_for
 from qcompiler.backends.te import Expr
@@ -143,7 +143,7 @@ def is_pool(node: ir.Node) -> bool:
         is_op(node, "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
         and len(shape_of(data_input(node))) == 4
         and dtype_of(data_input(node)) == np.float32
-        and not any(out.uses() or out.is_graph_output() for out in node.outputs[1:])
+        and not has_indices(node)
     )
 
 

@@ -11,7 +11,7 @@ from qcompiler.backends.base import HostCode, Kernel, Lowering, parameters_of, p
 from qcompiler.backends.schedules.loops import schedule_float_conv, schedule_matmul
 from qcompiler.backends.te import Expr, Tensor
 from qcompiler.graph import Shape, data_input, dtype_of, element_count, input_of, integer, ints, real, shape_of, string
-from qcompiler.integer.resize import float_linear_tables, nearest_table, spatial_scales
+from qcompiler.integer.resize import float_cubic_tables, float_linear_tables, nearest_table, spatial_scales
 
 
 def window(node: ir.Node, kernel: Shape) -> tuple[Shape, Shape, Shape]:
@@ -44,6 +44,35 @@ def _padded(x: Tensor, before: Shape, extents: Sequence[int], fill: float) -> Te
 def _extents(out: Shape, kernel: Shape, strides: Shape, dilations: Shape) -> list[int]:
     """How far the windows reach along each axis."""
     return [(o - 1) * s + (k - 1) * d + 1 for o, k, s, d in zip(out, kernel, strides, dilations, strict=True)]
+
+
+def local_response_normalization(node: ir.Node, host: HostCode) -> Lowering:
+    """LRN: x / (bias + alpha / size * Σ x²)^beta, the sum over `size` neighbouring channels."""
+    x_value = data_input(node)
+    (n, channels, *rest), size = shape_of(x_value), integer(node, "size")
+    alpha, beta, bias = real(node, "alpha", 1e-4), real(node, "beta", 0.75), real(node, "bias", 1.0)
+    pixels, before = element_count(rest), (size - 1) // 2
+    x = placeholder(x_value, (n, channels, pixels))
+    k = te.reduce_axis(size, "k")
+
+    def square(b: Expr, c: Expr, p: Expr) -> Expr:
+        neighbour = c + k - before
+        value = te.if_then_else(
+            te.all_of(neighbour >= 0, neighbour < channels), x[b, neighbour, p], te.const(0.0, x.dtype)
+        )
+        return te.reduce_sum(value * value, [k])
+
+    total = te.compute((n, channels, pixels), square, "total")
+
+    def normalized(*at: Expr) -> Expr:
+        base = total[at] * (alpha / size) + bias
+        if beta == 0.75:
+            # As nearly every network has it; LLVM has no vector code for powers.
+            root = te.sqrt(base)
+            return x[at] / (root * te.sqrt(root))
+        return x[at] / te.power(base, te.const(beta, x.dtype))
+
+    return Kernel(te.prim_func([x, te.compute((n, channels, pixels), normalized, "output")]), (x_value,))
 
 
 def conv(node: ir.Node, host: HostCode) -> Lowering:
@@ -136,11 +165,49 @@ def max_pool(node: ir.Node, host: HostCode) -> Lowering:
     padded = _padded(x, before, _extents(out[2:], kernel, strides, dilations), lowest)
     taps = [te.reduce_axis(k, f"t{axis}") for axis, k in enumerate(kernel)]
 
-    def highest(b: Expr, c: Expr, *index: Expr) -> Expr:
-        source = [i * s + t * d for i, s, t, d in zip(index, strides, taps, dilations, strict=True)]
-        return te.reduce_max(padded[(b, c, *source)], taps)
+    def source(index: Sequence[Expr], taps: Sequence[Expr]) -> list[Expr]:
+        return [i * s + t * d for i, s, t, d in zip(index, strides, taps, dilations, strict=True)]
 
-    return Kernel(te.prim_func([x, te.compute(out, highest, "output")]), (x_value,))
+    highest = te.compute(out, lambda b, c, *index: te.reduce_max(padded[(b, c, *source(index, taps))], taps), "output")
+    if not has_indices(node):
+        return Kernel(te.prim_func([x, highest]), (x_value,))
+    size = shape_of(x_value)[2:]
+    again = [te.reduce_axis(k, f"i{axis}") for axis, k in enumerate(kernel)]
+    beyond = te.const(element_count(size), "int32")
+
+    def first(b: Expr, c: Expr, *index: Expr) -> Expr:
+        """Row by row, the first place inside the input that holds the maximum."""
+        at = source(index, again)
+        places = [i - low for i, low in zip(at, before, strict=True)]
+        inside = [test for i, limit in zip(places, size, strict=True) for test in (i >= 0, i < limit)]
+        found = te.all_of(*inside, padded[(b, c, *at)].equal(highest[(b, c, *index)]))
+        return te.reduce_min(te.where(found, _flat(places, size).astype("int32"), beyond), again)
+
+    place = te.compute(out, first, "place")
+    plane, channels = element_count(size), shape_of(x_value)[1]
+    by_column = bool(integer(node, "storage_order", 0))
+
+    def index_in_tensor(b: Expr, c: Expr, *index: Expr) -> Expr:
+        flat = place[(b, c, *index)].astype("int64")
+        if by_column:  # ONNX has that for two axes
+            flat = flat % size[-1] * (plane // size[-1]) + flat // size[-1]
+        return (b * channels + c).astype("int64") * plane + flat
+
+    indices = te.compute(out, index_in_tensor, "indices")
+    return Kernel(te.prim_func([x, highest, indices]), (x_value,))
+
+
+def _flat(index: Sequence[Expr], size: Shape) -> Expr:
+    """A position in a row-major array."""
+    flat = index[0]
+    for i, limit in zip(index[1:], size[1:], strict=True):
+        flat = flat * limit + i
+    return flat
+
+
+def has_indices(node: ir.Node) -> bool:
+    """Whether anybody reads a MaxPool's second output, the place of each maximum."""
+    return any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
 
 
 def average_pool(node: ir.Node, host: HostCode) -> Lowering:
@@ -303,23 +370,29 @@ def resize(node: ir.Node, host: HostCode) -> Lowering:
         x = placeholder(x_value)
         output = te.compute(out, lambda b, c, i, j: x[b, c, rows[i], columns[j]], "output")
         return Kernel(te.prim_func([x, rows, columns, output]), (x_value,), tuple(tables))
+    make_tables = float_cubic_tables if string(node, "mode") == "cubic" else float_linear_tables
     tables = list(
-        itertools.chain.from_iterable(
-            float_linear_tables(node, i, o, s) for i, o, s in zip(size, out[2:], scales, strict=True)
-        )
+        itertools.chain.from_iterable(make_tables(node, i, o, s) for i, o, s in zip(size, out[2:], scales, strict=True))
     )
     y_index, y_weight, x_index, x_weight = parameters_of(tables)
     x = placeholder(x_value)
+    taps = range(tables[0].shape[1])
 
     def element(b: Expr, c: Expr, i: Expr, j: Expr) -> Expr:
         def row(p: int) -> Expr:
-            left, right = (x[b, c, y_index[i, p], x_index[j, q]] * x_weight[j, q] for q in range(2))
-            return left + right
+            return _total([x[b, c, y_index[i, p], x_index[j, q]] * x_weight[j, q] for q in taps])
 
-        return row(0) * y_weight[i, 0] + row(1) * y_weight[i, 1]
+        return _total([row(p) * y_weight[i, p] for p in taps])
 
     output = te.compute(out, element, "output")
     return Kernel(te.prim_func([x, y_index, y_weight, x_index, x_weight, output]), (x_value,), tuple(tables))
+
+
+def _total(terms: Sequence[Expr]) -> Expr:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 LOWERINGS: Mapping[str, Callable[[ir.Node, HostCode], Lowering]] = {
@@ -330,6 +403,7 @@ LOWERINGS: Mapping[str, Callable[[ir.Node, HostCode], Lowering]] = {
     "Gemm": gemm,
     "GlobalAveragePool": global_pool(maximum=False),
     "GlobalMaxPool": global_pool(maximum=True),
+    "LRN": local_response_normalization,
     "MatMul": matmul,
     "MaxPool": max_pool,
     "Resize": resize,

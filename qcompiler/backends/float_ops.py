@@ -39,7 +39,7 @@ _CONSTANT_INPUTS: Mapping[str, tuple[int, ...]] = {
 }
 """Inputs whose values the code is made for."""
 
-_SECOND_OUTPUTS = ("BatchNormalization", "Dropout", "LayerNormalization", "MaxPool")
+_SECOND_OUTPUTS = ("BatchNormalization", "Dropout", "LayerNormalization")
 """Operators of which only the first output is computed."""
 
 
@@ -80,8 +80,8 @@ def refusal(node: ir.Node) -> str | None:
 
 def _mode_refusal(node: ir.Node) -> str | None:
     match node.op_type:
-        case "Resize" if not is_plain_resize(node) or string(node, "mode", "nearest") == "cubic":
-            return "only nearest and linear resizing of height and width is implemented"
+        case "Resize" if not is_plain_resize(node):
+            return "only plain resizing of height and width is implemented"
         case "Einsum" if not _plain_equation(string(node, "equation")):
             return "an ellipsis or a repeated letter in its equation is not implemented"
         case "AveragePool" if any(step != 1 for step in ints(node, "dilations", ())):

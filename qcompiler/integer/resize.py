@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import const_of, data_input, input_of, integer, ints, shape_of, string
+from qcompiler.graph import const_of, data_input, input_of, integer, ints, real, shape_of, string
 
 WEIGHT_ONE = 2048
 """Weights have 11 fraction bits."""
@@ -105,6 +105,27 @@ def float_linear_tables(node: ir.Node, size: int, out: int, scale: np.float32) -
     low = np.floor(position).astype(np.int32)
     upper = (position - low).astype(np.float32)
     return np.stack([low, np.minimum(low + 1, size - 1)], axis=1), np.stack([1 - upper, upper], axis=1)
+
+
+def float_cubic_tables(node: ir.Node, size: int, out: int, scale: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Four input indices and their weights for each output position, int32 and float32 [out, 4].
+
+    Keys 1981, "Cubic convolution interpolation for digital image processing", with ONNX's cubic_coeff_a. Indices beyond
+    the input are those of its border; with exclude_outside they weigh nothing, and the others add to 1.
+    """
+    a = np.float32(real(node, "cubic_coeff_a", -0.75))
+    position = _positions(node, size, out, scale)
+    low = np.floor(position)
+    # Distances of the four neighbours: between 1 and 2, below 1, below 1, between 1 and 2.
+    index = low[:, None].astype(np.int32) + np.arange(-1, 3, dtype=np.int32)
+    distance = np.abs(position[:, None] - index.astype(np.float32))
+    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    weight = np.where(distance <= 1, near, far).astype(np.float32)
+    if integer(node, "exclude_outside", 0):
+        weight = np.where((index >= 0) & (index < size), weight, np.float32(0))
+        weight = weight / weight.sum(axis=1, keepdims=True)
+    return np.clip(index, 0, size - 1), weight.astype(np.float32)
 
 
 def _positions(node: ir.Node, size: int, out: int, scale: np.float32) -> np.ndarray:

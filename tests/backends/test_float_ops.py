@@ -135,6 +135,16 @@ NEURAL: tuple[Case, ...] = (
     Case("MaxPool", ((2, 3, 9, 9),), {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1]}),
     Case("MaxPool", ((1, 2, 9, 9),), {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}),
     Case("MaxPool", (Random((1, 2, 8, 8), "int8", -128, 128),), {"kernel_shape": [3, 3], "dilations": [2, 2]}),
+    Case("MaxPool", ((2, 3, 9, 8),), {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1]}, outputs=2),
+    Case(
+        "MaxPool",
+        (Random((2, 3, 7, 8), "int8", -3, 3),),  # equal maxima: the first one counts
+        {"kernel_shape": [3, 3], "dilations": [2, 1], "storage_order": 1},
+        outputs=2,
+    ),
+    Case("MaxPool", ((2, 3, 15),), {"kernel_shape": [4], "strides": [3], "pads": [2, 1]}, outputs=2),
+    Case("LRN", ((2, 7, 3, 5),), {"size": 5, "alpha": 0.3, "bias": 1.5}),
+    Case("LRN", ((1, 6, 4, 3),), {"size": 3, "alpha": 0.1, "beta": 0.6}),
     Case("AveragePool", ((2, 3, 9, 9),), {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 0, 1, 1]}),
     Case("AveragePool", ((2, 3, 9, 9),), {"kernel_shape": [3, 2], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
     Case("AveragePool", ((1, 2, 15),), {"kernel_shape": [4], "auto_pad": "SAME_LOWER", "strides": [3]}),
@@ -155,6 +165,16 @@ NEURAL: tuple[Case, ...] = (
         ((1, 2, 5, 7), None, None, ints(1, 2, 9, 15)),
         {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
     ),
+)
+
+CUBIC: tuple[Case, ...] = tuple(
+    Case("Resize", ((1, 2, 5, 7), None, None, ints(1, 2, *size)), {"mode": "cubic", **attributes})
+    for size, attributes in (
+        ((11, 4), {}),
+        ((9, 15), {"coordinate_transformation_mode": "align_corners", "cubic_coeff_a": -0.5}),
+        ((3, 20), {"exclude_outside": 1}),
+        ((10, 14), {"coordinate_transformation_mode": "asymmetric"}),
+    )
 )
 
 INT8 = Random((2, 4, 6, 8), "int8", -128, 128)
@@ -204,7 +224,7 @@ QUANTIZING: tuple[Case, ...] = (
     Case("DequantizeLinear", (Random((7,), "int32", -90000, 90000), Fixed(np.arange(1, 8) / 999)), {"axis": 0}),
 )
 
-FAMILIES = (ELEMENTWISE, REDUCTIONS, NEURAL, MOVEMENT, QUANTIZING)
+FAMILIES = (ELEMENTWISE, REDUCTIONS, NEURAL + CUBIC, MOVEMENT, QUANTIZING)
 
 
 def add_case(bench, case: Case) -> None:
@@ -276,9 +296,11 @@ def test_refuses_what_it_would_get_wrong(workbench) -> None:
     bench = workbench(seed=2)
     x = bench.input(np.zeros((1, 2, 8, 8), np.float32))
     scales = bench.constant(np.asarray([1, 1, 2, 2], np.float32))
-    cubic = bench.standard("Resize", [x, None, scales], [((1, 2, 16, 16), np.dtype(np.float32))], {"mode": "cubic"})
+    smooth = bench.standard(
+        "Resize", [x, None, scales], [((1, 2, 16, 16), np.dtype(np.float32))], {"mode": "cubic", "antialias": 1}
+    )
     pool = bench.standard(
         "AveragePool", [x], [((1, 2, 6, 6), np.dtype(np.float32))], {"kernel_shape": [2, 2], "dilations": [2, 2]}
     )
-    assert "nearest and linear" in (refusal(cubic) or "")
+    assert "plain resizing" in (refusal(smooth) or "")
     assert "dilation" in (refusal(pool) or "")
