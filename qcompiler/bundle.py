@@ -85,6 +85,7 @@ class Manifest:
     tvm: str
     model: str
     model_sha256: str
+    """Of the .onnx file; where weights lie in files beside it, of the hashes of all, in hexadecimal, one a line."""
     target: str
     target_sha256: str
     cpu: Cpu
@@ -432,7 +433,7 @@ def write_manifest(
         qcompiler=version("qcompiler"),
         tvm=version("apache-tvm"),
         model=model.name,
-        model_sha256=sha256(model),
+        model_sha256=_model_sha256(model),
         target=target,
         target_sha256=files[TARGET],
         cpu=cpu,
@@ -445,6 +446,15 @@ def write_manifest(
 
 def write_json(file: Path, data: object) -> None:
     file.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8", newline="\n")
+
+
+def _model_sha256(model: Path) -> str:
+    from qcompiler.onnx_file import external_files
+
+    digests = [sha256(file) for file in (model, *external_files(model))]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:

@@ -38,6 +38,14 @@ def read_model(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def external_files(path: Path) -> tuple[Path, ...]:
+    """The files beside a model that hold weights of it, each once, by name."""
+    proto = onnx.load(path, load_external_data=False)
+    external = (tensor for tensor in _tensors(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    return tuple(path.parent / name for name in sorted(names))
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -217,10 +225,22 @@ def _check(proto: onnx.ModelProto, path: Path) -> None:
     for tensor_type in bare:
         tensor_type.ClearField("shape")
     for value in proto.graph.input:
-        kind = value.type.WhichOneof("value")
-        if kind != "tensor_type" or value.type.tensor_type.elem_type == onnx.TensorProto.STRING:
-            shown = "strings" if kind == "tensor_type" else f"a {(kind or 'nothing').removesuffix('_type')}"
+        if (shown := _no_numbers(value)) is not None:
             raise QCompilerError(
                 f"{path}: the input {value.name!r} holds {shown}; only tensors of numbers can be compiled, "
                 "so cut the model after this part"
             )
+    for value in proto.graph.output:
+        if value.type.WhichOneof("value") is not None and (shown := _no_numbers(value)) is not None:
+            raise QCompilerError(
+                f"{path}: the output {value.name!r} holds {shown}; only tensors of numbers can be compiled, "
+                "so cut the model before this part"
+            )
+
+
+def _no_numbers(value: onnx.ValueInfoProto) -> str | None:
+    """What an input or output holds, if it is not a tensor of numbers."""
+    kind = value.type.WhichOneof("value")
+    if kind == "tensor_type":
+        return "strings" if value.type.tensor_type.elem_type == onnx.TensorProto.STRING else None
+    return "nothing" if kind is None else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind.removesuffix('_type')}"

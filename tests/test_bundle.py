@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
 from qcompiler import bundle as bundles
@@ -12,12 +14,15 @@ from qcompiler.bundle import Cpu, Tensor, load, staging, write_json, write_manif
 from qcompiler.errors import QCompilerError
 
 HERE = Cpu(host_cpu.architecture(), ())
+NETWORK = onnx.parser.parse_model(
+    '<ir_version: 10, opset_import: ["" : 21]> g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Add(x, w) }'
+)
 
 
 def _fill(folder: Path, mark: str = "one", cpu: Cpu = HERE) -> None:
     """The least that is a bundle: it loads, though it has no code to run."""
     model = folder.parent / "net.onnx"
-    model.write_bytes(b"model")
+    onnx.save(NETWORK, model)
     write_json(folder / bundles.TARGET, {"name": "some-npu", "mark": mark})
     (folder / bundles.LIBRARY).write_bytes(b"\x7fELF")
     x, y = Tensor("image", (1, 3, 4), "float32", None), Tensor("logits", (1, 5), "float32", None)
@@ -37,6 +42,22 @@ def test_written_whole_and_loaded(folder: Path) -> None:
     assert bundle.target == "some-npu"
     assert bundle.inputs[0].shape == (1, 3, 4)
     assert sorted(file.name for file in folder.parent.iterdir()) == ["net.onnx", "net.qc"]
+
+
+def test_the_hash_of_the_model_covers_weights_in_other_files(tmp_path: Path) -> None:
+    def hashed(weight: float, *, external: bool) -> str:
+        folder = tmp_path / f"{weight} {external}"
+        (folder / "net.qc").mkdir(parents=True)
+        model = onnx.ModelProto.FromString(NETWORK.SerializeToString())
+        model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.full(2, weight, np.float32), "w"))
+        onnx.save(model, folder / "net.onnx", save_as_external_data=external, location="weights.bin", size_threshold=0)
+        write_json(folder / "net.qc" / bundles.TARGET, {})
+        write_manifest(folder / "net.qc", folder / "net.onnx", "some-npu", HERE, (), ())
+        if not external:
+            assert load(folder / "net.qc").manifest.model_sha256 == bundles.sha256(folder / "net.onnx")
+        return load(folder / "net.qc").manifest.model_sha256
+
+    assert len({hashed(weight, external=external) for weight in (1, 2) for external in (False, True)}) == 4
 
 
 def test_replaces_a_bundle(folder: Path) -> None:

@@ -362,6 +362,32 @@ def test_inputs_that_are_no_tensors_of_numbers(value: onnx.ValueInfoProto, tmp_p
         imported(make([NODE("Identity", ["x"], ["y"])], inputs=[value]), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("node", "value"),
+    [
+        (NODE("SequenceConstruct", ["x", "x"], ["y"]), helper.make_tensor_sequence_value_info("y", F, None)),
+        (
+            NODE("Optional", ["x"], ["y"]),
+            helper.make_value_info("y", helper.make_optional_type_proto(helper.make_tensor_type_proto(F, None))),
+        ),
+        (
+            NODE("Cast", ["x"], ["y"], to=TensorProto.STRING),
+            helper.make_tensor_value_info("y", TensorProto.STRING, None),
+        ),
+    ],
+    ids=["sequence", "optional", "string"],
+)
+def test_outputs_that_are_no_tensors_of_numbers(
+    node: onnx.NodeProto, value: onnx.ValueInfoProto, tmp_path: Path
+) -> None:
+    proto = make([node])
+    proto.graph.output[0].CopyFrom(value)
+    with pytest.raises(
+        QCompilerError, match=r"output 'y' holds (a sequence|an optional|strings); only tensors of numbers"
+    ):
+        imported(proto, tmp_path)
+
+
 # --- operators ---------------------------------------------------------------------------------------------
 
 
