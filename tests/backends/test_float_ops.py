@@ -221,6 +221,7 @@ QUANTIZING: tuple[Case, ...] = (
     Case("QuantizeLinear", ((3, 4, 8), Fixed([0.01, 0.02, 0.03, 0.04]), Fixed([1, 2, 3, 4], "int8")), {"axis": 1}),
     Case("DequantizeLinear", (INT8, Fixed(0.05), Fixed(-3, "int8"))),
     Case("DequantizeLinear", (INT8, Fixed(np.arange(1, 9) / 50), Fixed(np.arange(8), "int8")), {"axis": 3}),
+    Case("DynamicQuantizeLinear", ((3, 5, 7),), outputs=3),
     Case("DequantizeLinear", (Random((7,), "int32", -90000, 90000), Fixed(np.arange(1, 8) / 999)), {"axis": 0}),
 )
 
