@@ -141,11 +141,12 @@ def _chart(search: Search, goal: Goal) -> Chart:
     )  # fmt: skip
     line = sorted((mark.x, mark.predicted) for mark, point in zip(marks, points, strict=True) if point.on_front)
     step = 5 if high - low <= 30 else 10
+    unit = 1024 if goal == "weights" else 1
     return Chart(
         goal.capitalize(),
         marks,
         " ".join(f"{'L' if index else 'M'}{at:.1f} {up:.1f}" for index, (at, up) in enumerate(_upper(line))),
-        tuple(Tick(x(value), shown(goal, value) if value else "0") for value in even_ticks(end, 4)),
+        tuple(Tick(x(unit * tick), shown(goal, unit * tick) if tick else "0") for tick in even_ticks(end / unit, 4)),
         tuple(Tick(y(level), f"{level} dB") for level in range(low, high + 1, step)),
     )
 
