@@ -73,7 +73,7 @@ def cost(
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
         layers.append(_hand_over(region, unit))
     totals = _totals(layers, target, npu_cycles, peak, weights)
-    if len(target.accelerators) > 1:
+    if len(target.accelerators) > 1 or target.gpu is not None:
         totals = replace(totals, accelerators=_by_accelerator(partition, layers, regions, target))
     return Costs(tuple(layers), totals, regions)
 

@@ -97,7 +97,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AcceleratorTotals:
-    """What one of several accelerators does in an inference."""
+    """What one accelerator does in an inference."""
 
     name: Backend
     operators: int
@@ -134,7 +134,7 @@ class Totals:
     energy: float
     """Joules, idle power of the accelerators included."""
     accelerators: tuple[AcceleratorTotals, ...] = ()
-    """By themselves, where there are several."""
+    """By themselves, where there are several, or a GPU."""
 
     @property
     def inferences_per_second(self) -> float:
@@ -358,7 +358,7 @@ def _cost_table(layers: Sequence[LayerReport]) -> Table:
 
 def _totals_table(totals: Totals) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    shared = totals.macs and totals.sram
+    shared = totals.macs and (totals.sram or totals.accelerators)
     share = f", {totals.npu_macs / totals.macs:.1%} of them on the accelerator" if shared else ""
     rows = [
         ("latency", f"{quantity(totals.latency, 's')}, {_rate(totals.inferences_per_second)} inferences/s"),

@@ -93,6 +93,7 @@ def check(model: ir.Model, parts: Partition, target: Target, library: Path, feed
     driven = [region for region in parts.regions if region.backend != "cpu"]
     assert [number for number, _ in log.regions] == [numbers[region.name] for region in driven]
     for region, start, end in zip(driven, starts, starts[1:], strict=False):
+        assert region.backend != "cpu"
         program, own = programs[region.name], target.alone(region.backend)
         np.testing.assert_array_equal(log.words[start:end], npu.words(program))
         assert own.npu is not None and program.scratchpad_bytes == own.npu.scratchpad.size
@@ -164,6 +165,30 @@ def test_the_report_shows_what_others_would_take(tmp_path: Path) -> None:
     processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
     assert len(processes) == 3 and "host" in processes
     assert "DSP vpu" in page.read_text() and "NPU mxu" in page.read_text()
+
+
+def test_a_gpu_beside_other_accelerators(tmp_path: Path) -> None:
+    """Which one is fastest depends on what a launch costs; rows, totals and pictures follow."""
+    spec = tmp_path / "all.yaml"
+    spec.write_text(
+        "extends: npu-dsp\ndescription: all of them\nquantization: {requantize: float32}\ngpu: {extends: opencl-gpu}\n"
+    )
+    model, page, trace = network(tmp_path / "model.onnx", 6), tmp_path / "page.html", tmp_path / "trace.json"
+    slow = explain(model, str(spec), Options(overrides=("gpu.launch=1 s",)))
+    assert all(item.backend != "gpu" for item in slow.placements)
+    free = ("gpu.launch=0 us", "gpu.crossing.sync=0 us", "npu.crossing.sync=1 s", "dsp.crossing.sync=1 s")
+    fast = explain(model, str(spec), Options(overrides=free), html=page, trace=trace)
+    own = [row for row in fast.layers if row.backend == "gpu"]
+    (total,) = (unit for unit in fast.totals.accelerators if unit.name == "gpu")
+    assert total.operators == sum(item.backend == "gpu" for item in fast.placements) > 5
+    assert total.seconds == pytest.approx(sum(row.seconds for row in own)) and total.macs == fast.totals.npu_macs > 0
+    assert fast.totals.latency < slow.totals.latency
+    for row in own:
+        assert row.traffic.keys() == {"gpu memory"} and row.energy >= 0
+        assert row.utilisation is None or 0 < row.utilisation <= 1
+    assert "GPU" in page.read_text()
+    threads = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "thread_name"]
+    assert {"CPU", "GPU"} <= {event["args"]["name"] for event in threads}
 
 
 def test_a_bundle_of_three_engines_runs(tmp_path: Path) -> None:

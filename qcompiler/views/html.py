@@ -124,11 +124,17 @@ def _tiles(report: Report) -> list[Tile]:
     totals, memory = report.totals, report.memory
     rate = totals.inferences_per_second
     tiles = [Tile("Latency", quantity(totals.latency, "s"), f"{rate:,.0f} inferences/s" if rate >= 10 else "")]
-    if totals.sram:
-        share = totals.npu_macs / totals.macs if totals.macs else 0.0
+    share = f"{totals.npu_macs / totals.macs if totals.macs else 0.0:.1%} on the accelerator"
+    if totals.accelerators:
+        tiles += [
+            Tile(unit.name.upper(), quantity(unit.seconds, "s"), f"{unit.operators} operators, hand-overs included")
+            for unit in totals.accelerators
+        ]
+        tiles.append(Tile("MACs", f"{totals.macs:,}", f"{share}s" if len(totals.accelerators) > 1 else share))
+    elif totals.sram:
         tiles += [
             Tile("Accelerator", f"{totals.npu_cycles:,.0f}", "cycles"),
-            Tile("MACs", f"{totals.macs:,}", f"{share:.1%} on the accelerator"),
+            Tile("MACs", f"{totals.macs:,}", share),
             Tile("Peak SRAM", byte_count(totals.peak_sram), f"of {byte_count(totals.sram)}"),
         ]
     else:
