@@ -79,7 +79,7 @@ def test_it_is_never_worse_than_its_starts_and_always_the_same(seed: int) -> Non
 def test_the_total_is_the_sum_over_operators_and_regions(seed: int) -> None:
     problem = random_problem(seed, 15, chain=False, fast_cpu=True)
     rng = np.random.default_rng(seed)
-    placing = tuple(list(seconds)[rng.integers(0, len(seconds))] for seconds in problem.seconds)
+    placing: Placing = tuple(list(seconds)[rng.integers(0, len(seconds))] for seconds in problem.seconds)
     spent = sum(seconds[backend] for seconds, backend in zip(problem.seconds, placing, strict=True))
     for region in cut(dict(zip(problem.nodes, placing, strict=True))):
         if region.backend != "cpu":
