@@ -25,7 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import ActivationType, Quality, RangeMethod, WeightRequest, WeightType
+from qcompiler.options import WeightOperators
+from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Scheme, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
@@ -45,6 +46,7 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join(
         "qcompile run model.qc --input in.npz --output out.npz",
         "qcompile explain model.onnx --target systolic-npu --html report.html",
         "qcompile debug model.onnx --calibration samples.npz",
+        "qcompile quantize model.onnx -t x86-cpu --weights int4 --group-size 32 --activations float -o small.onnx",
         "qcompile search model.onnx -t systolic-npu -c samples.npz --evaluate labelled.npz --max-drop 1%",
         "qcompile bench model.onnx --targets arm-npu,systolic-npu --set memories.sram.size=64KiB",
         "qcompile model.onnx --target cortex-m55 --emit c -o firmware/model",
@@ -69,7 +71,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
-VERBS = ("compile", "run", "explain", "debug", "bench", "search", "targets")
+VERBS = ("compile", "quantize", "run", "explain", "debug", "bench", "search", "targets")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -149,11 +151,26 @@ Activations = Annotated[
     ActivationType,
     typer.Option(
         help="int16: compute in sixteen bits, if the target has them. dynamic: keep tensors in float, and quantize "
-        "what is multiplied by its own range at run time, on the CPU; needs no calibration data."
+        "what is multiplied by its own range at run time, on the CPU; needs no calibration data. float: quantize the "
+        "weights of matrix products only."
     ),
 ]
 AllLayers = Annotated[
     bool, typer.Option("--all-layers", help="--weights is for the first and last layers too.", show_default=False)
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size", metavar="N", min=8, help="So many weights of an output share a scale: 32 and 128 are usual."
+    ),
+]
+RoundingScheme = Annotated[
+    Scheme | None,
+    typer.Option(
+        "--scheme",
+        help="How weights with float activations are rounded: to nearest, on grids fitted to the weights, or by what "
+        "--calibration says of the outputs. By default --quality decides.",
+    ),
 ]
 LayerWeights = Annotated[
     list[str] | None,
@@ -244,6 +261,8 @@ def compile_command(
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
     all_layers: AllLayers = False,
+    group_size: GroupSize = None,
+    scheme: RoundingScheme = None,
     quality: RepairQuality = "fast",
     runtime: Annotated[
         list[Path] | None,
@@ -272,7 +291,7 @@ def compile_command(
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
 
     limits = Limits(max_drop, max_latency, max_energy, max_weights, min_latency, min_energy, min_weights)
-    chosen = Formats(weights, layer_weights, activations, all_layers, formats)
+    chosen = Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme)
 
     def options(progress: "ConsoleProgress") -> "Options":
         given = _options(
@@ -348,6 +367,7 @@ def explain(
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
     all_layers: AllLayers = False,
+    group_size: GroupSize = None,
     threads: Threads = None,
     formats: FormatsFile = None,
 ) -> None:
@@ -360,7 +380,7 @@ def explain(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats), dump=dump, threads=threads,
+            Formats(weights, layer_weights, activations, all_layers, formats, group_size), dump=dump, threads=threads,
         )  # fmt: skip
         report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
         progress.finish()
@@ -368,6 +388,59 @@ def explain(
         _print_json(report.to_dict())
     else:
         _print_report(report)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="The file to write.")],
+    target: TargetName = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    operators: Annotated[
+        WeightOperators,
+        typer.Option(
+            "--operators",
+            help="How products with weights in groups are written: as onnxruntime's MatMulNBits, which has fast "
+            "kernels, or with the standard DequantizeLinear.",
+        ),
+    ] = "matmulnbits",
+    input_shape: InputShapes = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
+    weights: Weights = "int8",
+    layer_weights: LayerWeights = None,
+    activations: Activations = "int8",
+    all_layers: AllLayers = False,
+    group_size: GroupSize = None,
+    scheme: RoundingScheme = None,
+    formats: FormatsFile = None,
+    quality: RepairQuality = "fast",
+) -> None:
+    """Write the quantized model as ONNX, for other runtimes: QuantizeLinear and DequantizeLinear with weights stored.
+
+    The formats are those the target would compute in.
+    """
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.quantized_file import quantize_file
+
+        options = _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme), quality,
+        )  # fmt: skip
+        written = quantize_file(model, target, options, output, operators, progress=progress)
+        progress.finish()
+    if as_json:
+        _print_json({**asdict(written), "path": str(written.path)})
+    else:
+        _stdout().print(Text(written.summary()))
 
 
 @app.command()
@@ -648,6 +721,8 @@ class Formats:
     activations: ActivationType = "int8"
     all_layers: bool = False
     file: Path | None = None
+    group: int | None = None
+    scheme: Scheme | None = None
 
 
 EIGHT_BITS = Formats()
@@ -687,10 +762,10 @@ def _within_budget(
         return options
     from qcompiler.search.search import search as search_formats
 
-    if formats.weights != "int8" or formats.by_layer or formats.file is not None:
+    if formats.weights != "int8" or formats.by_layer or formats.file is not None or formats.group is not None:
         raise QCompilerError(
-            "a budget lets the compiler choose formats of weights; leave out --weights, --layer-weights and --formats, "
-            "or the budget."
+            "a budget lets the compiler choose formats of weights; leave out --weights, --layer-weights, --group-size "
+            "and --formats, or the budget."
         )
     return search_formats(model, target, options, budget, progress=progress).options
 
@@ -712,7 +787,12 @@ def _options(
     from qcompiler.options import Options
 
     request = WeightRequest(
-        formats.weights, _layer_weights(formats.by_layer or []), formats.activations, edges=formats.all_layers
+        formats.weights,
+        _layer_weights(formats.by_layer or []),
+        formats.activations,
+        formats.all_layers,
+        formats.group,
+        formats.scheme,
     )
     if formats.file is not None:
         from qcompiler.formats_file import read_formats

@@ -17,7 +17,7 @@ from qcompiler import bundle
 from qcompiler.bundle import Bundle
 from qcompiler.errors import QCompilerError
 from qcompiler.options import CalibrationSource, InputShapes, Options
-from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Ranges, WeightRequest, WeightType
+from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Ranges, Scheme, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SYNTHETIC_SAMPLES = 8
 _UNCHECKED = "the bundle cannot be checked on this machine"
 EIGHT_BITS = WeightRequest()
+_FLOAT, _DYNAMIC = WeightRequest(activations="float"), WeightRequest(activations="dynamic")
 DEFAULTS = Options()
 
 
@@ -85,6 +86,8 @@ def compile(
     layer_weights: Mapping[str, WeightType] | None = None,
     activations: ActivationType = "int8",
     all_layers: bool = False,
+    group: int | None = None,
+    scheme: Scheme | None = None,
     quality: Quality = "fast",
     runtime: Sequence[str | os.PathLike[str]] = (),
     progress: Progress = SILENT,
@@ -113,8 +116,12 @@ def compile(
         layer_weights: single layers that differ, by name as in reports.
         activations: "int16" computes in sixteen bits, if the target has them; what has no such form stays in float.
             "dynamic" keeps them float and quantizes what is multiplied by its own range at run time, on the CPU; it
-            needs no calibration data.
+            needs no calibration data. With a `group` it rounds each group of a row to 8 bits. "float" quantizes the
+            weights of matrix products only.
         all_layers: whether `weights` is for the first and last layers too.
+        group: how many weights of an output share a scale, such as 32 or 128; only with float or dynamic activations.
+        scheme: how weights with float activations are rounded: "rtn", "hqq", or "gptq" and "awq", which learn from the
+            calibration data. By default the quality decides.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
         runtime: C files that implement `runtime_stubs/abi/qrt.h`, the driver of an accelerator, to link in place of
@@ -132,7 +139,7 @@ def compile(
         images=images,
         keep_float=keep_float,
         overrides=overrides,
-        formats=WeightRequest(weights, layer_weights or {}, activations, edges=all_layers),
+        formats=WeightRequest(weights, layer_weights or {}, activations, all_layers, group, scheme),
         quality=quality,
         dump=dump,
     )
@@ -276,6 +283,7 @@ def prepare(
     from qcompiler.quant.dynamic import plan_dynamic
     from qcompiler.quant.plan import plan
     from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
+    from qcompiler.quant.weight_only import has_grouped_weights, is_weight_only, note_compute, weight_only
     from qcompiler.target_loader import load_target
 
     source, effort = Path(model), EFFORTS[options.quality]
@@ -296,7 +304,12 @@ def prepare(
         progress.stage("read samples")
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
         ranges = formats = None
-        if options.formats.activations == "dynamic" and not _is_quantized(graph):
+        if is_weight_only(options.formats) and not _is_quantized(graph):
+            progress.stage("quantize weights")
+            graph, formats = weight_only(
+                graph, options.formats, data, options.quality, options.keep_float, progress.advance
+            )
+        elif options.formats.activations == "dynamic" and not _is_quantized(graph):
             formats = plan_dynamic(graph, chip, options.keep_float, options.formats)
             if effort.steps and learn:
                 progress.stage("repair")
@@ -320,6 +333,8 @@ def prepare(
             if effort.steps and learn:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, effort, progress.advance)
+        elif has_grouped_weights(graph) and options.formats in (_FLOAT, _DYNAMIC):
+            note_compute(graph, options.formats)
         elif options.formats != EIGHT_BITS:
             raise QCompilerError(
                 f"{source} arrived quantized, so its formats stay as they are and --weights and --activations cannot "
@@ -576,7 +591,9 @@ def _refuse_unsupported(source: Path, model: "ir.Model") -> None:
 
 
 def _is_quantized(model: "ir.Model") -> bool:
-    """Whether activations are quantized already; dequantized weights alone do not make it so."""
+    """Whether activations are quantized already, or meant to stay float, as weights with scales in groups say."""
     from qcompiler.graph import nodes_of
+    from qcompiler.quant.weight_only import has_grouped_weights
 
-    return bool(nodes_of(model.graph, "QuantizeLinear", "DynamicQuantizeLinear"))
+    quantizers = nodes_of(model.graph, "QuantizeLinear", "DynamicQuantizeLinear")
+    return bool(quantizers) or has_grouped_weights(model)

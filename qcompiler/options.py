@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 CalibrationSource = str | os.PathLike[str] | Mapping[str, np.ndarray]
 InputShapes = Mapping[str, tuple[int, ...]]
+WeightOperators = Literal["matmulnbits", "qdq"]
+"""How a written model has products with weights in groups: see `quantized_file.quantize_file`."""
 
 
 @dataclass(frozen=True)

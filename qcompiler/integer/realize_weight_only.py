@@ -43,7 +43,10 @@ class GroupedWeights:
 def compute_of(model: ir.Model) -> WeightOnlyCompute:
     """What the model's products with weights in groups multiply: float32 unless it says int8."""
     noted = model.metadata_props.get(COMPUTE_KEY)
-    return next((compute for compute in WEIGHT_ONLY_COMPUTES if compute == noted), "float32")
+    for compute in WEIGHT_ONLY_COMPUTES:
+        if compute == noted:
+            return compute
+    return "float32"
 
 
 def realize_weight_only(builder: Builder, model: ir.Model) -> None:

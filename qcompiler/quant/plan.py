@@ -40,6 +40,7 @@ from qcompiler.quant.formats import (
     quantize_array,
     weight_format,
 )
+from qcompiler.quant.masks import is_masked, unmasked_ranges
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
 from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat, WeightRequest
 from qcompiler.quant.weight_bits import activation_dtype, weight_dtypes
@@ -125,7 +126,7 @@ class _Planner:
     def __init__(self, graph: ir.Graph, ranges: Ranges, target: Target, weights: WeightRequest) -> None:
         self.graph = graph
         self.weight_request = weights
-        self.ranges = ranges.by_name
+        self.ranges = unmasked_ranges(graph, ranges.by_name)
         self.channel_means = ranges.channel_means
         self.target = target
         self.spec = target.quantization
@@ -202,7 +203,7 @@ class _Planner:
             seen = self.ranges.get(value.name or "")
             if seen is not None and not (math.isfinite(seen.low) and math.isfinite(seen.high)):
                 return f"the tensor {value.name!r} holds infinities"
-        return None
+        return "it reads scores under a mask that 8 bits cannot tell apart" if is_masked(node, self.ranges) else None
 
     def _tail_reason(self, node: ir.Node, region: tuple[ir.Node, ...]) -> str | None:
         """Why a node after the last multiply-accumulate stays in float, if it does."""

@@ -15,9 +15,11 @@ DTypeName = Literal["int1", "int2", "int4", "int8", "uint8", "int16", "int32"]
 WeightType = Literal["int8", "int4", "int2", "binary"]
 """int8 stands for the target's first 8-bit type; binary weights are -1 or 1 times their scale."""
 
-ActivationType = Literal["int8", "int16", "dynamic"]
+
+ActivationType = Literal["int8", "int16", "dynamic", "float"]
 """int8 stands for the target's first 8-bit type; dynamic: float tensors, quantized to uint8 where they are multiplied,
-each by its own range at run time."""
+each by its own range at run time; float: only weights are quantized. Where weights have scales in groups, dynamic
+rounds each group of a row to int8."""
 
 
 Scheme = Literal["rtn", "hqq", "gptq", "awq"]
@@ -32,10 +34,10 @@ class WeightRequest:
     by_layer: Mapping[str, WeightType] = field(default_factory=dict)
     """Layers that differ, by name as in reports."""
     activations: ActivationType = "int8"
-    group: int | None = None
-    """How many weights of one output share a scale, along the input axis; None for all of them."""
     edges: bool = False
     """Whether layers next to inputs and outputs have `default` too; else they keep 8 bits."""
+    group: int | None = None
+    """How many weights of one output share a scale, along the input axis; None for all of them."""
     scheme: Scheme | None = None
     """Of weights in groups; None leaves the choice to the quality."""
 
