@@ -97,7 +97,7 @@ class _Exporter:
         length = self.op("Gather", [self.op("Shape", [ids], "ids_shape"), self.constant("one", np.int64(1))], "length")
         end = self.op("Unsqueeze", [length, self.ints(0)], "end")
         table = self.weight("embeddings.position_embeddings.weight")
-        every = self.constant("position_ids", np.arange(self.weights["embeddings.position_embeddings.weight"].shape[0])[None])
+        every = self.constant("position_ids", np.arange(len(self.weights[table]))[None])
         places = self.op("Slice", [every, self.ints(0), end, self.ints(1)], "places")
         positions = self.op("Gather", [table, places], "positions")
         total = self.op("Add", [self.op("Add", [words, types], "words_types"), positions], "embedded")
@@ -153,7 +153,7 @@ class _Exporter:
         operands = [x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias")]
         return self.op("LayerNormalization", operands, name, axis=-1, epsilon=self.sizes.epsilon)
 
-    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: int | float | Sequence[int]) -> str:
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
         return output
 

@@ -33,7 +33,7 @@ import onnx
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from encoder import INPUTS, OUTPUT, Sizes, encoder  # noqa: E402 (beside this file)
+from encoder import INPUTS, OUTPUT, Sizes, encoder
 
 LENGTH = 128
 """Tokens a sentence is filled up to."""
@@ -72,16 +72,20 @@ def export(folder: Path) -> None:
         "attention_mask": np.array([each.attention_mask for each in encoded], np.int64),
         "token_type_ids": np.array([each.type_ids for each in encoded], np.int64),
     }
-    np.savez(folder / "sentences.npz", **arrays)
+    np.savez(folder / "sentences.npz", allow_pickle=False, **arrays)
     (folder / "sentences.txt").write_text("\n".join(chosen), "utf-8")
     tokens = arrays["attention_mask"].sum(axis=1)
     print(f"{len(chosen)} sentences of {tokens.min()} to {tokens.max()} tokens, {tokens.mean():.0f} on average")
 
 
+_UNWANTED = ("antigravity", "this")
+"""Modules that do something when they are imported."""
+
+
 def _sentences() -> Iterator[str]:
-    """First paragraphs of docstrings of the standard library: modules written in Python, their classes and functions."""
+    """First paragraphs of docstrings of the standard library: modules in Python, their classes and functions."""
     for name in sorted(sys.stdlib_module_names):
-        spec = importlib.util.find_spec(name) if not name.startswith("_") and name not in ("antigravity", "this") else None
+        spec = None if name.startswith("_") or name in _UNWANTED else importlib.util.find_spec(name)
         if spec is None or spec.origin is None or not spec.origin.endswith(".py") or spec.submodule_search_locations:
             continue
         module = importlib.import_module(name)
@@ -208,7 +212,7 @@ def float_embeddings(model: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarra
     session = ort.InferenceSession(model)
     parts = range(0, len(arrays[INPUTS[0]]), 16)
     return np.concatenate(
-        [session.run(None, {name: array[at : at + 16] for name, array in arrays.items()})[0] for at in parts]
+        [np.asarray(session.run(None, {name: a[at : at + 16] for name, a in arrays.items()})[0]) for at in parts]
     )
 
 
@@ -263,8 +267,8 @@ def _report(rows: list[Row], sentences: int) -> str:
     )
     return (
         "# all-MiniLM-L6-v2\n\n"
-        f"`python benchmarks/minilm.py compare build/minilm`: {sentences} sentences of at most {LENGTH} tokens, filled up "
-        f"to {LENGTH}; one thread; calibrated on {CALIBRATION} other sentences.\n\n"
+        f"`python benchmarks/minilm.py compare build/minilm`: {sentences} sentences of at most {LENGTH} tokens, "
+        f"filled up to {LENGTH}; one thread; calibrated on {CALIBRATION} other sentences.\n\n"
         + "\n".join([head, *map(_line, rows)])
         + "\n"
     )

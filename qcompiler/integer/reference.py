@@ -158,7 +158,10 @@ def _dequantize_linear(node: ir.Node, q: Array, scale: Array, zero_point: Array 
 
 
 def _along(node: ir.Node, parameter: Array, x: Array) -> Array:
-    """A per-channel parameter shaped to broadcast along the node's axis."""
+    """A parameter per channel or per block shaped to broadcast along the node's axis."""
+    if block := integer(node, "block_size", 0):
+        axis = integer(node, "axis", 1)
+        return parameter.take(np.arange(x.shape[axis]) // block, axis)
     if parameter.size == 1:
         return parameter.reshape(())
     shape = [1] * x.ndim

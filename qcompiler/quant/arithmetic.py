@@ -242,7 +242,8 @@ def add(
 def quantize(x: np.ndarray, scale: npt.ArrayLike, zero_point: npt.ArrayLike, dtype: npt.DTypeLike) -> np.ndarray:
     """ONNX QuantizeLinear: saturate(round_half_even(x / scale) + zero_point). `scale` float32."""
     info = np.iinfo(dtype)
-    ratio = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
+    with np.errstate(over="ignore"):  # infinite ratios saturate like any other
+        ratio = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
     limit = np.float32(1 << 30)
     rounded = np.rint(np.clip(ratio, -limit, limit)).astype(np.int64) + np.asarray(zero_point, np.int64)
     return np.clip(rounded, info.min, info.max).astype(dtype)

@@ -1,7 +1,7 @@
 """Attention masks: large negative numbers, added to scores so that Softmax forgets some of them.
 
-Taken for what it is, the range of a masked tensor leaves eight bits nothing for the scores. But all that Softmax wants of
-a masked score is that it lies well below the others. So the sum gets the range of the scores and a margin below it,
+Taken for what it is, the range of a masked tensor leaves eight bits nothing for the scores. But all that Softmax wants
+of a masked score is that it lies well below the others. So the sum gets the range of the scores and a margin below it,
 and the mask one that takes the highest score to its bottom: both saturate there.
 """
 

@@ -55,9 +55,9 @@ LEARNING: tuple[Scheme, ...] = ("gptq", "awq")
 """Schemes that need calibration data."""
 _EXPONENTS = np.linspace(0, 1, 21)
 """The α that AWQ tries; 0 leaves the channels as they are."""
-_CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8)
+_CLIPPING = (1.0, 0.95, 0.9, 0.8)
 """Fractions of a group's span from which HQQ starts."""
-_ROUNDS = 20
+_ROUNDS = 8
 _NORM, _PRESSURE, _GROWTH = 0.7, 10.0, 1.05
 """Of HQQ: the exponent p of the norm that deviations are measured in, β and its growth per round."""
 
@@ -116,7 +116,7 @@ def weight_only(
             "activations; leave out --activations float and --group-size."
         )
     kept = {node.name: "kept in float on request" for node in _named(products, keep_float, "--float")}
-    by_layer = {
+    by_layer: dict[str | None, WeightType] = {
         node.name: dtype
         for layer, dtype in wanted.by_layer.items()
         for node in _named(products, [layer], "--layer-weights")
@@ -151,6 +151,10 @@ def _check(wanted: WeightRequest) -> None:
             f"--group-size {wanted.group} with --activations {wanted.activations}: sums over groups would each have to "
             "be rescaled before they are added, which no target here does in integers. Use --activations float, or "
             "dynamic, which rounds activations to 8 bits inside the products."
+        )
+    if others := {wanted.default, *wanted.by_layer.values()} - {"int4", "int8"}:
+        raise QCompilerError(
+            f"weights with float activations, or in groups, are int4 or int8, not {', '.join(sorted(others))}."
         )
     if wanted.group is not None and (wanted.group < WORD or wanted.group % WORD):
         raise QCompilerError(f"--group-size {wanted.group}: groups are multiples of {WORD}; 32 and 128 are usual.")
@@ -207,10 +211,8 @@ def _plan_layer(
     if scheme == "awq" and hessian is not None:
         factors = channel_factors(array, hessian[0], dtype, group)
         name, array = _scale_channels(node, array, factors)
-    if scheme in ("rtn", "awq"):
-        fmt = group_format(array, dtype, group)
-    else:
-        fmt = half_quadratic_format(array, dtype, group)
+    fitted = half_quadratic_format if scheme in ("hqq", "gptq") else group_format
+    fmt = fitted(array, dtype, group)
     rounded = dict(plan.rounded)
     if scheme == "gptq" and hessian is not None:
         rounded[name] = _gptq(array, fmt, hessian)
@@ -233,8 +235,8 @@ def group_format(weights: np.ndarray, dtype: DTypeName, group: int | None) -> Te
 def half_quadratic_format(weights: np.ndarray, dtype: DTypeName, group: int | None) -> TensorFormat:
     """The best by squared error of the grids that half-quadratic splitting passes through, for each group its own.
 
-    Minimises ‖w - ŵ‖ₚ over scale and zero point by splitting off the deviations e: e shrinks towards w - ŵ, and the grid
-    is fitted by least squares to w - e.
+    Minimises ‖w - ŵ‖ₚ over scale and zero point by splitting off the deviations e: e shrinks towards w - ŵ, and the
+    grid is fitted by least squares to w - e.
     """
     blocks, counted = _blocks(weights, group)
     smallest, largest = limits(dtype)
@@ -256,12 +258,12 @@ def half_quadratic_format(weights: np.ndarray, dtype: DTypeName, group: int | No
 
 
 def _blocks(weights: np.ndarray, group: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [N, K] as float64 [N, groups, group], zeros filling up the last one, and which of them are real."""
+    """Weights [N, K] as float32 [N, groups, group], zeros filling up the last one, and which of them are real."""
     outputs, depth = weights.shape
     size = depth if group is None else min(group, depth)
     fill = ((0, 0), (0, -depth % size))
-    counted = np.pad(np.ones((1, depth)), fill).reshape(1, -1, size)
-    return np.pad(weights.astype(np.float64), fill).reshape(outputs, -1, size), counted
+    counted = np.pad(np.ones((1, depth), np.float32), fill).reshape(1, -1, size)
+    return np.pad(weights.astype(np.float32), fill).reshape(outputs, -1, size), counted
 
 
 def _span(blocks: np.ndarray, dtype: DTypeName, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -270,7 +272,7 @@ def _span(blocks: np.ndarray, dtype: DTypeName, fraction: float) -> tuple[np.nda
     low = np.minimum(blocks.min(axis=-1, keepdims=True), 0) * fraction
     high = np.maximum(blocks.max(axis=-1, keepdims=True), 0) * fraction
     if dtype == "int8":
-        scale, zero = np.maximum(-low, high) / largest, np.zeros(low.shape)
+        scale, zero = np.maximum(-low, high) / largest, np.zeros(low.shape, np.float32)
     else:
         scale = (high - low) / (largest - smallest)
         scale = np.where(scale > 0, scale, 1.0)
@@ -288,7 +290,7 @@ def _shrunk(deviation: np.ndarray, pressure: float) -> np.ndarray:
     unit = np.abs(deviation).mean(axis=-1, keepdims=True) + 1e-30
     size = np.abs(deviation) / unit
     with np.errstate(divide="ignore"):
-        threshold = np.power(size, _NORM - 1) / pressure
+        threshold = np.power(size, np.float32(_NORM - 1)) / np.float32(pressure)
     return np.sign(deviation) * np.maximum(size - threshold, 0) * unit
 
 
