@@ -154,7 +154,9 @@ class _Exporter:
         return self.op("LayerNormalization", operands, name, axis=-1, epsilon=self.sizes.epsilon)
 
     def op(self, op_type: str, inputs: Sequence[str], output: str, **attributes: int | float | Sequence[int]) -> str:
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
+        node = helper.make_node(op_type, inputs, [output], name=output)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        self.nodes.append(node)
         return output
 
     def constant(self, name: str, array: np.ndarray | np.generic) -> str:

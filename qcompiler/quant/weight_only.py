@@ -116,13 +116,11 @@ def weight_only(
             "activations; leave out --activations float and --group-size."
         )
     kept = {node.name: "kept in float on request" for node in _named(products, keep_float, "--float")}
-    by_layer: dict[str | None, WeightType] = {
-        node.name: dtype
-        for layer, dtype in wanted.by_layer.items()
-        for node in _named(products, [layer], "--layer-weights")
-    }
+    by_layer: dict[str | None, WeightType] = {}
+    for layer, dtype in wanted.by_layer.items():
+        by_layer |= {node.name: dtype for node in _named(products, [layer], "--layer-weights")}
     layers = [node for node in products if node.name not in kept]
-    types = {node: by_layer.get(node.name, wanted.default) for node in layers}
+    types: dict[ir.Node, WeightType] = {node: by_layer.get(node.name, wanted.default) for node in layers}
     plan = QuantPlan({}, {}, {}, {name or "": reason for name, reason in kept.items()})
     done = 0
     for part, moments in _learned(result, layers, samples, learning=scheme in LEARNING):
