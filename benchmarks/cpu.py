@@ -69,6 +69,12 @@ class Time(NamedTuple):
     median: float
 
 
+class Turns(NamedTuple):
+    rounds: int
+    seconds: float
+    """Of each turn."""
+
+
 @dataclass(frozen=True)
 class Row:
     network: str
@@ -124,13 +130,15 @@ def main(
         for network in [*ZOO_NETWORKS, *SHAPED]:
             if only not in network:
                 continue
-            source = _source(network, zoo, work)
+            source = source_of(network, zoo, work)
             qdq = _quantized(network, source, target, work)
             tflite = _tflite(network, (qdq, source), work)
             for count in threads or [1, 2]:
                 bundle, built = _built(network, qdq, target, count, work)
                 builds.append(built)
-                rows.append(_race(network, bundle, qdq, tflite, count, rounds, seconds))
+                peers: dict[Engine, Path] = {"onnxruntime": qdq, "openvino": qdq}
+                peers |= {"litert": tflite} if tflite is not None else {}
+                rows.append(race(network, bundle, peers, count, Turns(rounds, seconds)))
                 console.print(_line(rows[-1], peak), highlight=False)
                 if network == LAYERS_OF and count == 1:
                     layers = _layers(bundle)
@@ -144,7 +152,7 @@ def main(
 # --- building ----------------------------------------------------------------------------------------------
 
 
-def _source(network: str, zoo: Path, work: Path) -> Path:
+def source_of(network: str, zoo: Path, work: Path) -> Path:
     if network in SHAPED:
         return SHAPED[network](work / f"{network}.onnx")
     return zoo / "models" / f"{ZOO_NETWORKS[network]}.onnx"
@@ -159,13 +167,19 @@ def _quantized(network: str, source: Path, target: str, work: Path) -> Path:
 
 
 def _built(network: str, qdq: Path, target: str, threads: int, work: Path) -> tuple[Bundle, Built]:
-    spec = work / f"threads-{threads}.yaml"
-    spec.write_text(f"extends: {target}\ndescription: {target} with {threads} threads\nhost: {{threads: {threads}}}\n")
+    spec = threaded(target, threads, work)
     start = time.perf_counter()
     bundle = qcompiler.compile(qdq, spec, output=work / f"{network}-{threads}.qc")
     seconds = time.perf_counter() - start
     stored = sum((bundle.path / name).stat().st_size for name in (LIBRARY, WEIGHTS))
     return bundle, Built(network, threads, seconds, stored, _weight_bytes(qdq))
+
+
+def threaded(target: str, threads: int, work: Path) -> Path:
+    """A spec like `target`, with so many threads."""
+    spec = work / f"threads-{threads}.yaml"
+    spec.write_text(f"extends: {target}\ndescription: {target} with {threads} threads\nhost: {{threads: {threads}}}\n")
+    return spec
 
 
 def _weight_bytes(qdq: Path) -> int:
@@ -214,15 +228,22 @@ def _is_border(node: ir.Node, inputs: Sequence[ir.Value]) -> bool:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def _race(
-    network: str, bundle: Bundle, qdq: Path, tflite: Path | None, threads: int, rounds: int, seconds: float
+def race(
+    network: str,
+    bundle: Bundle,
+    peers: Mapping[Engine, Path],
+    threads: int,
+    turns: Turns,
+    agreement: float = AGREEMENT,
+    *,
+    single_precision: bool = False,
 ) -> Row:
-    models: dict[Engine, Path] = {"qcompiler": bundle.path, "onnxruntime": qdq, "openvino": qdq}
-    if tflite is not None:
-        models["litert"] = tflite
+    """Time a bundle and other engines' models; the program stops if outputs differ by more than `agreement`."""
     inputs, types = _inputs(bundle), tuple(tensor.dtype for tensor in bundle.outputs)
+    models: dict[Engine, Path] = {"qcompiler": bundle.path, **peers}
     workers: dict[Engine, Worker] = {
-        engine: Worker(Work(engine, model, threads, inputs, types)) for engine, model in models.items()
+        engine: Worker(Work(engine, model, threads, inputs, types, single_precision))
+        for engine, model in models.items()
     }
     for engine in ENGINES:
         worker = workers.get(engine)
@@ -230,16 +251,16 @@ def _race(
             print(f"{network}: {engine} cannot run it: {worker.refusal}")
             workers.pop(engine).close()
     runs: dict[Engine, list[float]] = {engine: [] for engine in workers}
-    for _ in range(rounds):
+    for _ in range(turns.rounds):
         for engine, worker in workers.items():
-            runs[engine] += worker.slice(seconds)
+            runs[engine] += worker.slice(turns.seconds)
     distances: dict[Engine, float] = {
         engine: _distance(worker, workers["onnxruntime"]) for engine, worker in workers.items()
     }
     for worker in workers.values():
         worker.close()
     for engine, distance in distances.items():
-        if not distance <= AGREEMENT:
+        if not distance <= agreement:
             sys.exit(f"{network}: {engine}'s outputs are {distance:.2f} of their norm away from ONNX Runtime's")
     times: dict[Engine, Time] = {
         engine: Time(1e3 * min(values), 1e3 * float(np.median(values))) for engine, values in runs.items()
@@ -315,7 +336,7 @@ def _cells(row: Row, peak: float | None) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -330,7 +351,7 @@ def _markdown(rows: Sequence[Row], builds: Sequence[Built], layers: Sequence[Lay
     )
     text = f"""# CPU code beside ONNX Runtime, OpenVINO and LiteRT
 
-`python benchmarks/cpu.py {" ".join(sys.argv[1:])}`, {date.today()}, {_cpu_name()}; {packages}.
+`python benchmarks/cpu.py {" ".join(sys.argv[1:])}`, {date.today()}, {cpu_name()}; {packages}.
 
 Milliseconds a run, minimum / median; *ratio*: ours to the fastest peer's. *Limit*: the network's multiply-accumulates
 at {peak or "?"} billion a second and thread (measured with vnni_peak.c), and how far above it we are. *Distance*:
@@ -340,9 +361,9 @@ Ratios of minima. {verdict}.
 
 """
     header = ["network", "threads", *ENGINES, "ratio", "limit", "distance"]
-    text += _table(header, [_cells(row, peak) for row in rows])
+    text += table(header, [_cells(row, peak) for row in rows])
     text += "\n## Compiling\n\n"
-    text += _table(
+    text += table(
         ["network", "threads", "compile s", "code and constants", "INT8 weights", "allowed (1.2 × weights + 1 MB)"],
         [
             [b.network, str(b.threads), f"{b.seconds:.1f}", f"{b.stored:,}", f"{b.weights:,}", f"{b.allowed:,.0f}"]
@@ -351,9 +372,7 @@ Ratios of minima. {verdict}.
     )
     if layers:
         text += f"\n## {LAYERS_OF}, kernel by kernel, 1 thread\n\nEach at its fastest of 100 runs.\n\n"
-        text += _table(
-            ["layers", "kernel", "MMAC", "µs", "GMAC/s", "of the ceiling"], [_layer(x, peak) for x in layers]
-        )
+        text += table(["layers", "kernel", "MMAC", "µs", "GMAC/s", "of the ceiling"], [_layer(x, peak) for x in layers])
     return text
 
 
@@ -364,7 +383,7 @@ def _layer(layer: Layer, peak: float | None) -> list[str]:
     return [layer.name, layer.kernel, macs, f"{layer.microseconds:.1f}", speed, share]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     return f"{found.group(1) if found else platform.processor()} ({host_cpu.detect().mcpu})"
 

@@ -26,6 +26,8 @@ class Work:
     """In the order of the ONNX model's inputs, of its shapes and types."""
     output_types: tuple[str, ...]
     """Of the ONNX model."""
+    single_precision: bool = False
+    """Whether an engine that would compute float networks in bfloat16 must not."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def _openvino(work: Work) -> Loaded:
 
     core = openvino.Core()
     config = {"INFERENCE_NUM_THREADS": work.threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+    config |= {"INFERENCE_PRECISION_HINT": "f32"} if work.single_precision else {}
     request = core.compile_model(core.read_model(work.model), "CPU", config).create_infer_request()
     for index, array in enumerate(work.inputs):
         request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
