@@ -4,7 +4,7 @@ Everything that is decided, is decided here: what is fused, which kernel runs wh
 device. The host code only calls `runtime_stubs/abi/qgpu.h` with the encoded program.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -31,10 +31,11 @@ from qcompiler.target import Target
 tirx: Any = _tirx
 builder: Any = _builder
 
-_RUNTIMES: Mapping[str, tuple[CSource, ...]] = {
+RUNTIMES: Mapping[str, tuple[CSource, ...]] = {
     api: (stub("gpu/qgpu.c", "the GPU runtime"), stub(f"gpu/{api}.c", f"the {what} runtime", ("-ldl",)))
     for api, what in (("opencl", "OpenCL"), ("cuda", "CUDA"))
 }
+"""The C that calls of qgpu.h run, by API."""
 
 
 def can_run(node: ir.Node, target: Target) -> str | None:
@@ -53,7 +54,7 @@ def region_function(region: Region, target: Target, number: int) -> AcceleratorF
         Document(f"{region.name}.{suffix}", program.source),
         Document(f"{region.name}.txt", describe(program)),
     )
-    return AcceleratorFunction(driver(program, blob, number), blob, 1, _RUNTIMES[target.gpu.api], documents)
+    return AcceleratorFunction(driver(program, blob, number), blob, 1, RUNTIMES[target.gpu.api], documents)
 
 
 # --- programs ----------------------------------------------------------------------------------------------
@@ -67,8 +68,8 @@ class _Call:
     """Name of the generated function."""
 
 
-def compile_region(region: Region, device: Device) -> GpuProgram:
-    """Choose kernels, generate them, and plan the device's memory."""
+def compile_region(region: Region, device: Device, assemble: Callable[[str, Device], bytes] = binary) -> GpuProgram:
+    """Choose kernels, generate them, and plan the device's memory. `assemble` makes of source what the driver loads."""
     functions = _Functions()
     calls: list[_Call] = []
     views: dict[ir.Value, ir.Value] = {}
@@ -86,7 +87,7 @@ def compile_region(region: Region, device: Device) -> GpuProgram:
         tuple(memory.port(value) for value in region.outputs),
         tuple(memory.step(call, code.launches[call.function]) for call in calls),
         code.source,
-        binary(code.source, device),
+        assemble(code.source, device),
         memory.constants(),
         memory.size,
     )

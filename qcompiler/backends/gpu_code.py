@@ -16,6 +16,7 @@ from tvm.target import Target as TvmTarget
 from tvm.tirx.build import codegen_build, split_host_device_mods
 
 from qcompiler.backends import te
+from qcompiler.backends.schedules.gpu_mma import PRELUDE as MMA_PRELUDE
 from qcompiler.target import Gpu
 
 # TVM's annotations do not describe its expressions.
@@ -86,6 +87,8 @@ inline int qdot4(int a, int b, int c) { return c + dot_4x8packed_ss_int(as_uint(
 # An OpenCL compiler may fuse a float multiply and add unless told not to, and then rounds otherwise.
 _OPENCL_HEAD = "#pragma OPENCL FP_CONTRACT OFF\n"
 
+_CUDA_HEAD = "#include <cuda.h>\n"
+
 _CUDA_PLAIN = """
 __device__ __forceinline__ int qdot4(int a, int b, int c) {
     for (int shift = 0; shift < 32; shift += 8) c += (signed char)(a >> shift) * (signed char)(b >> shift);
@@ -102,7 +105,8 @@ def prelude(device: Device) -> str:
     """What stands before TVM's code."""
     if device.api == "opencl":
         return _OPENCL_HEAD + (_OPENCL_DOT if "cl_khr_integer_dot_product" in device.features else _OPENCL_PLAIN)
-    return _CUDA_DP4A if "dp4a" in device.features else _CUDA_PLAIN
+    head = _CUDA_HEAD + (_CUDA_DP4A if "dp4a" in device.features else _CUDA_PLAIN)
+    return head + MMA_PRELUDE if "mma" in device.features else head
 
 
 def generate(functions: Mapping[str, tirx.PrimFunc], device: Device) -> Code:
@@ -123,9 +127,10 @@ def generate(functions: Mapping[str, tirx.PrimFunc], device: Device) -> Code:
     return Code(prelude(device) + str(code.inspect_source()), launches)
 
 
-_PASS_CONFIG = {"tirx.UnrollLoop": {"explicit_unroll": False}}
+_PASS_CONFIG = {"tirx.UnrollLoop": {"explicit_unroll": False}, "tirx.disable_cse_tir": True}
 """Loops that are to be unrolled stay loops, for the device's compiler to unroll: on a CPU, PoCL would take ten times as
-long to compile what is unrolled already. In CUDA they have the pragma."""
+long to compile what is unrolled already. In CUDA they have the pragma. What is common to expressions is left to that
+compiler too."""
 
 
 def _tvm_target(device: Device) -> TvmTarget:

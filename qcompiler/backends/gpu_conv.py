@@ -22,7 +22,7 @@ from qcompiler.backends import te, te_arithmetic
 from qcompiler.backends.base import Kernel
 from qcompiler.backends.cpu_conv import Problem, fold_zero_points
 from qcompiler.backends.cpu_elementwise import constant_input, variant
-from qcompiler.backends.cpu_packed import Finish
+from qcompiler.backends.cpu_packed import Finish, Operands
 from qcompiler.backends.gpu_code import Device, dot4
 from qcompiler.backends.gpu_words import (
     SIGN_BITS,
@@ -35,6 +35,7 @@ from qcompiler.backends.gpu_words import (
     repeated,
 )
 from qcompiler.backends.schedules import gpu as schedule
+from qcompiler.backends.schedules import gpu_mma as mma
 from qcompiler.backends.te import Expr
 from qcompiler.graph import Shape, data_input, dtype_of, element_count, shape_of
 from qcompiler.integer.ops import QMatMul
@@ -182,39 +183,23 @@ _Operand = Callable[[Expr, Expr, Expr], Expr]
 """A word from group, position along K, and row or column."""
 
 
-def _product(problem: Problem, x_value: ir.Value, finish: Finish, device: Device) -> Kernel:
+def _product(problem: Problem, x: ir.Value, finish: Finish, device: Device) -> Kernel:
     folded = fold_zero_points(problem, "int8")
-    out_channels, kh, kw, depth = problem.weights.shape
-    groups, m = problem.group, problem.x_shape[0] * element_count(problem.out_size)
-    length = kh * kw * depth
-    image = _image(problem, as_words=depth % WORD == 0, zero_point=folded.x_zero_point)
+    out_channels, *window = problem.weights.shape
+    groups, m, length = problem.group, problem.x_shape[0] * element_count(problem.out_size), element_count(window)
+    image = _image(problem, as_words=window[-1] % WORD == 0, zero_point=folded.x_zero_point)
     sizes = _Sizes(groups, m, out_channels // groups, -(-length // WORD))
+    if "mma" in device.features and folded.w_zero_point == 0 and min(m, sizes.n) >= mma.FRAGMENT:
+        return _mma_product(problem, x, image, sizes, folded, finish)
     tile = schedule.product_tile(groups, m, sizes.n, sizes.k)
     filled = tile.filled(m, sizes.n, sizes.k)
-
-    def element(g: Expr, unit: Expr, row: Expr, per_pixel: int, units: int, limit: int) -> Expr:
-        """Word or byte `unit` of the window under pixel `row`, of `per_pixel` a tap."""
-        tap, channel = unit // per_pixel, g * per_pixel + unit % per_pixel
-        also = [row < m] if filled.m > m else []
-        also += [unit < units] if limit > units else []
-        return image.element(row, tap // kw, tap % kw, channel, *also)
-
-    def left(g: Expr, k: Expr, row: Expr) -> Expr:
-        if image.is_words:
-            return element(g, k, row, depth // WORD, sizes.k, filled.k)
-        return packed([element(g, k * WORD + lane, row, depth, length, filled.k * WORD) for lane in range(WORD)])
-
-    # Filled up with the zero point, so that what pads the other operand adds nothing.
-    matrix = np.full((groups, filled.n, filled.k * WORD), folded.w_zero_point, np.int8)
-    matrix[:, : sizes.n, :length] = folded.weights.reshape(groups, sizes.n, length)
-    words = pack_nibbles(matrix) if folded.bits <= 4 else pack_words(matrix)
-    tiles = words.reshape(groups, filled.n // tile.n, tile.n, filled.k // tile.k, tile.k)
-    weights_array = np.ascontiguousarray(tiles.transpose(0, 1, 3, 4, 2))
-    stored = te.placeholder(weights_array.shape, str(weights_array.dtype), "weights")
+    # [group, block of columns, step, word, column]
+    words = _weight_words(folded, sizes, filled).reshape(groups, -1, tile.n, filled.k // tile.k, tile.k)
+    array = np.ascontiguousarray(words.transpose(0, 1, 3, 4, 2))
+    stored = te.placeholder(array.shape, str(array.dtype), "weights")
 
     def right(g: Expr, k: Expr, column: Expr) -> Expr:
-        word = stored[g, column // tile.n, k // tile.k, k % tile.k, column % tile.n]
-        return from_nibbles(word.astype("int32")) if folded.bits <= 4 else word
+        return _unpacked(stored[g, column // tile.n, k // tile.k, k % tile.k, column % tile.n], folded)
 
     def term(a: Expr, b: Expr) -> Expr:
         zero = te.const(0, "int32")
@@ -224,14 +209,96 @@ def _product(problem: Problem, x_value: ir.Value, finish: Finish, device: Device
         return product - dot4(a, te.const(repeated(folded.w_zero_point), "int32"), zero)
 
     store = _store(finish, folded.bias, (m, groups, sizes.n), 2)
-    accumulator = _accumulated(sizes, filled, left, right, term)
+    accumulator = _accumulated(sizes, filled, _gathered(image, sizes, filled), right, term)
     output = te.compute(
         store.stored_shape,
         lambda i, g, j: store.element(lambda column: accumulator[g, i, column], [i], [g, j]),
         "output",
     )
-    kernel = _kernel(image, x_value, stored, weights_array, store, output)
+    kernel = _kernel(image, x, stored, array, store, output)
     return replace(kernel, function=schedule.schedule_product(kernel.function, tile, store.lanes))
+
+
+def _gathered(image: _Image, sizes: _Sizes, filled: schedule.Filled) -> _Operand:
+    """Word k of the window under an output pixel. What lies behind the last one meets weights that add nothing."""
+    _, kh, kw, depth = image.problem.weights.shape
+
+    def element(g: Expr, unit: Expr, row: Expr, per_pixel: int, units: int, limit: int) -> Expr:
+        """Word or byte `unit`, of `per_pixel` a tap."""
+        tap, channel = unit // per_pixel, g * per_pixel + unit % per_pixel
+        also = [row < sizes.m] if filled.m > sizes.m else []
+        also += [unit < units] if limit > units else []
+        return image.element(row, tap // kw, tap % kw, channel, *also)
+
+    def word(g: Expr, k: Expr, row: Expr) -> Expr:
+        if image.is_words:
+            return element(g, k, row, depth // WORD, sizes.k, filled.k)
+        length = kh * kw * depth
+        return packed([element(g, k * WORD + lane, row, depth, length, filled.k * WORD) for lane in range(WORD)])
+
+    return word
+
+
+def _weight_words(folded: Operands, sizes: _Sizes, filled: schedule.Filled) -> np.ndarray:
+    """The weights as [groups, N, K in words]; int32, or uint16 where they have four bits or fewer."""
+    # Filled up with the zero point, so that what pads the other operand adds nothing.
+    matrix = np.full((sizes.groups, filled.n, filled.k * WORD), folded.w_zero_point, np.int8)
+    rows = folded.weights.reshape(sizes.groups, sizes.n, -1)
+    matrix[:, : sizes.n, : rows.shape[-1]] = rows
+    return pack_nibbles(matrix) if folded.bits <= 4 else pack_words(matrix)
+
+
+def _unpacked(word: Expr, folded: Operands) -> Expr:
+    return from_nibbles(word.astype("int32")) if folded.bits <= 4 else word
+
+
+def _mma_product(
+    problem: Problem, x: ir.Value, image: _Image, sizes: _Sizes, folded: Operands, finish: Finish
+) -> Kernel:
+    """The product on tensor cores, which take 16 bytes of the reduction at a time."""
+    tile = mma.mma_tile(sizes.groups, sizes.m, sizes.n, sizes.k)
+    filled = tile.filled(sizes.m, sizes.n, sizes.k)
+    steps, in_tile = filled.k // mma.STEP_WORDS, tile.k // mma.STEP_WORDS
+    # [group, block of columns, tile along K, step, column, word]
+    words = _weight_words(folded, sizes, filled)
+    tiles = words.reshape(sizes.groups, -1, tile.n, steps // in_tile, in_tile, mma.STEP_WORDS)
+    array = np.ascontiguousarray(tiles.transpose(0, 1, 3, 4, 2, 5))
+    stored = te.placeholder(array.shape, str(array.dtype), "weights")
+    _, _, kw, depth = problem.weights.shape
+    whole_steps = depth % mma.FRAGMENT == 0
+    gathered = _gathered(image, sizes, filled)
+
+    def left(g: Expr, step: Expr, row: Expr, r: Expr) -> Expr:
+        if not whole_steps:
+            return gathered(g, step * mma.STEP_WORDS + r, row)
+        # Where a step is inside is asked of the step, so that its four words can be one load.
+        per_pixel = depth // mma.FRAGMENT
+        tap, word = step // per_pixel, step % per_pixel * mma.STEP_WORDS + r
+        also = [row < sizes.m] if filled.m > sizes.m else []
+        also += [step < sizes.k // mma.STEP_WORDS] if filled.k > sizes.k else []
+        return image.element(row, tap // kw, tap % kw, g * (depth // WORD) + word, *also)
+
+    def right(g: Expr, step: Expr, column: Expr, r: Expr) -> Expr:
+        return _unpacked(stored[g, column // tile.n, step // in_tile, step % in_tile, column % tile.n, r], folded)
+
+    lefts = te.compute((sizes.groups, steps, filled.m, mma.STEP_WORDS), left, "left")
+    rights = te.compute((sizes.groups, steps, filled.n, mma.STEP_WORDS), right, "right")
+    k, r = te.reduce_axis(steps, "k"), te.reduce_axis(mma.STEP_WORDS, "r")
+    accumulator = te.compute(
+        (sizes.groups, filled.m, filled.n),
+        lambda g, i, j: te.reduce_sum(dot4(lefts[g, k, i, r], rights[g, k, j, r], te.const(0, "int32")), axis=[k, r]),
+        "accumulator",
+    )
+    sums = te.compute(te.shape_of(accumulator), lambda g, i, j: accumulator[g, i, j], "sums")
+    store = _store(finish, folded.bias, (sizes.m, sizes.groups, sizes.n), 2)
+    output = te.compute(
+        store.stored_shape,
+        lambda i, g, j: store.element(lambda column: sums[g, i, column], [i], [g, j]),
+        "output",
+    )
+    kernel = _kernel(image, x, stored, array, store, output)
+    vectors = (whole_steps, folded.bits > 4)
+    return replace(kernel, function=mma.schedule_mma(kernel.function, tile, store.lanes, vectors=vectors))
 
 
 def _accumulated(

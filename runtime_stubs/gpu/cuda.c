@@ -124,7 +124,7 @@ static int launch_one(const qgpu_program *program, const qgpu_launch *launch) {
     enum { MOST = 64 };
     CUfunction function;
     CUdeviceptr pointers[MOST];
-    void *arguments[MOST];
+    void *arguments[MOST + 1] = {NULL}; /* ends in NULL */
     if (launch->count > MOST) return qgpu_fail("%s takes %d arguments", launch->kernel, (int)launch->count);
     CHECK(launch->kernel, cuModuleGetFunction(&function, program->module, launch->kernel));
     for (int64_t i = 0; i < launch->count; ++i) {
