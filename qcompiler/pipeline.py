@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompiler.errors import QCompilerError
 from qcompiler.passes.cancel_layout_transposes import CancelLayoutTransposes
 from qcompiler.passes.cancel_transposes import CancelTransposes
+from qcompiler.passes.center_weights import CenterWeights
 from qcompiler.passes.expand_dilation import ExpandDilation
 from qcompiler.passes.expand_hard_sigmoid import ExpandHardSigmoid
 from qcompiler.passes.fold_affine import FoldAffine
@@ -83,6 +84,7 @@ def harmonize(target: Target) -> Passes:
         # Signedness before scales: tensors that then differ in zero point only by their type share one already.
         PropagateQdq(),
         LegalizeSignedness(target),
+        CenterWeights(target),
         ShareScales(target),
     )
 
