@@ -111,6 +111,11 @@ def quantize_linear(node: ir.Node, host: HostCode) -> Kernel:
 
 
 def dequantize_linear(node: ir.Node, host: HostCode) -> Kernel:
+    formula = dequantize_formula(node)
+    return elementwise(formula.operands, node.outputs[0], formula.expression, host)
+
+
+def dequantize_formula(node: ir.Node) -> Formula:
     dtype = str(dtype_of(node.outputs[0]))
     scale, zero_point = data_input(node, 1), input_of(node, 2)
     if const_of(scale) is None or (zero_point is not None and const_of(zero_point) is None):
@@ -118,11 +123,9 @@ def dequantize_linear(node: ir.Node, host: HostCode) -> Kernel:
         parameters: tuple[ir.Value | np.ndarray, ...] = (scale, absent if zero_point is None else zero_point)
     else:
         parameters = _affine(node)
-    return elementwise(
+    return Formula(
         [data_input(node), *parameters],
-        node.outputs[0],
         lambda q, s, z: te_arithmetic.dequantize(q, s, z.astype("int32")).astype(dtype),
-        host,
     )
 
 

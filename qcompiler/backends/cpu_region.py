@@ -1,8 +1,9 @@
 """Lower the nodes of a CPU region together: what follows a product goes into its epilogue, and float maps turn round.
 
 A product (convolution, fully connected layer) takes along the element-by-element operators behind it, as long as
-nobody else reads what is between: activations, additions of a map computed before. They are computed while the result
-is in registers, each exactly as if it stood alone.
+nobody else reads what is between: activations, additions of a map computed before, and behind an integer product one
+DequantizeLinear. They are computed while the result is in registers, integers exactly as if each stood alone: what
+comes after a DequantizeLinear stays outside, for LLVM would contract its multiplication with an addition.
 
 ONNX's float maps are [N, C, H, W], and vectors want channels last. Where an operator with code for that
 reads a float map, the map is transposed, and its result stays so until an operator without such code, or
@@ -136,7 +137,8 @@ class _Region:
         """The longest run of operators that can go into the epilogue, in execution order."""
         maps = cpu_packed.takes_maps(_geometry(head), self._host)
         group, made, longest = [head], [head.outputs[0]], 1
-        while len(group) <= _LONGEST:
+        exact = head.domain == QCOMPILER_DOMAIN
+        while len(group) <= _LONGEST and not (exact and dtype_of(made[-1]) == np.float32):
             readers = [user for value in made for user in users(value) if user not in group]
             fitting = next((user for user in readers if self._fits(user, head, made, maps=maps)), None)
             if fitting is None:
@@ -254,6 +256,8 @@ def _formula(node: ir.Node) -> Formula | None:
     """The node as a formula that may follow a product, or None."""
     if is_op(node, "QAdd", domain=QCOMPILER_DOMAIN):
         return cpu_elementwise.add_formula(node)
+    if is_op(node, "DequantizeLinear"):
+        return cpu_elementwise.dequantize_formula(node)
     if not is_op(node, *_FORMULAS) or dtype_of(node.outputs[0]) != np.float32:
         return None
     formula = _FORMULAS[node.op_type](node)

@@ -146,7 +146,8 @@ def test_addition_in_the_epilogue_is_exact(run_on_cpu, tmp_path, channels: int, 
     first = net.add("Relu", net.conv("x0", channels, channels, 3))
     added = net.add("Relu", net.add("Add", net.conv(first, channels, channels, 3), first))
     deep = net.conv(added, channels, channels, 3, group=channels)
-    out = net.conv(net.add("Add", added, deep), channels, 8)
+    features = net.add("Flatten", net.add("GlobalAveragePool", net.conv(net.add("Add", added, deep), channels, 40)))
+    out = net.add("Gemm", features, net.constant(40, 10), net.constant(10))
     path = net.save(tmp_path / "net.onnx", shapes, [out])
     placed = place(path, "x86-cpu", Options())
     feeds = net.feeds(shapes)
@@ -157,6 +158,7 @@ def test_addition_in_the_epilogue_is_exact(run_on_cpu, tmp_path, channels: int, 
     np.testing.assert_array_equal(output, expected[value_name(value)])
     # Depthwise convolutions take additions whatever the number of channels.
     assert names.count("QConv_QAdd") == (2 if fused else 1)
+    assert names[-1] == "QGemm_DequantizeLinear"
 
 
 def test_what_others_read_stays_outside_the_epilogue(run_on_cpu, tmp_path) -> None:
