@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,7 @@ def test_a_replaced_library_is_the_one_that_runs(tmp_path) -> None:
     path, x = tmp_path / "model.so", np.zeros((2, 3), np.float32)
     build(addition(1.5), TARGET.host, path)
     old = Executable(path, addition(1.5).parameters)
-    lowered = addition(2.5)
-    lowered = Lowered(lowered.module, lowered.parameters, lowered.inputs, lowered.outputs, sources=(SIMULATOR,))
+    lowered = replace(addition(2.5), sources=(SIMULATOR,))
     build(lowered, TARGET.host, path)
     new = Executable(path, lowered.parameters)
     assert old.run([x])[0][0, 0] == 1.5 and new.run([x])[0][0, 0] == 2.5
