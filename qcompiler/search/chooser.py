@@ -72,18 +72,32 @@ class Chooser:
     def can_keep(self) -> bool:
         """Whether some choice within the costs keeps the loss of accuracy."""
         drop = self.budget.drop
-        return drop is None or self._loss(self._within(("noise",), {})) <= drop
+        return drop is None or self._loss(self._within(("noise",), {}, self.budget.limits)) <= drop
 
     def choose(self) -> Assignment:
         """Raises QCompilerError if the budget cannot be kept, saying what can."""
-        most_accurate = self._within(("noise",), {})
+        limits = self.budget.limits
+        most_accurate = self._within(("noise",), {}, limits)
         drop = self.budget.drop
         if drop is None:
             return most_accurate
-        minimise: tuple[Figure, ...] = GOALS if self.budget.minimise is None else (self.budget.minimise,)
+        if self.budget.minimise is not None:
+            minimise: tuple[Figure, ...] = (self.budget.minimise,)
+        else:
+            minimise = GOALS
+            # Where all costs count, none may pay for another if 8 bits everywhere would do without.
+            modest = self._no_dearer(limits)
+            careful = self._try_within(("noise",), {}, modest)
+            if careful is not None and self._loss(careful) <= drop:
+                return self._cheapest(minimise, drop, careful, modest)
         if self._loss(most_accurate) > drop:
             raise QCompilerError(self._out_of_reach(most_accurate, drop, minimise))
-        return self._cheapest(minimise, drop, most_accurate, self.budget.limits)
+        return self._cheapest(minimise, drop, most_accurate, limits)
+
+    def _no_dearer(self, limits: Figures) -> dict[Figure, float]:
+        """The limits, and the costs of 8 bits everywhere where those are lower."""
+        eight = figures_of(0.0, self.workshop.cost(tuple(UNIFORM for _ in self.problem.formats)))
+        return {goal: min(eight[goal], limits.get(goal, math.inf)) for goal in GOALS}
 
     def _cheapest(
         self, minimise: tuple[Figure, ...], drop: float, most_accurate: Assignment, limits: Figures
@@ -96,8 +110,10 @@ class Chooser:
         best = most_accurate
         for _ in range(STEPS):
             middle = math.sqrt(max(low, 1e-12) * max(high, 1e-12))
-            chosen = self._within(minimise, {"noise": max(middle, low)}, limits)
-            if self._loss(chosen) <= drop:
+            chosen = self._try_within(minimise, {"noise": middle}, limits)
+            if chosen is None:
+                low = middle
+            elif self._loss(chosen) <= drop:
                 best, low = chosen, middle
             else:
                 high = middle
@@ -106,31 +122,31 @@ class Chooser:
     def _loss(self, chosen: Assignment) -> float:
         return self.workshop.judged(chosen).loss
 
-    def _within(
-        self,
-        minimise: tuple[Figure, ...],
-        noise: Figures,
-        limits: Figures | None = None,
-    ) -> Assignment:
-        """The best choice whose whole cost keeps the budget's limits.
+    def _within(self, minimise: tuple[Figure, ...], noise: Figures, limits: Figures) -> Assignment:
+        """The best choice whose whole cost keeps the limits.
 
         Raises:
             QCompilerError: there is none.
         """
-        wanted: dict[Figure, float] = dict(self.budget.limits if limits is None else limits)
-        tightened: dict[Figure, float] = {**wanted, **noise}
+        chosen = self._try_within(minimise, noise, limits)
+        if chosen is None:
+            raise QCompilerError(self._too_tight(limits))
+        return chosen
+
+    def _try_within(self, minimise: tuple[Figure, ...], noise: Figures, limits: Figures) -> Assignment | None:
+        tightened: dict[Figure, float] = {**limits, **noise}
         for _ in range(TRIES):
             chosen = self.problem.solve(minimise, tightened)
             if chosen is None:
-                break
+                return None
             cost = figures_of(0.0, self.workshop.cost(chosen))
-            over: list[Figure] = [goal for goal, limit in wanted.items() if cost[goal] > limit]
+            over: list[Figure] = [goal for goal, limit in limits.items() if cost[goal] > limit]
             if not over:
                 return chosen
             for goal in over:
                 # Aim lower by what the sum of layers is short of the whole.
-                tightened[goal] -= cost[goal] - wanted[goal] + 1e-6 * wanted[goal]
-        raise QCompilerError(self._too_tight(wanted))
+                tightened[goal] -= cost[goal] - limits[goal] + 1e-6 * limits[goal]
+        return None
 
     # --- what can be had instead --------------------------------------------------------------------------
 

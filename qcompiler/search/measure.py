@@ -7,7 +7,7 @@ sample to sample than right and wrong do, and it is true as far as the float mod
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -92,31 +92,31 @@ def measure(
         tallies = [_Tally() for _ in batch]
         for index, sample in enumerate(samples):
             wanted = exact.run(sample)
+            classes = classes_of(wanted, names, sample)
             label = None if labels is None else int(labels[index])
             for tap, tally in zip(taps, tallies, strict=True):
-                tally.add(wanted, tap.run(sample), names, label)
+                tally.add(wanted, tap.run(sample), names, classes, label)
         found += [tally.result() for tally in tallies]
         if progress is not None:
             progress(len(found), len(candidates))
     return found
 
 
-def classes_of(outputs: Mapping[str, np.ndarray], names: Iterable[str]) -> str | None:
-    """The first output that is one vector of at least two scores."""
+def classes_of(outputs: Sample, names: Iterable[str], sample: Sample) -> str | None:
+    """The first output that looks like scores of classes, or None.
+
+    That is one vector of at least two, smaller than what it was made from: an autoencoder's output, or an embedding of
+    a few words, is no score.
+    """
+    most = max(array.size for array in sample.values())
     return next(
-        (n for n in names if outputs[n].dtype.kind == "f" and 1 < outputs[n].size == max(outputs[n].shape)), None
+        (
+            name
+            for name in names
+            if outputs[name].dtype.kind == "f" and 1 < outputs[name].size == max(outputs[name].shape) < most
+        ),
+        None,
     )
-
-
-def float_accuracy(model: ir.Model, samples: SampleSource, labels: np.ndarray) -> float:
-    """Top-1 of the float model, as a share; the first vector of classes among its outputs counts."""
-    names = [value_name(value) for value in model.graph.outputs]
-    tap, hits = Tap(model, names), 0
-    for sample, label in zip(samples, labels, strict=True):
-        outputs = tap.run(sample)
-        name = classes_of(outputs, names)
-        hits += name is not None and int(outputs[name].argmax()) == label
-    return hits / len(labels)
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
@@ -142,17 +142,16 @@ class _Tally:
     """Of each labelled sample: whether the float model is right, less whether this one is."""
     samples: int = 0
 
-    def add(self, wanted: Sample, got: Sample, names: Sequence[str], label: int | None) -> None:
+    def add(self, wanted: Sample, got: Sample, names: Sequence[str], classes: str | None, label: int | None) -> None:
         self.samples += 1
         for name in names:
             expected = wanted[name].astype(np.float64)
             self.signal[name] = self.signal.get(name, 0.0) + float(np.sum(expected**2))
             self.noise[name] = self.noise.get(name, 0.0) + float(np.sum((got[name] - expected) ** 2))
-        name = classes_of(wanted, names)
-        if name is None:
+        if classes is None:
             return
-        first, ours = int(wanted[name].argmax()), int(got[name].argmax())
-        chances = probabilities(wanted[name])
+        first, ours = int(wanted[classes].argmax()), int(got[classes].argmax())
+        chances = probabilities(wanted[classes])
         self.agreed += first == ours
         self.losses.append(float(chances[first] - chances[ours]))
         if label is not None:

@@ -12,7 +12,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.search.labels import labels_beside, read_labels
 from qcompiler.search.measure import TOGETHER, measure, probabilities
 
-CLASSES, FEATURES, SAMPLES = 7, 5, 60
+CLASSES, FEATURES, SAMPLES = 7, 9, 60
 
 
 def linear(weights: np.ndarray, *, softmax: bool = False) -> ir.Model:
@@ -20,7 +20,7 @@ def linear(weights: np.ndarray, *, softmax: bool = False) -> ir.Model:
     nodes = [helper.make_node("MatMul", ["x", "w"], [scores], name="product")]
     nodes += [helper.make_node("Softmax", ["s"], ["y"], name="softmax")] if softmax else []
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, FEATURES])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, CLASSES])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, weights.shape[1]])
     graph = helper.make_graph(nodes, "linear", [x], [y], [numpy_helper.from_array(weights, "w")])
     return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
 
@@ -78,6 +78,13 @@ def test_without_labels() -> None:
     (plain,) = measure(model, [partial(linear, weights * 2)], [sample])
     assert plain.top1 is None and plain.drop is None and plain.agreement == 1
     assert plain.noise == pytest.approx(1)
+
+
+def test_an_output_as_large_as_the_input_has_no_classes() -> None:
+    weights = np.random.default_rng(4).standard_normal((FEATURES, FEATURES)).astype(np.float32)
+    (found,) = measure(linear(weights), [partial(linear, weights * 1.1)], [{"x": np.ones((1, FEATURES), np.float32)}])
+    assert found.agreement is None and found.expected_drop is None
+    assert found.loss == found.noise == pytest.approx(0.01, rel=1e-4)
 
 
 def test_probabilities_of_logits_and_of_probabilities() -> None:

@@ -41,7 +41,7 @@ def test_cheaper_than_eight_bits_at_hardly_a_loss(found: Found) -> None:
     assert set(eight.formats) == {"int8"}
     assert all(ours < 0.8 * theirs for ours, theirs in zip(figures(chosen.cost), figures(eight.cost), strict=True))
     assert chosen.measured.samples == eight.measured.samples == 450
-    assert chosen.measured.drop is not None and chosen.measured.drop <= 0.02
+    assert chosen.measured.drop is not None and chosen.measured.drop <= 0.025
     assert eight.measured.top1 == pytest.approx(0.98, abs=0.01)
 
 
