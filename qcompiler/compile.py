@@ -220,9 +220,8 @@ def explain(
     progress.stage("schedule")
     programs = schedule(placed)
     progress.stage("lower")
-    lowered = relax.lower(
-        placed.integer, placed.partition, placed.target, _drivers(placed.partition, programs, placed.target)
-    )
+    drivers = _drivers(placed.partition, programs, placed.target, assembled=False)
+    lowered = relax.lower(placed.integer, placed.partition, placed.target, drivers)
     costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
     report = replace(_report(placed, costs, None), memory=host_memory(lowered, placed.target.host))
     _write_views(placed, costs, report, html, trace)
@@ -464,17 +463,23 @@ def _emit(
     return emit_regions(placed.partition, costs, placed.target, form, folder)
 
 
-def _drivers(partition: "Partition", programs: "Mapping[str, NpuProgram]", target: "Target") -> "RegionLowering":
-    """Makes the code that runs an accelerator's region. Regions are numbered in the simulator's log."""
+def _drivers(
+    partition: "Partition", programs: "Mapping[str, NpuProgram]", target: "Target", *, assembled: bool = True
+) -> "RegionLowering":
+    """Makes the code that runs an accelerator's region. Regions are numbered in the simulator's log.
+
+    Unless `assembled`, kernels of a GPU stay source, which takes no tools.
+    """
     from qcompiler.backends import gpu, npu
     from qcompiler.backends.base import AcceleratorFunction
+    from qcompiler.backends.gpu_binary import binary, unassembled
 
     numbers = {region.name: number for number, region in enumerate(partition.regions)}
 
     def lower(region: "Region") -> AcceleratorFunction:
         if region.name in programs:
             return npu.region_function(programs[region.name], numbers[region.name])
-        return gpu.region_function(region, target, numbers[region.name])
+        return gpu.region_function(region, target, numbers[region.name], binary if assembled else unassembled)
 
     return lower
 

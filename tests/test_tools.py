@@ -9,8 +9,11 @@ from qcompiler import tools
 from qcompiler.compile import build, explain
 from qcompiler.emit.tosa import tosa_program
 from qcompiler.errors import QCompilerError
+from qcompiler.options import Options
 from qcompiler.target_loader import load_target
 
+EAGER_GPU = ("gpu.launch=0 us", "gpu.crossing.sync=0 us", "host.mac_rate.int8*int8=0.001 MAC/cycle")
+"""What makes the GPU worth its while for a tiny model."""
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits.onnx"
 
 
@@ -42,6 +45,15 @@ def test_each_tool_names_what_to_install() -> None:
     with pytest.raises(QCompilerError) as error:
         tools.require_package("no_such_package", purpose="to test", install="pip install it")
     assert message(error) == "the Python package no_such_package is not installed; it is needed to test: pip install it"
+
+
+@pytest.mark.usefixtures("bare")
+def test_cuda_kernels_need_nvcc(tmp_path: Path) -> None:
+    """Whatever is decided and priced needs no tool; what a driver or a compiler must do names it."""
+    assert explain(DIGITS, "cuda-gpu", Options(overrides=EAGER_GPU)).totals.latency > 0
+    with pytest.raises(QCompilerError) as error:
+        build(DIGITS, "cuda-gpu", Options(overrides=EAGER_GPU), output=tmp_path / "digits.qc")
+    assert "nvcc is not on PATH" in message(error) and "apt-get install nvidia-cuda-toolkit" in message(error)
 
 
 @pytest.mark.usefixtures("bare")

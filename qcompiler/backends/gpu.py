@@ -44,10 +44,15 @@ def can_run(node: ir.Node, target: Target) -> str | None:
     return refusal(node)
 
 
-def region_function(region: Region, target: Target, number: int) -> AcceleratorFunction:
-    """The host code of a region whose every node `can_run`; `number` is that of the region in its partition."""
+def region_function(
+    region: Region, target: Target, number: int, assemble: Callable[[str, Device], bytes] = binary
+) -> AcceleratorFunction:
+    """The host code of a region whose every node `can_run`; `number` is that of the region in its partition.
+
+    `assemble` as for `compile_region`.
+    """
     assert target.gpu is not None, f"{target.name} has no GPU"
-    program = compile_region(region, device_of(target.gpu))
+    program = compile_region(region, device_of(target.gpu), assemble)
     blob = encode(program)
     suffix = {"opencl": "cl", "cuda": "cu"}[target.gpu.api]
     documents = (

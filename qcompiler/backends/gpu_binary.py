@@ -1,11 +1,11 @@
 """What the device's driver loads: source as it is for OpenCL, a fat binary made by nvcc for CUDA."""
 
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from qcompiler import tools
 from qcompiler.backends.gpu_code import Device
 from qcompiler.errors import QCompilerError
 
@@ -29,6 +29,11 @@ def binary(source: str, device: Device) -> bytes:
     return nvcc(source, ["-fatbin", *targets], "fatbin")
 
 
+def unassembled(source: str, device: Device) -> bytes:
+    """The source in place of the code, for looking at what is not going to run."""
+    return source.encode()
+
+
 def cubin(source: str, architecture: str) -> bytes:
     """Machine code of one architecture."""
     return nvcc(source, ["-cubin", f"-arch={architecture}"], "cubin")
@@ -41,12 +46,11 @@ def ptx(source: str, architecture: str) -> str:
 
 def nvcc(source: str, options: Sequence[str], suffix: str) -> bytes:
     """Compile CUDA C++ with nvcc; errors as of `binary`."""
-    compiler = shutil.which("nvcc")
-    if compiler is None:
-        raise QCompilerError(
-            "no nvcc found to compile the CUDA kernels; install NVIDIA's CUDA toolkit (on Debian the package "
-            "nvidia-cuda-toolkit) and put nvcc on PATH."
-        )
+    compiler = tools.require(
+        "nvcc",
+        purpose="to compile the CUDA kernels",
+        install="apt-get install nvidia-cuda-toolkit, or NVIDIA's own, with its bin folder on PATH",
+    )
     # Relative names in a fresh folder: equal sources give equal bytes.
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         (Path(folder) / "kernels.cu").write_text(source, "utf-8", newline="\n")
