@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler.backends import accelerators, npu, relax
+from qcompiler.backends import accelerators, gpu, npu, relax
 from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.compile import EIGHT_BITS, Placed, place
 from qcompiler.costs import region_cost
@@ -20,7 +20,7 @@ from qcompiler.integer.reference import Executor
 from qcompiler.options import Options
 from qcompiler.partition import Region, partition
 from qcompiler.quant.types import WeightRequest
-from qcompiler.runtime import Executable, Simulator
+from qcompiler.runtime import Executable, Simulator, gpu_problem
 from qcompiler.simulator.cost import price
 from qcompiler.target import Target
 
@@ -45,7 +45,7 @@ SAMPLES = 2
 Arrays = Mapping[str, np.ndarray]
 
 
-def real_inputs(zoo: Path, name: str) -> tuple[Path, list[dict[str, np.ndarray]]]:
+def real_inputs(zoo: Path, name: str, count: int) -> tuple[Path, list[dict[str, np.ndarray]]]:
     """The model and the inputs that the zoo's evaluation feeds it first."""
     script = importlib.util.spec_from_file_location("eval_ref", zoo / "eval_ref.py")
     assert script is not None and script.loader is not None
@@ -58,7 +58,7 @@ def real_inputs(zoo: Path, name: str) -> tuple[Path, list[dict[str, np.ndarray]]
         fed.append(dict(inputs))
         return run(inputs)
 
-    evaluation.evaluate(entry, record, CALIBRATION_SAMPLES + SAMPLES)
+    evaluation.evaluate(entry, record, count)
     return zoo / entry["model"], fed
 
 
@@ -85,10 +85,14 @@ def built(model: ir.Model, target: Target, library: Path) -> tuple[relax.Lowered
     numbers = {region.name: number for number, region in enumerate(parts.regions)}
 
     def driver(region: Region) -> AcceleratorFunction:
+        if region.backend == "gpu":
+            return gpu.region_function(region, target, numbers[region.name])
         return npu.region_function(npu.compile_region(region, target), numbers[region.name])
 
     lowered = relax.lower(model, parts, target, driver)
     relax.build(lowered, target.host, library)
+    if (problem := gpu_problem(library)) is not None:
+        pytest.skip(problem)
     return lowered, Executable(library, lowered.parameters)
 
 
@@ -98,9 +102,14 @@ def outputs(lowered: relax.Lowered, executable: Executable, inputs: Arrays) -> d
 
 
 def placed(
-    zoo: Path, name: str, target: str, formats: WeightRequest = EIGHT_BITS, overrides: tuple[str, ...] = ()
+    zoo: Path,
+    name: str,
+    target: str,
+    formats: WeightRequest = EIGHT_BITS,
+    overrides: tuple[str, ...] = (),
+    samples: int = SAMPLES,
 ) -> tuple[Placed, list[dict[str, np.ndarray]]]:
-    path, fed = real_inputs(zoo, name)
+    path, fed = real_inputs(zoo, name, CALIBRATION_SAMPLES + samples)
     calibration = {key: np.concatenate([inputs[key] for inputs in fed[:CALIBRATION_SAMPLES]]) for key in fed[0]}
     done = place(path, target, Options(calibration=calibration, formats=formats, overrides=overrides))
     return done, fed[CALIBRATION_SAMPLES:]
@@ -152,6 +161,25 @@ def test_a_small_scratchpad(zoo: Path, tmp_path: Path, name: str) -> None:
     commands, cycles = zip(*map(work_of, (roomy, tight)), strict=True)
     assert cycles[1] >= cycles[0] and commands[1] >= commands[0]
     check_agreement(tight, samples, tmp_path)
+
+
+GPU_FOR_NOTHING = (
+    "gpu.launch=0 us", "gpu.crossing.sync=0 us", "gpu.crossing.bandwidth=100000 GB/s",
+    "gpu.memory.bandwidth=100000 GB/s",
+)  # fmt: skip
+"""With its real costs a GPU leaves the smallest networks to the CPU."""
+MANY_SAMPLES = ("mnist_cnn", "kws_dscnn", "resnet8_cifar10", "resnet20_cifar10", "mobilenet_v1_025_128")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_opencl(zoo: Path, tmp_path: Path, name: str) -> None:
+    """Every integer operator on the GPU; on a CPU by PoCL where there is none."""
+    count = 20 if name in MANY_SAMPLES else SAMPLES
+    done, samples = placed(zoo, name, "opencl-gpu", overrides=GPU_FOR_NOTHING, samples=count)
+    elsewhere = [item.op for item in done.partition.placements if item.backend == "cpu" and item.precision != "float32"]
+    assert elsewhere == [] and len(samples) == count
+    check_agreement(done, samples, tmp_path)
 
 
 def work_of(done: Placed) -> tuple[int, float]:

@@ -1,0 +1,183 @@
+"""One engine on an NVIDIA GPU, in a process of its own: prints the seconds of one inference of a batch of one.
+
+    python benchmarks/gpu_engines.py ours MODEL.qc
+    python benchmarks/gpu_engines.py torch MODEL.onnx    # fp16, channels last, in a CUDA graph
+    python benchmarks/gpu_engines.py onnxruntime MODEL.onnx    # fp16 through the CUDA execution provider
+
+Needs for torch: torch with CUDA; for onnxruntime: onnxruntime-gpu and onnxconverter-common.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+ROUNDS, RUNS = 20, 50
+
+# These packages are absent where there is no GPU.
+Tensor = Any
+
+
+def best(run: Callable[[], object]) -> float:
+    """Seconds of one run: the fastest of some rounds of many."""
+    for _ in range(RUNS):
+        run()
+    times: list[float] = []
+    for _ in range(ROUNDS):
+        start = perf_counter()
+        for _ in range(RUNS):
+            run()
+        times.append((perf_counter() - start) / RUNS)
+    return min(times)
+
+
+def shapes_of(model: onnx.ModelProto) -> dict[str, list[int]]:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return {
+        value.name: [max(dim.dim_value, 1) for dim in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+        if value.name not in constants
+    }
+
+
+def ours(path: Path) -> float:
+    """Inputs copied in and outputs out, as in every inference."""
+    from qcompiler import bundle
+    from qcompiler.runtime import Executable
+
+    opened = bundle.load(path)
+    executable = Executable(path / bundle.LIBRARY, bundle.read_weights(path / bundle.WEIGHTS))
+    random = np.random.default_rng(0)
+    executable.set_inputs([random.standard_normal(port.shape).astype(port.dtype) for port in opened.inputs])
+    return best(executable.invoke)
+
+
+def with_onnxruntime(path: Path) -> float:
+    import onnxruntime as ort
+
+    half = import_module("onnxconverter_common").float16.convert_float_to_float16(onnx.load(path), keep_io_types=True)
+    session = ort.InferenceSession(half.SerializeToString(), providers=["CUDAExecutionProvider"])
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        raise SystemExit("onnxruntime has no CUDA execution provider; install onnxruntime-gpu")
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes_of(half).items()}
+    return best(lambda: session.run(None, feeds))
+
+
+def with_torch(path: Path) -> float:
+    torch: Any = import_module("torch")
+    if not torch.cuda.is_available():
+        raise SystemExit("torch has no CUDA")
+    model = onnx.load(path)
+    network = TorchNetwork(model, torch, "cuda", torch.float16)
+    ((name, shape),) = shapes_of(model).items()
+    host = torch.randn(shape, dtype=torch.float16).pin_memory()
+    x = host.to("cuda", memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                network.run({name: x})
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (y,) = network.run({name: x})
+
+        def run() -> None:
+            x.copy_(host, non_blocking=True)
+            graph.replay()
+            y.cpu()
+
+        return best(run)
+
+
+class TorchNetwork:
+    """An ONNX graph of the operators that the benchmarked networks have, by PyTorch's functions."""
+
+    def __init__(self, model: onnx.ModelProto, torch: Any, device: str, dtype: Any) -> None:
+        self._torch, self._graph = torch, model.graph
+        self._constants: dict[str, Tensor] = {}
+        for tensor in model.graph.initializer:
+            array = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+            floats = array.is_floating_point()
+            self._constants[tensor.name] = array.to(device, dtype) if floats else array
+
+    def run(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        values = {**self._constants, **feeds}
+        for node in self._graph.node:
+            attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+            inputs = [values[name] if name else None for name in node.input]
+            values[node.output[0]] = self._compute(node.op_type, inputs, attributes)
+        return [values[output.name] for output in self._graph.output]
+
+    def _compute(self, op: str, inputs: list[Tensor], attributes: dict[str, Any]) -> Tensor:
+        torch, functional, x = self._torch, self._torch.nn.functional, inputs[0] if inputs else None
+        match op:
+            case "Constant":
+                return torch.from_numpy(numpy_helper.to_array(attributes["value"]).copy())
+            case "Conv":
+                bias = inputs[2] if len(inputs) > 2 else None
+                padded, pads = self._padded(x, attributes, 0.0)
+                strides, dilations = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
+                return functional.conv2d(padded, inputs[1], bias, strides, pads, dilations, attributes.get("group", 1))
+            case "MaxPool":
+                padded, pads = self._padded(x, attributes, float("-inf"))
+                ceil = bool(attributes.get("ceil_mode", 0))
+                return functional.max_pool2d(
+                    padded, attributes["kernel_shape"], attributes["strides"], pads, ceil_mode=ceil
+                )
+            case "AveragePool":
+                counted = bool(attributes.get("count_include_pad", 0))
+                pads = attributes.get("pads", [0] * 4)[:2]
+                strides = attributes.get("strides", [1, 1])
+                return functional.avg_pool2d(x, attributes["kernel_shape"], strides, pads, False, counted)
+            case "GlobalAveragePool":
+                return x.mean((2, 3), keepdim=True)
+            case "BatchNormalization":
+                scale, bias, mean, variance = inputs[1:]
+                epsilon = attributes.get("epsilon", 1e-5)
+                return functional.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
+            case "Relu":
+                return functional.relu(x)
+            case "Clip":
+                return x.clamp(*(None if bound is None else float(bound) for bound in inputs[1:]))
+            case "Add":
+                return x + inputs[1]
+            case "Concat":
+                return torch.cat(inputs, attributes["axis"])
+            case "Flatten":
+                return x.flatten(attributes.get("axis", 1))
+            case "Reshape":
+                return x.reshape([int(dim) for dim in inputs[1]])
+            case "Gemm":
+                a, b = (
+                    matrix.T if attributes.get(flag, 0) else matrix
+                    for matrix, flag in zip(inputs[:2], ("transA", "transB"), strict=True)
+                )
+                return torch.addmm(inputs[2], a, b) if len(inputs) > 2 else a @ b
+            case "MatMul":
+                return x @ inputs[1]
+            case "Softmax":
+                return torch.softmax(x, attributes.get("axis", -1))
+            case "Dropout" | "Identity":
+                return x
+        raise SystemExit(f"no PyTorch code for the operator {op}")
+
+    def _padded(self, x: Tensor, attributes: dict[str, Any], fill: float) -> tuple[Tensor, list[int]]:
+        """The input and the symmetric padding left to do."""
+        top, left, bottom, right = attributes.get("pads", [0] * 4)
+        if (top, left) == (bottom, right):
+            return x, [top, left]
+        return self._torch.nn.functional.pad(x, (left, right, top, bottom), value=fill), [0, 0]
+
+
+ENGINES: dict[str, Callable[[Path], float]] = {"ours": ours, "torch": with_torch, "onnxruntime": with_onnxruntime}
+
+if __name__ == "__main__":
+    print(ENGINES[sys.argv[1]](Path(sys.argv[2])))
