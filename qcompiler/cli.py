@@ -172,6 +172,14 @@ RoundingScheme = Annotated[
         "--calibration says of the outputs. By default --quality decides.",
     ),
 ]
+Prune = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FRACTION|2:4",
+        help="Make so many weights zero, or two of every four neighbours along the input channels, and let the others "
+        "make up for it.",
+    ),
+]
 LayerWeights = Annotated[
     list[str] | None,
     typer.Option("--layer-weights", metavar="LAYER=int4|int2|…", help="For this layer only; may be repeated."),
@@ -263,6 +271,7 @@ def compile_command(
     all_layers: AllLayers = False,
     group_size: GroupSize = None,
     scheme: RoundingScheme = None,
+    prune: Prune = None,
     quality: RepairQuality = "fast",
     runtime: Annotated[
         list[Path] | None,
@@ -291,7 +300,7 @@ def compile_command(
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
 
     limits = Limits(max_drop, max_latency, max_energy, max_weights, min_latency, min_energy, min_weights)
-    chosen = Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme)
+    chosen = Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme, prune)
 
     def options(progress: "ConsoleProgress") -> "Options":
         given = _options(
@@ -370,6 +379,7 @@ def explain(
     group_size: GroupSize = None,
     threads: Threads = None,
     formats: FormatsFile = None,
+    prune: Prune = None,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -380,7 +390,8 @@ def explain(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats, group_size), dump=dump, threads=threads,
+            Formats(weights, layer_weights, activations, all_layers, formats, group_size, prune=prune), dump=dump,
+            threads=threads,
         )  # fmt: skip
         report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
         progress.finish()
@@ -464,6 +475,7 @@ def debug(
     activations: Activations = "int8",
     all_layers: AllLayers = False,
     formats: FormatsFile = None,
+    prune: Prune = None,
 ) -> None:
     """Find the layers whose quantization hurts, say why, and name the option that helps."""
     with _mistakes(as_json), _console_progress() as progress:
@@ -472,7 +484,7 @@ def debug(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats),
+            Formats(weights, layer_weights, activations, all_layers, formats, prune=prune),
         )  # fmt: skip
         diagnosis = diagnose(model, target, options, progress=progress)
         progress.finish()
@@ -723,6 +735,7 @@ class Formats:
     file: Path | None = None
     group: int | None = None
     scheme: Scheme | None = None
+    prune: str | None = None
 
 
 EIGHT_BITS = Formats()
@@ -785,6 +798,7 @@ def _options(
 ) -> "Options":
     """Read what was typed. Raises QCompilerError where it makes no sense."""
     from qcompiler.options import Options
+    from qcompiler.quant.prune import parse as parse_prune
 
     request = WeightRequest(
         formats.weights,
@@ -810,6 +824,7 @@ def _options(
         keep_float=keep_float or (),
         overrides=[*(overrides or ()), *([] if threads is None else [f"host.threads={threads}"])],
         formats=request,
+        prune=None if formats.prune is None else parse_prune(formats.prune),
         quality=quality,
         dump=dump,
     )

@@ -88,6 +88,7 @@ def compile(
     all_layers: bool = False,
     group: int | None = None,
     scheme: Scheme | None = None,
+    prune: str | None = None,
     quality: Quality = "fast",
     runtime: Sequence[str | os.PathLike[str]] = (),
     progress: Progress = SILENT,
@@ -122,6 +123,8 @@ def compile(
         group: how many weights of an output share a scale, such as 32 or 128; only with float or dynamic activations.
         scheme: how weights with float activations are rounded: "rtn", "hqq", or "gptq" and "awq", which learn from the
             calibration data. By default the quality decides.
+        prune: make weights zero first, a fraction of them ("0.5") or two of every four neighbours ("2:4"); those that
+            stay are changed so as to make up for it, given calibration data.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
         runtime: C files that implement `runtime_stubs/abi/qrt.h`, the driver of an accelerator, to link in place of
@@ -131,6 +134,8 @@ def compile(
     Raises:
         QCompilerError: anything wrong with what was given; nothing is written then.
     """
+    from qcompiler.quant.prune import parse as parse_prune
+
     options = Options(
         calibration=calibration,
         input_shapes=input_shapes or {},
@@ -140,6 +145,7 @@ def compile(
         keep_float=keep_float,
         overrides=overrides,
         formats=WeightRequest(weights, layer_weights or {}, activations, all_layers, group, scheme),
+        prune=None if prune is None else parse_prune(prune),
         quality=quality,
         dump=dump,
     )
@@ -281,6 +287,7 @@ def prepare(
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
     from qcompiler.quant.dynamic import plan_dynamic
     from qcompiler.quant.plan import plan
+    from qcompiler.quant.prune import prune as prune_weights
     from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
     from qcompiler.quant.weight_only import has_grouped_weights, is_weight_only, note_compute, weight_only
     from qcompiler.target_loader import load_target
@@ -303,6 +310,19 @@ def prepare(
         progress.stage("read samples")
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
         ranges = formats = None
+        pruned: frozenset[str] = frozenset()
+        if options.prune is not None:
+            if _is_quantized(graph):
+                raise QCompilerError(
+                    f"{source} arrived quantized, so its weights stay as they are and --prune cannot be heeded; "
+                    "compile the float model it was made from."
+                )
+            if is_weight_only(options.formats):
+                raise QCompilerError(
+                    "--prune is for weights with one scale per output; leave it out, or --group-size and --activations."
+                )
+            progress.stage("prune")
+            graph, pruned = prune_weights(graph, options.prune, data, progress.advance)
         if is_weight_only(options.formats) and not _is_quantized(graph):
             progress.stage("quantize weights")
             graph, formats = weight_only(
@@ -310,6 +330,7 @@ def prepare(
             )
         elif options.formats.activations == "dynamic" and not _is_quantized(graph):
             formats = plan_dynamic(graph, chip, options.keep_float, options.formats)
+            formats = replace(formats, pruned=pruned)
             if effort.steps and learn:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, effort, progress.advance)
@@ -322,7 +343,8 @@ def prepare(
                 ranges = calibrate(
                     graph, data, options.method, progress.advance, bits=16 if wide else 8, symmetric=symmetric
                 )
-                return ranges, plan(graph, ranges, chip, options.keep_float, options.formats)
+                made = plan(graph, ranges, chip, options.keep_float, options.formats)
+                return ranges, replace(made, pruned=pruned)
 
             ranges, formats = planned(graph)
             if effort.steps and not data.synthetic:

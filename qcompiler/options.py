@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qcompiler.quant.types import Quality, RangeMethod, WeightRequest
+from qcompiler.quant.types import PruneRequest, Quality, RangeMethod, WeightRequest
 
 if TYPE_CHECKING:
     from qcompiler.dataset import ImageOptions
@@ -39,6 +39,8 @@ class Options:
     """Changes to the target spec, such as "memories.sram.size=512KiB"."""
     formats: WeightRequest = field(default_factory=WeightRequest)
     """Formats of weights and activations other than the target's first 8-bit ones."""
+    prune: PruneRequest | None = None
+    """Make so many weights zero first, and let the others make up for them."""
     quality: Quality = "fast"
     """"balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in about a
     minute or ten at most."""

@@ -275,17 +275,32 @@ def check_precision(precision: str, *at: str | int) -> None:
             raise spec_error(f"{dtype!r} is not a type{did_you_mean(dtype, DTYPES)}", *at)
 
 
+class Sparsity(Spec):
+    """Zero weights that the engine skips."""
+
+    pattern: Literal["2:4"]
+    """Two of every four neighbours along the input channels are zero; depthwise and grouped convolutions have none."""
+    speedup: float = Field(gt=1)
+    """How many times faster multiplications are; so many times fewer are done, and paid for in energy."""
+    precisions: tuple[str, ...]
+    """Pairs it holds for."""
+
+
 class Engine(Spec):
     geometry: EngineGeometry
     precisions: Mapping[str, MacPrecision] = {}
     """By pair, activation*weight: "int8*int8", "int16*int8", "int8*int4"…"""
     issue: Duration = Duration(value=0, unit="cycles")
     """Fixed cost of starting one command."""
+    sparsity: Sparsity | None = None
 
     @model_validator(mode="after")
     def known_precisions(self) -> Self:
         for precision in self.precisions:
             check_precision(precision, "precisions", precision)
+        for index, precision in enumerate(self.sparsity.precisions if self.sparsity is not None else ()):
+            if precision not in self.precisions:
+                raise spec_error(f"the engine has no rate for {precision!r}", "sparsity", "precisions", index)
         return self
 
 

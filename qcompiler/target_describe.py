@@ -121,8 +121,16 @@ def _dma(npu: Npu) -> Table:
 
 
 def _engines(npu: Npu) -> Table:
-    rows = tuple((name, _geometry(engine), _duration(engine.issue)) for name, engine in npu.engines.items())
-    return Table("Engines", ("engine", "geometry", "issue"), rows)
+    rows = tuple(
+        (name, _geometry(engine), _duration(engine.issue), _sparsity(engine)) for name, engine in npu.engines.items()
+    )
+    return Table("Engines", ("engine", "geometry", "issue", "zeros skipped"), rows)
+
+
+def _sparsity(engine: Engine) -> str:
+    if engine.sparsity is None:
+        return ""
+    return f"{engine.sparsity.pattern}, {engine.sparsity.speedup:g} times as fast"
 
 
 def _geometry(engine: Engine) -> str:

@@ -112,8 +112,10 @@ def _encoded(steps: Sequence[Step]) -> tuple[EncodedSpan, ...]:
         if step.work is not None:
             for stream, start in zip(step.work.work.streams, step.work.streams, strict=True):
                 if stream.weights is not None and start not in spans:
-                    weights = np.frombuffer(stream.data, stream.weights)
-                    ratio = min(1.0, golomb_rice_bytes(weights, stream.zero_point) / len(stream.data))
+                    rows = np.frombuffer(stream.data, stream.weights).reshape(-1, stream.unit)
+                    weights, places = rows[:, : stream.unit - stream.places], len(rows) * stream.places
+                    size = golomb_rice_bytes(weights, stream.zero_point) + places
+                    ratio = min(1.0, size / len(stream.data))
                     spans[start] = EncodedSpan(start, start + len(stream.data), ratio)
     return tuple(spans[start] for start in sorted(spans))
 

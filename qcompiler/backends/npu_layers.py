@@ -42,10 +42,12 @@ from qcompiler.graph import (
     string,
 )
 from qcompiler.integer import ops
+from qcompiler.integer.facts import facts_of_integer
+from qcompiler.integer.sparsity import is_2_of_4, pack_2_of_4
 from qcompiler.integer.weight_types import stored_bits, stored_type
 from qcompiler.quant import arithmetic
 from qcompiler.simulator import isa
-from qcompiler.target import Target
+from qcompiler.target import Match, Target
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def recipe_of(node: ir.Node, target: Target) -> Recipe | str:
         if element_count(shape_of(value)) == 0:
             return "the tensor is empty"
     if node.domain == QCOMPILER_DOMAIN:
+        if node.op_type in _PRODUCTS:
+            return _PRODUCTS[node.op_type](node, target)
         make = _WORKS.get(node.op_type)
         return make(node) if make is not None else f"the NPU's driver has no {node.op_type}"
     if is_op(node, "Clip"):
@@ -177,8 +181,11 @@ def _bytes(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def _weight_stream(weights: np.ndarray, zero_point: int) -> Stream:
+def _weight_stream(weights: np.ndarray, zero_point: int, *, sparse: bool = False) -> Stream:
     """Weights [O, …] as `isa.WEIGHTS` reads them."""
+    if sparse:
+        packed = pack_2_of_4(weights.reshape(weights.shape[0], -1))
+        return Stream(_bytes(packed), packed.shape[1], "int8", places=packed.shape[1] - weights[0].size // 2)
     rows = weights.reshape(weights.shape[0], -1)
     bits = stored_bits(weights)
     if bits < 8:
@@ -210,21 +217,21 @@ _ONE_RECORD = slice(-RECORD_BYTES, None)
 # --- operators with weights ----------------------------------------------------------------------------------
 
 
-def _conv(node: ir.Node) -> Recipe | str:
+def _conv(node: ir.Node, target: Target) -> Recipe | str:
     op = ops.QConv.of(node)
     ifm, ofm = _maps4(shape_of(data_input(node))), _maps4(shape_of(node.outputs[0]))
     y, x = (Sliding(ifm[1 + i], op.kernel_shape[i], op.strides[i], op.dilations[i], op.pads[i]) for i in range(2))
-    return _convolution(node, op, ifm, ofm, y, x, isa.CONV)
+    return _convolution(node, op, ifm, ofm, y, x, isa.CONV, target)
 
 
-def _conv_transpose(node: ir.Node) -> Recipe | str:
+def _conv_transpose(node: ir.Node, target: Target) -> Recipe | str:
     op = ops.QConvTranspose.of(node)
     ifm, ofm = _maps4(shape_of(data_input(node))), _maps4(shape_of(node.outputs[0]))
     y, x = (Transposed(ifm[1 + i], op.kernel_shape[i], op.strides[i], op.dilations[i], op.pads[i]) for i in range(2))
-    return _convolution(node, op, ifm, ofm, y, x, isa.CONV_TRANSPOSE)
+    return _convolution(node, op, ifm, ofm, y, x, isa.CONV_TRANSPOSE, target)
 
 
-def _gemm(node: ir.Node) -> Recipe | str:
+def _gemm(node: ir.Node, target: Target) -> Recipe | str:
     op = ops.QGemm.of(node)
     ifm, ofm = as_rows(shape_of(data_input(node))), as_rows(shape_of(node.outputs[0]))
     conv = ops.QConv(
@@ -240,7 +247,7 @@ def _gemm(node: ir.Node) -> Recipe | str:
         clamp_max=op.clamp_max,
         requantize=op.requantize,
     )
-    return _convolution(node, conv, ifm, ofm, Sliding(1, 1, 1, 1, 0), Sliding(ifm[2], 1, 1, 1, 0), isa.CONV)
+    return _convolution(node, conv, ifm, ofm, Sliding(1, 1, 1, 1, 0), Sliding(ifm[2], 1, 1, 1, 0), isa.CONV, target)
 
 
 def _convolution(
@@ -251,6 +258,7 @@ def _convolution(
     y: Span,
     x: Span,
     opcode: isa.Opcode,
+    target: Target,
 ) -> Recipe | str:
     weights = const_of(input_of(node, 1))
     if weights is None:
@@ -259,7 +267,9 @@ def _convolution(
     if isinstance(scales, str):
         return scales
     in_depth, out_depth = ifm[3] // op.group, ofm[3] // op.group
-    weights_dtype, variant = isa.DTYPES.index(stored_type(weights)), _variant(op.requantize)
+    sparse = _skips_zeros(node, op, weights, target)
+    weights_dtype = isa.SPARSE_WEIGHTS if sparse else isa.DTYPES.index(stored_type(weights))
+    variant = _variant(op.requantize)
 
     def issue(emit: Emitter, tile: Tile) -> None:
         rows, columns, _ = tile.windows[0]
@@ -276,10 +286,21 @@ def _convolution(
         op.y_zero_point,
         (op.clamp_min, op.clamp_max),
         (MapOperand(0, ifm, y, x, c, _dtype_index(data_input(node)), op.x_zero_point),),
-        (_weight_stream(weights, op.w_zero_point), scales),
+        (_weight_stream(weights, op.w_zero_point, sparse=sparse), scales),
         issue,
         group=out_depth if op.group > 1 else 1,
     )
+
+
+def _skips_zeros(node: ir.Node, op: ops.QConv | ops.QConvTranspose, weights: np.ndarray, target: Target) -> bool:
+    """Whether the weights have the pattern whose zeros the engine skips."""
+    if isinstance(op, ops.QConvTranspose) or op.group != 1 or op.w_zero_point or weights.dtype != np.int8:
+        return False
+    facts = facts_of_integer(node)
+    match = target.match(facts)
+    assert target.npu is not None
+    sparsity = target.npu.engines[match.engine].sparsity if isinstance(match, Match) else None
+    return sparsity is not None and facts.precision in sparsity.precisions and is_2_of_4(weights)
 
 
 # --- pools ---------------------------------------------------------------------------------------------------
@@ -515,10 +536,12 @@ def _resize(node: ir.Node) -> Recipe | str:
     return Work(ofm, _dtype_index(out), 0, _range_of(out), (operand,), (tables_stream,), issue, unroll=True)
 
 
-_WORKS: Mapping[str, Callable[[ir.Node], Recipe | str]] = {
+_PRODUCTS: Mapping[str, Callable[[ir.Node, Target], Recipe | str]] = {
     "QConv": _conv,
     "QConvTranspose": _conv_transpose,
     "QGemm": _gemm,
+}
+_WORKS: Mapping[str, Callable[[ir.Node], Recipe | str]] = {
     "QAdd": _add,
     "QMul": _mul,
     "QMaxPool": _max_pool,

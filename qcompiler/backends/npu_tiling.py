@@ -215,6 +215,8 @@ class Stream:
     """Their type, if these are weights a target may keep encoded."""
     zero_point: int = 0
     """Of the weights."""
+    places: int = 0
+    """Bytes at the end of each unit that say where weights stand, which no code makes shorter."""
 
     def extent(self, tile_c: int) -> int:
         return tile_c * self.unit or len(self.data)

@@ -93,7 +93,7 @@ def repair(
             _log.warning("without calibration data there is nothing to repair the quantized model by")
         return plan
     start = time.monotonic()
-    learned, judged = _split(list(islice(samples, SAMPLES)))
+    learned, judged = split_samples(list(islice(samples, SAMPLES)))
     repaired, done, size = plan, 0, max(1, -(-len(layers) // effort.groups))
     while done < len(layers):
         began = time.monotonic()
@@ -187,7 +187,7 @@ def learns_from(index: int, count: int) -> bool:
     return index < SAMPLES and (index % JUDGED != 0 or count < 4 * JUDGED)
 
 
-def _split(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+def split_samples(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Samples to learn from and samples to judge by; the same if there are few."""
     if len(samples) < 4 * JUDGED:
         return samples, samples
@@ -233,6 +233,8 @@ def _repair_layer(
     if "scales" in steps and low_bits and not _is_power_of_two(fmt.scale):
         fmt = _shrink_scales(node, plan, fmt, aim, hessian)
     problem = _problem(node, fmt, aim, hessian)
+    if node.name in plan.pruned:
+        problem = replace(problem, kept=exact != 0)
     best = problem.nearest()
     candidates = []
     if "gptq" in steps:

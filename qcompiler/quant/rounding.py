@@ -37,10 +37,16 @@ class Problem:
     high: int
     step: int = 1
     """Distance of neighbouring integers that are allowed."""
+    kept: np.ndarray | None = None
+    """bool [groups, M, K]: where False, the weight is 0 whatever it costs. None: nowhere."""
 
     def nearest(self) -> np.ndarray:
         """Each weight rounded on its own; integers as float64 [groups, M, K]."""
-        return self.round(self.weights / self.scale, self.zero_point)
+        return self.masked(self.round(self.weights / self.scale, self.zero_point))
+
+    def masked(self, integers: np.ndarray) -> np.ndarray:
+        """Those of pruned weights replaced by what stands for 0."""
+        return integers if self.kept is None else np.where(self.kept, integers, self.zero_point)
 
     def round(self, steps: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
         """The allowed integers nearest to real numbers of scales, away from `zero_point`."""
@@ -91,12 +97,14 @@ def gptq(problem: Problem) -> np.ndarray:
         np.take_along_axis(np.broadcast_to(array, left.shape), columns, 2)
         for array in (problem.scale, problem.zero_point)
     )
+    kept = None if problem.kept is None else np.take_along_axis(problem.kept, columns, 2)
     chosen, errors = np.empty_like(left), np.empty_like(left)
     size = left.shape[2]
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         for k in range(start, stop):
-            chosen[..., k] = problem.round(left[..., k] / scale[..., k], zero[..., k])
+            integers = problem.round(left[..., k] / scale[..., k], zero[..., k])
+            chosen[..., k] = integers if kept is None else np.where(kept[..., k], integers, zero[..., k])
             error = (left[..., k] - (chosen[..., k] - zero[..., k]) * scale[..., k]) / factor[:, k, k, None]
             errors[..., k] = error
             left[..., k + 1 : stop] -= error[..., None] * factor[:, None, k, k + 1 : stop]
@@ -116,6 +124,8 @@ def descend(problem: Problem, start: np.ndarray, sweeps: int = 4) -> np.ndarray:
         for k in range(chosen.shape[2]):
             best = (chosen[..., k] - zero[..., k]) * scale[..., k] + pull[..., k] / diagonal[:, k, None]
             integers = problem.round(best / scale[..., k], zero[..., k])
+            if problem.kept is not None:
+                integers = np.where(problem.kept[..., k], integers, zero[..., k])
             step = (integers - chosen[..., k]) * scale[..., k]
             groups, rows = np.nonzero(step)
             if rows.size:
@@ -165,4 +175,4 @@ def adaround(problem: Problem, iterations: int = 1000, *, rate: float = 0.03, pr
         second += 0.001 * (gradient**2 - second)
         logits -= rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
     up = 1 / (1 + np.exp(-logits)) * (high - low) + low >= 0.5
-    return np.clip(below + problem.step * up, problem.low, problem.high)
+    return problem.masked(np.clip(below + problem.step * up, problem.low, problem.high))

@@ -43,6 +43,14 @@ class WeightRequest:
 
 
 @dataclass(frozen=True)
+class PruneRequest:
+    """How many weights become zero: a fraction, or two of every four neighbours along the input channels."""
+
+    fraction: float = 0.5
+    two_of_four: bool = False
+
+
+@dataclass(frozen=True)
 class Range:
     """The chosen real interval of one tensor, low <= 0 <= high, and where it came from."""
 
@@ -100,5 +108,7 @@ class QuantPlan:
     """By node name, [output channels]: what to add to the bias to make up for the rounding of the weights."""
     rounded: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By initializer name: the integers of weights that are not each rounded to the nearest."""
+    pruned: frozenset[str] = frozenset()
+    """Names of nodes whose zero weights stay zero when integers are learned."""
     dynamic: frozenset[str] = frozenset()
     """Names of nodes whose first input is quantized by its range at run time; their outputs and biases are float."""

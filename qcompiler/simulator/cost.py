@@ -218,7 +218,7 @@ _KERNEL = _picker(isa.KERNEL, "height", "width", "stride_y", "stride_x", "dilati
 _WEIGHTS = _picker(isa.WEIGHTS, "base", "dtype")
 _GROUPS = _picker(isa.CONV, "ifm_group_depth", "ofm_group_depth")
 
-_BITS: tuple[int, ...] = (8, 8, 16, 32, 4, 2, 1)
+_BITS: tuple[int, ...] = (8, 8, 16, 32, 4, 2, 1, 5)
 """Of one element, by index of `isa.DTYPES`."""
 
 _OPERATORS: Mapping[int, tuple[str, ...]] = {
@@ -547,10 +547,12 @@ class _Pricer:
         ifm_base, *ifm_shape, ifm_dtype = _IFM(ifm[0])
         ofm_base, *ofm_shape, ofm_dtype = _OFM(registers[isa.OFM.code])
         kernel = _KERNEL(registers[isa.KERNEL.code]) if code in _WINDOWED else (1, 1, 1, 1, 1, 1)
-        precision, weight_base, weight_bits, groups = isa.DTYPES[ifm_dtype], -1, 0, 1
+        precision, weight_base, weight_bits, groups, sparse = isa.DTYPES[ifm_dtype], -1, 0, 1, False
         if code in _CONVOLUTIONS:
             weight_base, weight_dtype = _WEIGHTS(registers[isa.WEIGHTS.code])
-            precision, weight_bits = f"{precision}*{isa.DTYPES[weight_dtype]}", _BITS[weight_dtype]
+            sparse = weight_dtype == isa.SPARSE_WEIGHTS
+            weights = "int8" if sparse else isa.DTYPES[weight_dtype]
+            precision, weight_bits = f"{precision}*{weights}", _BITS[weight_dtype]
             ifm_group_depth, ofm_group_depth = _GROUPS(command)
             groups = ifm_shape[2] // ifm_group_depth
             depthwise = groups > 1 and ifm_group_depth == ofm_group_depth == 1
@@ -558,6 +560,9 @@ class _Pricer:
         else:
             depthwise, op = False, _CLASSES[code]
         transposed = code == isa.CONV_TRANSPOSE.code
+        unit = self._engine(code, precision, kernel, groups, depthwise=depthwise)
+        engine = self.npu.engines[unit]
+        speedup = engine.sparsity.speedup if sparse and engine.sparsity is not None else 1.0
         shape = Shape(
             op,
             (ofm_shape[0], ofm_shape[1], ofm_shape[2]),
@@ -571,9 +576,8 @@ class _Pricer:
             weight_bits,
             kernel[2] * kernel[3] if transposed else 1,
             _distinct(ifm[1]) if code in (isa.ADD.code, isa.MUL.code) else None,
+            speedup,
         )
-        unit = self._engine(code, precision, kernel, groups, depthwise=depthwise)
-        engine = self.npu.engines[unit]
         scales_base = _SCALES_BASE(registers[isa.SCALES.code]) if code in _SCALED else -1
         scales_memory = self._memory(scales_base) if code in _SCALED else self.scratchpad
         feed = Feed(*(self.ports[name] for name in (self._memory(ifm_base), self._memory(ofm_base), scales_memory)))
@@ -610,8 +614,8 @@ class _Pricer:
             elements=shape.ofm_elements,
             traffic=traffic,
             limit=ISSUE if issue > times[limit] else limit,
-            mac_energy=shape.macs * priced.energy if priced else 0,
-            mac_cycles=shape.macs / priced.rate if priced else 0,
+            mac_energy=shape.macs * priced.energy / speedup if priced else 0,
+            mac_cycles=shape.macs / (priced.rate * speedup) if priced else 0,
             shared=(),
         )
 

@@ -20,11 +20,12 @@ def work(shape: Shape, engine: Engine, precision: str, feed: Feed) -> Work:
         case MacArray():
             return mac_array(shape, engine.geometry, feed)
         case Systolic():
-            return systolic(shape, engine.geometry, engine.precisions[precision].rate)
+            return systolic(shape, engine.geometry, engine.precisions[precision].rate * shape.sparse_speedup)
         case DotArray():
-            return dot_array(shape, engine.geometry, engine.precisions[precision].rate)
+            return dot_array(shape, engine.geometry, engine.precisions[precision].rate * shape.sparse_speedup)
         case Simd():
-            return simd(shape, engine.geometry, engine.precisions[precision].rate if shape.has_weights else None)
+            rate = engine.precisions[precision].rate * shape.sparse_speedup if shape.has_weights else None
+            return simd(shape, engine.geometry, rate)
 
 
 # --- systolic arrays and vector units ------------------------------------------------------------------------

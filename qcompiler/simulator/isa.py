@@ -88,7 +88,8 @@ gathers pixels with ``y + pad_top == iy * stride_y + ky * dilation_y``."""
 WEIGHTS = Opcode(13, "weights", ("base", "offset", "dtype", "zero_point"))
 """[OFM depth, kernel height, kernel width, IFM depth per group], dense. int4: two to a byte, the first in the low
 nibble; int2: four to a byte; int1, which stands for 2 * bit - 1: eight to a byte. The first weight lies lowest, and
-every OFM channel starts at a whole byte (`arithmetic.pack_bits`)."""
+every OFM channel starts at a whole byte (`arithmetic.pack_bits`). int8_2of4: two weights of every four neighbours along
+the IFM depth and where they stand, as `integer.sparsity.pack_2_of_4` lays out an OFM channel."""
 SCALES = Opcode(14, "scales", ("base", "offset", "variant"))
 """One record a channel: bias int32, multiplier (int32, or the bits of a float32), shift int32."""
 CONV = Opcode(20, "conv", ("ifm_group_depth", "ofm_group_depth"))
@@ -118,8 +119,9 @@ OPCODES: tuple[Opcode, ...] = (
 BY_CODE: dict[int, Opcode] = {opcode.code: opcode for opcode in OPCODES}
 
 SCRATCHPAD = 0
-DTYPES: tuple[str, ...] = ("int8", "uint8", "int16", "int32", "int4", "int2", "int1")
-"""`dtype` arguments index this. Only weights are int4, int2 or int1."""
+DTYPES: tuple[str, ...] = ("int8", "uint8", "int16", "int32", "int4", "int2", "int1", "int8_2of4")
+"""`dtype` arguments index this. Those from int4 on are for weights only."""
+SPARSE_WEIGHTS = DTYPES.index("int8_2of4")
 VARIANTS: tuple[str, ...] = ("float32", "tflite", "tosa", "shift")
 """`variant` arguments index this."""
 

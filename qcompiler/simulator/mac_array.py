@@ -4,7 +4,8 @@ The array computes an OFM block by block. While the MAC stage fills one set of a
 output stage rescales and writes the other, and the next IFM block and the weights are fetched. Block choice and cycles
 follow the ethos-u-vela 5.2.0 source distribution (V below): `find_block` is what Arm's compiler programs into the
 array (V ethosu/regor/architecture/ethosu55/ethos_u55.cpp, FindBlockConfig), and `cycles` its estimate of the time
-(V ethos_u55_performance.cpp). Where a figure is the chip's, it is a field of `MacArray`.
+(V ethos_u55_performance.cpp; for zeros that are skipped, V ethosu85/ethos_u85_performance.cpp). Where a figure is the
+chip's, it is a field of `MacArray`.
 """
 
 from dataclasses import dataclass
@@ -264,13 +265,13 @@ def _mac_cycles(shape: Shape, array: MacArray, block: Block, ublock: Dims, ubloc
             cycles *= shape.ifm_bits / 8 if array.pool_cycles > 1 else 1
         elif block.traversal == "part_kernel":
             steps, repeats = ceil(elements / (2 if shape.ifm_bits == 16 else 4)), ceil(ifm_depth / 8)
-            cycles = max(weights, 4 * area) * steps * deep
+            cycles = max(weights, 4 * area) * steps * deep / shape.sparse_speedup
         elif block.traversal == "depthwise":
             steps, repeats = ceil(elements / 4), 1
             cycles = max(weights, 4 * area * shape.ifm_bits // 8) * steps * deep
         else:
             steps, repeats = elements, 1
-            cycles = max(weights, 4 * area) * steps * deep
+            cycles = max(weights, 4 * area) * steps * deep / shape.sparse_speedup
         total += (cycles + _delay(shape, array, area, deep, steps)) * repeats
     if shape.op == "conv":
         total *= ceil(shape.ifm[2] / ifm_depth)

@@ -35,6 +35,8 @@ class Shape:
     """Output positions per input position of a transposed convolution, else 1."""
     second: Dims | None = None
     """The other operand of an elementwise operation; 1 along an axis it is broadcast along."""
+    sparse_speedup: float = 1.0
+    """How many times faster the engine multiplies because it skips zero weights."""
 
     @property
     def ofm_elements(self) -> int:

@@ -23,7 +23,7 @@ enum {
     CONV = 20, CONV_TRANSPOSE = 21, MAX_POOL = 22, AVERAGE_POOL = 23, ADD = 24, MUL = 25, REQUANTIZE = 26,
     LOOKUP = 27, SOFTMAX = 28, RESIZE_NEAREST = 29, RESIZE_LINEAR = 30
 };
-enum { INT8 = 0, UINT8 = 1, INT4 = 4, INT2 = 5, INT1 = 6 };
+enum { INT8 = 0, UINT8 = 1, INT4 = 4, INT2 = 5, INT1 = 6, INT8_2OF4 = 7 };
 enum { SCRATCHPAD = 0 };
 enum { RECORD_BYTES = 12, POISON = 0xA5 };
 
@@ -351,7 +351,7 @@ int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stri
 
 int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point) {
     BEGIN(WEIGHTS, "weights", base, offset, dtype, zero_point);
-    if (dtype != INT8 && dtype != UINT8 && dtype != INT4 && dtype != INT2 && dtype != INT1)
+    if (dtype != INT8 && dtype != UINT8 && (dtype < INT4 || dtype > INT8_2OF4))
         fail("dtype %d is not implemented for weights", dtype);
     weights = (weight_block){base, offset, dtype, zero_point};
     return 0;
@@ -415,8 +415,26 @@ static int16_t *padded_ifm(const uint8_t *data, int32_t height, int32_t width, i
     return padded;
 }
 
+/* Filters of which two weights in four are kept, first all kept ones, then a nibble for each four that says where. */
+static int16_t *sparse_weights(int64_t outputs, int64_t taps) {
+    int64_t blocks = taps / 4, filter_bytes = 2 * blocks + (blocks + 1) / 2;
+    if (taps % 4 || weights.zero_point) fail("2:4 weights need depths that are multiples of 4, and no zero point");
+    const uint8_t *bytes = touch_run("the weights", weights.base, weights.offset, outputs * filter_bytes);
+    int16_t *wide = arena(FILTERS, outputs * taps * (int64_t)sizeof(int16_t));
+    memset(wide, 0, (size_t)(outputs * taps) * sizeof *wide);
+    for (int64_t o = 0; o < outputs; ++o, bytes += filter_bytes)
+        for (int64_t block = 0; block < blocks; ++block) {
+            int32_t places = bytes[2 * blocks + block / 2] >> (block % 2 ? 4 : 0) & 15;
+            int16_t *four = wide + o * taps + 4 * block;
+            four[places & 3] = (int8_t)bytes[2 * block];
+            four[places >> 2] = (int8_t)bytes[2 * block + 1];
+        }
+    return wide;
+}
+
 /* The weights as int16 without their zero point: `outputs` filters of `taps`. */
 static int16_t *wide_weights(int64_t outputs, int64_t taps) {
+    if (weights.dtype == INT8_2OF4) return sparse_weights(outputs, taps);
     int32_t bits = weights.dtype == INT4 ? 4 : weights.dtype == INT2 ? 2 : weights.dtype == INT1 ? 1 : 8;
     int64_t filter_bytes = (taps * bits + 7) / 8;
     const uint8_t *bytes = touch_run("the weights", weights.base, weights.offset, outputs * filter_bytes);
