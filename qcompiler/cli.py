@@ -71,7 +71,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
-VERBS = ("compile", "quantize", "run", "explain", "debug", "bench", "search", "targets")
+VERBS = ("compile", "quantize", "run", "explain", "debug", "bench", "search", "tune", "targets")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -131,6 +131,10 @@ Threads = Annotated[
     typer.Option(
         "--threads", metavar="N", min=1, help="CPU threads that share large layers, instead of the target's own number."
     ),
+]
+TileFile = Annotated[
+    Path | None,
+    typer.Option("--database", metavar="FILE", help="What qcompile tune measured; by default in the user's cache."),
 ]
 RepairQuality = Annotated[
     Quality,
@@ -281,6 +285,10 @@ def compile_command(
         ),
     ] = None,
     threads: Threads = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned/--no-tuned", help="CPU layers: take the tiles that qcompile tune found best.")
+    ] = True,
+    database: TileFile = None,
     formats: FormatsFile = None,
     max_drop: MaxDrop = None,
     max_latency: MaxLatency = None,
@@ -305,7 +313,7 @@ def compile_command(
     def options(progress: "ConsoleProgress") -> "Options":
         given = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            chosen, quality, dump, threads,
+            chosen, quality, dump, threads, _tile_file(database) if tuned else None,
         )  # fmt: skip
         return _within_budget(model, target, given, chosen, limits, progress)
 
@@ -625,6 +633,53 @@ def search(
 
 
 @app.command()
+def tune(
+    model: Model,
+    target: TargetName = "x86-cpu",
+    calibration: CalibrationData = None,
+    database: TileFile = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is known already, too.")] = False,
+    candidates: Annotated[int, typer.Option(metavar="N", min=2, help="Tiles to measure of each layer.")] = 8,
+    input_shape: InputShapes = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
+    weights: Weights = "int8",
+    layer_weights: LayerWeights = None,
+    activations: Activations = "int8",
+    all_layers: AllLayers = False,
+    threads: Threads = None,
+) -> None:
+    """Measure on this machine which tiles suit the CPU layers of a model best, for later compilations.
+
+    Results are kept by layer shape, CPU, number of threads and version of the code. Options about formats change
+    what layers there are; calibration data does not.
+    """
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.tune import tune as measure
+
+        options = _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(weights, layer_weights, activations, all_layers), threads=threads,
+        )  # fmt: skip
+        found = measure(
+            model, target, options, database=database, again=again, candidates=candidates, progress=progress
+        )
+        progress.finish()
+    if as_json:
+        _print_json({**asdict(found), "database": str(found.database)})
+    else:
+        _stdout().print(Text(found.summary()))
+
+
+@app.command()
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder MODEL.qc.", show_default=False)],
     inputs: Annotated[Path, typer.Option("--input", "-i", metavar="IN.npz", help="One array per input of the model.")],
@@ -795,6 +850,7 @@ def _options(
     quality: Quality = "fast",
     dump: Path | None = None,
     threads: int | None = None,
+    tiles: Path | None = None,
 ) -> "Options":
     """Read what was typed. Raises QCompilerError where it makes no sense."""
     from qcompiler.options import Options
@@ -826,8 +882,15 @@ def _options(
         formats=request,
         prune=None if formats.prune is None else parse_prune(formats.prune),
         quality=quality,
+        tiles=tiles,
         dump=dump,
     )
+
+
+def _tile_file(database: Path | None) -> Path:
+    from qcompiler.tile_database import default_path
+
+    return default_path() if database is None else database
 
 
 def _input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

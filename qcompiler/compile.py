@@ -167,8 +167,12 @@ def build(
     progress: Progress = SILENT,
 ) -> Bundle:
     """`compile`, with what concerns quantization in one `Options`. Arguments and errors as there."""
+    from qcompiler import tile_database
     from qcompiler.backends import relax
+    from qcompiler.backends.base import host_code
     from qcompiler.backends.memory import host_memory
+    from qcompiler.backends.tiles import best_guess
+    from qcompiler.report import TuningReport
     from qcompiler.simulator.machine import with_driver
 
     if emit is not None:
@@ -191,7 +195,10 @@ def build(
             progress.stage("emit")
             vela = _emit(placed, programs, emit, stage)
         progress.stage("lower")
-        lowered = relax.lower(placed.integer, placed.partition, chip, _drivers(placed.partition, programs, chip))
+        drivers = _drivers(placed.partition, programs, chip)
+        tiles = None if options.tiles is None else tile_database.load(Path(options.tiles), host_code(chip.host))
+        choose = best_guess if tiles is None else tiles.choose
+        lowered = relax.lower(placed.integer, placed.partition, chip, drivers, choose)
         if runtime:
             lowered = replace(lowered, sources=with_driver(lowered.sources, runtime))
             files = ", ".join(source.name for source in lowered.sources)
@@ -203,6 +210,8 @@ def build(
         progress.stage("report")
         costs = _costs(placed, programs, sum(array.nbytes for array in lowered.parameters))
         report = replace(_report(placed, costs, check), vela=vela, memory=host_memory(lowered, chip.host))
+        if tiles is not None and (tuned := sum(map(tiles.knows, lowered.tilings))):
+            report = replace(report, tuning=TuningReport(len(lowered.tilings), tuned))
         _write_views(placed, costs, report, stage / bundle.REPORT_PAGE, None)
         bundle.write(stage, placed.source, chip, placed.quantized, placed.integer, lowered, report)
     _write_views(placed, costs, report, html, trace)
@@ -296,7 +305,7 @@ def prepare(
     run = partial(run_passes, dumper=dumper)
     with _Warnings(source) as warnings:
         chip = load_target(target, options.overrides)
-        if (reason := _foreign(chip)) is not None:
+        if (reason := foreign(chip)) is not None:
             warnings.messages.append(f"{_UNCHECKED}: {reason}")
         progress.stage("import")
         graph = import_onnx(source, options.input_shapes)
@@ -524,14 +533,14 @@ def _check(placed: Placed, library: Path, lowered: "Lowered") -> "tuple[Placed, 
     from qcompiler.runtime import gpu_problem
     from qcompiler.selfcheck import self_check
 
-    if _foreign(placed.target) is not None:
+    if foreign(placed.target) is not None:
         return placed, None
     if (problem := gpu_problem(library)) is not None:
         return replace(placed, warnings=(*placed.warnings, f"{_UNCHECKED}: {problem}")), None
     return placed, self_check(placed.source, _runner(library, lowered), placed.samples)
 
 
-def _foreign(target: "Target") -> str | None:
+def foreign(target: "Target") -> str | None:
     """Why code for the target's CPU cannot run on this machine, or None if it can."""
     from qcompiler.host_cpu import why_not_here
 

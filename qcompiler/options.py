@@ -44,5 +44,7 @@ class Options:
     quality: Quality = "fast"
     """"balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in about a
     minute or ten at most."""
+    tiles: str | os.PathLike[str] | None = None
+    """A database of `qcompile tune`: CPU kernels take the tiles that were measured best. Not needed to exist."""
     dump: str | os.PathLike[str] | None = None
     """A folder that receives the graph after every stage."""

@@ -142,6 +142,16 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class TuningReport:
+    """How much `qcompile tune` had measured of what was compiled."""
+
+    kernels: int
+    """CPU kernels that have tiles to choose from."""
+    tuned: int
+    """Those whose best tile was known."""
+
+
+@dataclass(frozen=True)
 class HostMemory:
     """Main memory that the host's code takes, in bytes; what an accelerator keeps for itself is in `Totals`."""
 
@@ -225,6 +235,8 @@ class Report:
     """In execution order."""
     memory: HostMemory | None = None
     """None where no code was generated."""
+    tuning: TuningReport | None = None
+    """None where nothing was tuned."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
@@ -260,6 +272,8 @@ def render(report: Report) -> RenderableType:
     parts += [Text(), _heading("Cost of one inference"), _cost_table(report.layers), _totals_table(report.totals)]
     if report.memory is not None:
         parts.append(Text(f"host memory  {byte_count(report.memory.peak)}: {host_memory(report.memory)}"))
+    if report.tuning is not None:
+        parts.append(Text(f"tiles  {report.tuning.tuned} of {_count(report.tuning.kernels, 'CPU kernel')} tuned"))
     if report.self_check is not None:
         parts += [Text(), _heading(f"Self-check on {_count(report.self_check.samples, 'sample')}")]
         parts.append(_check_table(report.self_check))

@@ -61,6 +61,13 @@ def _fresh_name(library: Path) -> Iterator[Path]:
         yield alias
 
 
+def start_threads(threads: int) -> None:
+    """Have so many threads share parallel loops from now on, in all of the process; one needs no pool."""
+    _load_runtime()
+    if threads > 1:
+        tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+
+
 class Executable:
     """A compiled model in memory, its parameters uploaded once."""
 
@@ -89,9 +96,7 @@ class Executable:
         if self._gpu is not None and (problem := self._gpu.problem()) is not None:
             raise QCompilerError(f"{library} needs a GPU: {problem}.")
         self._machine = machine = module["vm_load_executable"]()
-        if threads > 1:
-            # The pool belongs to the process, and is made as large as its greediest model asks.
-            tvm_ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, threads)
+        start_threads(threads)
         # Once for the host and once for the device that computes, which here is the host too.
         machine["vm_initialization"](*(_CPU, _DEVICE, _POOLED_ALLOCATOR) * 2)
         # The code wants pointers to tensors themselves, no offsets into a block: numpy's exports have none.

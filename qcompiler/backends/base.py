@@ -9,6 +9,7 @@ import tvm
 from tvm import tirx
 
 from qcompiler.backends import te
+from qcompiler.backends.tiles import TileChoice, Tiling, best_guess
 from qcompiler.c_code import CSource
 from qcompiler.graph import Shape, dtype_of, shape_of
 from qcompiler.target import Host
@@ -26,6 +27,8 @@ class Kernel:
     function: tirx.PrimFunc
     inputs: tuple[ir.Value, ...]
     parameters: tuple[np.ndarray, ...] = ()
+    tiling: Tiling | None = None
+    """What its tile was chosen from, where there was a choice."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class HostCode:
     threads: int
     features: frozenset[str]
     """LLVM's names: "avx2", "avx512vnni", "dotprod"…"""
+    tiles: TileChoice = best_guess
 
     @property
     def vector_bytes(self) -> int:

@@ -9,11 +9,12 @@ import onnx_ir as ir
 
 from qcompiler.backends import packed_bits, te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
-from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, flattened, round_up, staged_element
+from qcompiler.backends.cpu_packed import Finish, Geometry, Operands, flattened, round_up, staged_element, workload
 from qcompiler.backends.schedules import matrix as schedule
 from qcompiler.backends.schedules.loops import threads_for
 from qcompiler.backends.schedules.matrix import DEPTH, LANES
 from qcompiler.backends.te import Expr
+from qcompiler.backends.tiles import Tiling
 from qcompiler.graph import dtype_of
 
 
@@ -33,7 +34,10 @@ def matrix_convolution(
     out_channels, kh, kw, _ = operands.weights.shape
     (sy, sx), (dy, dx) = geometry.strides, geometry.dilations
     blocks = -(-out_channels // LANES)
-    tile = schedule.matrix_tile(ow, blocks, registers=host.vector_registers)
+    threads = threads_for(host, geometry.macs, 4 * DEPTH)
+    tiles = schedule.matrix_tiles(ow, blocks, registers=host.vector_registers)
+    tiling = Tiling(workload("matrix", geometry, operands, finish, threads), tiles)
+    tile = host.tiles(tiling)
     wide = round_up(ow, tile.pixels)
 
     # Pixels of one stride make an element of the map's third axis: neighbours in the output are neighbours there.
@@ -89,11 +93,10 @@ def matrix_convolution(
         result = te.compute(
             (n, oh, ow, out_channels), lambda b, i, j, o: output[b, i, j, o // LANES, o % LANES], "cropped"
         )
-    threads = threads_for(host, geometry.macs, 4 * DEPTH)
     function = te.prim_func([x, *maps, *scalars, w, bias, *channels, result])
     scheduled = schedule.schedule_matrix_convolution(function, instruction, tile, threads=threads)
     scheduled = stored.scheduled(scheduled, threads=threads)
-    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))
+    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays), tiling)
 
 
 def _pack(weights: np.ndarray, blocks: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from qcompiler.backends.schedules import conv as schedule
 from qcompiler.backends.schedules.dot import DotProduct
 from qcompiler.backends.schedules.loops import threads_for
 from qcompiler.backends.te import Expr
+from qcompiler.backends.tiles import Tiling
 from qcompiler.graph import Shape, dtype_of
 
 
@@ -150,7 +151,10 @@ def packed_convolution(
     quads = -(-run_length // quad)
     per_group = out_channels // group
     blocks = -(-per_group // lanes)
-    tile = schedule.conv_tile(ow, blocks, registers=host.vector_registers)
+    threads = threads_for(host, geometry.macs, quad * lanes)
+    tiles = schedule.conv_tiles(ow, blocks, registers=host.vector_registers)
+    tiling = Tiling(workload("packed", geometry, operands, finish, threads), tiles)
+    tile = host.tiles(tiling)
     wide = round_up(ow, tile.pixels)
 
     rows = (oh - 1) * sy + (kh - 1) * dy + 1
@@ -209,10 +213,31 @@ def packed_convolution(
     else:
         result = output
     function = te.prim_func([x, *maps, *scalars, w, bias, *channels, result])
-    threads = threads_for(host, geometry.macs, quad * lanes)
     scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=threads)
     scheduled = stored.scheduled(scheduled, threads=threads)
-    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays))
+    return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays), tiling)
+
+
+def workload(template: str, geometry: Geometry, operands: Operands, finish: Finish, threads: int) -> str:
+    """What the best tile of a template depends on, in words."""
+    weights = operands.weights
+    parts = (
+        f"{template} {_by(geometry.x_shape)} {operands.x_dtype} by {_by(weights.shape)} {weights.dtype}",
+        f"in {operands.bits} bits" if operands.bits < 8 else "",
+        f"in {geometry.group} groups" if geometry.group > 1 else "",
+        f"to {_by(geometry.out_size)} {finish.dtype}",
+        f"strides {_by(geometry.strides)} dilations {_by(geometry.dilations)} padding {_by(geometry.pad)}",
+        f"spread {_by(geometry.dilate)}" if geometry.dilate != (1, 1) else "",
+        f"from {operands.x_offset}" if operands.x_offset else "",
+        "less a zero point" if operands.w_zero_point else "",
+        f"and {len(finish.maps)} maps" if finish.maps else "",
+        f"{threads} threads",
+    )
+    return " ".join(part for part in parts if part)
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def stage(

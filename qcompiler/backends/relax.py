@@ -20,6 +20,7 @@ from qcompiler import host_cpu, tools
 from qcompiler.backends.base import AcceleratorFunction, Document, HostCode, Kernel, View, host_code
 from qcompiler.backends.cpu_region import Step
 from qcompiler.backends.cpu_region import lower_region as lower_cpu_region
+from qcompiler.backends.tiles import TileChoice, Tiling, best_guess
 from qcompiler.backends.workspace import Lifetime, plan
 from qcompiler.c_code import CSource, compile_c
 from qcompiler.errors import QCompilerError
@@ -53,8 +54,10 @@ class Lowered:
     outputs: tuple[TensorSpec, ...]
     sources: tuple[CSource, ...]
     """C to link in: the NPU simulator where a region runs on it."""
-    arena: int
+    arena: int = 0
     """Bytes of the block in which everything lies that is computed."""
+    tilings: tuple[Tiling, ...] = ()
+    """Of the kernels that have tiles to choose from, in execution order."""
     documents: tuple[Document, ...] = ()
     """Texts for the bundle: the kernels of a GPU's regions."""
 
@@ -81,7 +84,13 @@ class _Alias:
     output: ir.Value
 
 
-def lower(model: ir.Model, partition: Partition, target: Target, lower_region: RegionLowering | None = None) -> Lowered:
+def lower(
+    model: ir.Model,
+    partition: Partition,
+    target: Target,
+    lower_region: RegionLowering | None = None,
+    tiles: TileChoice = best_guess,
+) -> Lowered:
     """Lower a partitioned integer graph.
 
     Args:
@@ -89,8 +98,9 @@ def lower(model: ir.Model, partition: Partition, target: Target, lower_region: R
         partition: covers every node of the graph.
         target: says what CPU the code is for.
         lower_region: makes the code of an accelerator's region; needed if there is one.
+        tiles: chooses the tiles of CPU kernels.
     """
-    host = host_code(target.host)
+    host = replace(host_code(target.host), tiles=tiles)
     steps = [step for region in partition.regions for step in _region_steps(region, host, lower_region)]
     return _Assembler(model, steps).assemble()
 
@@ -159,6 +169,7 @@ class _Assembler:
             tuple(_spec(value) for value in graph.outputs),
             _sources(self._steps),
             memory.size,
+            tuple(tiling for step in self._steps if isinstance(step, _Call) and (tiling := step.kernel.tiling)),
             tuple(document for step in self._steps if isinstance(step, _Call) for document in step.documents),
         )
 
@@ -318,7 +329,7 @@ _PIPELINE: tuple[tvm.ir.transform.Pass, ...] = (
 )
 """TVM's default build pipeline less what an assembled module never needs (legalizing, dispatch, planning memory…)."""
 
-_PASS_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+PASS_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
 """Loops are cut where `te.inside` conditions change; without it Concat tests every element."""
 
 
@@ -332,7 +343,7 @@ def build(lowered: Lowered, host: Host, library: Path) -> None:
     """
     code = host_code(host)
     compiler = c_compiler(host)
-    with tvm.transform.PassContext(config=_PASS_CONFIG):
+    with tvm.transform.PassContext(config=PASS_CONFIG):
         executable = relax.build(
             lowered.module, code.target, relax_pipeline=tvm.transform.Sequential(list(_PIPELINE)), exec_mode="bytecode"
         )

@@ -1,45 +1,34 @@
 """Schedules of the two convolution templates of `backends/cpu_conv.py`."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 
 from qcompiler.backends.schedules.dot import DotProduct
 from qcompiler.backends.schedules.loops import open_schedule
+from qcompiler.backends.tiles import ConvTile
 
 
-@dataclass(frozen=True)
-class ConvTile:
-    """Accumulators held in registers: `pixels` neighbours in a row times `blocks` vectors of output channels."""
-
-    pixels: int
-    blocks: int
-
-
-def conv_tiles(blocks: int, *, registers: int) -> tuple[ConvTile, ...]:
+def conv_tiles(width: int, blocks: int, *, registers: int) -> tuple[ConvTile, ...]:
     """Every tile whose accumulators and operands the registers hold, `blocks` vectors of output channels being there.
 
     A step loads `blocks` weight vectors and `pixels` broadcasts for pixels * blocks dot products. Four registers
-    are left for those operands.
+    are left for those operands. First come those that load least per multiply, pixels past the end of a row of `width`
+    counted.
     """
-    return tuple(
-        ConvTile(pixels, count)
-        for count in (1, 2, 3)
-        if blocks % count == 0
-        for pixels in range(1, min(16, (registers - 4) // count) + 1)
-    )
-
-
-def conv_tile(width: int, blocks: int, *, registers: int) -> ConvTile:
-    """The tile that loads least per multiply, pixels past the end of a row of `width` counted."""
 
     def cost(tile: ConvTile) -> float:
         covered = -(-width // tile.pixels) * tile.pixels
         # What was computed past the end is cut off by a copy.
         return covered * (1 + 1 / tile.pixels + 1 / tile.blocks) * (1.05 if covered > width else 1)
 
-    return min(conv_tiles(blocks, registers=registers), key=cost)
+    fitting = (
+        ConvTile(pixels, count)
+        for count in (1, 2, 3)
+        if blocks % count == 0
+        for pixels in range(1, min(16, (registers - 4) // count) + 1)
+    )
+    return tuple(sorted(fitting, key=cost))
 
 
 def schedule_dot_convolution(

@@ -14,8 +14,8 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T  # noqa: N812 (TVMScript is read as text, by these names)
 
 from qcompiler.backends.base import HostCode
-from qcompiler.backends.schedules.conv import ConvTile
 from qcompiler.backends.schedules.loops import open_schedule
+from qcompiler.backends.tiles import ConvTile
 
 LANES = 4
 """Output channels to a block: two tiles."""
@@ -77,26 +77,25 @@ def _implementation(x_dtype: str, instruction: str) -> Any:
     return implementation
 
 
-def matrix_tiles(blocks: int, *, registers: int) -> tuple[ConvTile, ...]:
-    """Every tile whose accumulators the registers hold beside eight operands, of pairs of pixels."""
-    return tuple(
-        ConvTile(pixels, count)
-        for count in (1, 2, 3, 4)
-        if blocks % count == 0
-        for pixels in range(2, 17, 2)
-        if pixels * count <= registers - 8
-    )
+def matrix_tiles(width: int, blocks: int, *, registers: int) -> tuple[ConvTile, ...]:
+    """Every tile of pairs of pixels whose accumulators the registers hold beside eight operands.
 
-
-def matrix_tile(width: int, blocks: int, *, registers: int) -> ConvTile:
-    """The tile that loads least per multiply, pixels past the end of a row of `width` counted."""
+    First come those that load least per multiply, pixels past the end of a row of `width` counted.
+    """
 
     def cost(tile: ConvTile) -> float:
         covered = -(-width // tile.pixels) * tile.pixels
         # A pair of pixels takes two loads, a block of weights two. What was computed past the end is cut off by a copy.
         return covered * (1 + 2 / tile.pixels + 1 / tile.blocks) * (1.05 if covered > width else 1)
 
-    return min(matrix_tiles(blocks, registers=registers), key=cost)
+    fitting = (
+        ConvTile(pixels, count)
+        for count in (1, 2, 3, 4)
+        if blocks % count == 0
+        for pixels in range(2, 17, 2)
+        if pixels * count <= registers - 8
+    )
+    return tuple(sorted(fitting, key=cost))
 
 
 def schedule_matrix_convolution(function: tirx.PrimFunc, name: str, tile: ConvTile, *, threads: int) -> tirx.PrimFunc:
