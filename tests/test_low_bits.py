@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.backends import relax
-from qcompiler.compile import _drivers, place, schedule
+from qcompiler.backends import npu, relax
+from qcompiler.compile import place, schedule
 from qcompiler.errors import QCompilerError
 from qcompiler.integer.reference import execute
 from qcompiler.integer.weight_types import narrowed, stored_bits, stored_type
@@ -66,7 +66,10 @@ def test_reference_cpu_and_simulator_agree(tmp_path: Path, target: str, wanted: 
         assert all(item.backend == "npu" for item in on_npu)
     feeds = {"x": np.random.default_rng(3).standard_normal((1, 3, 11, 13)).astype(np.float32)}
     wanted_result = execute(done.integer, feeds)["y"]
-    lowered = relax.lower(done.integer, done.partition, done.target, _drivers(done.partition, schedule(done)))
+    programs_of = schedule(done)
+    lowered = relax.lower(
+        done.integer, done.partition, done.target, lambda region: npu.region_function(programs_of[region.name], 0)
+    )
     relax.build(lowered, done.target.host, tmp_path / "model.so")
     (got,) = Executable(tmp_path / "model.so", lowered.parameters).run([feeds["x"]])
     np.testing.assert_array_equal(got, wanted_result)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qcompiler import cli
 from qcompiler.backends import npu, relax
 from qcompiler.backends.npu import NpuProgram
-from qcompiler.compile import Placed, _drivers, place, schedule
+from qcompiler.compile import Placed, place, schedule
 from qcompiler.costs import region_cost
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import const_of, data_input
@@ -109,7 +109,10 @@ def test_reference_and_simulator_agree(tmp_path: Path, seed: int) -> None:
     assert types.count("int8_2of4") >= 3 and "int8" in types
     feeds = {"x": np.random.default_rng(seed).standard_normal((1, 3, 10, 13)).astype(np.float32)}
     wanted = execute(done.integer, feeds)["y"]
-    lowered = relax.lower(done.integer, done.partition, done.target, _drivers(done.partition, schedule(done)))
+    programs_of = schedule(done)
+    lowered = relax.lower(
+        done.integer, done.partition, done.target, lambda region: npu.region_function(programs_of[region.name], 0)
+    )
     relax.build(lowered, done.target.host, tmp_path / "model.so")
     (got,) = Executable(tmp_path / "model.so", lowered.parameters).run([feeds["x"]])
     np.testing.assert_array_equal(got, wanted)
