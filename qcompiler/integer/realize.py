@@ -93,6 +93,11 @@ def realize(model: ir.Model, target: Target) -> ir.Model:
             _take_place(builder, node, result)
             if fmt is not None:
                 record(result, fmt.scale, fmt.zero_point)
+    for node in nodes_of(model.graph, "Gemm"):
+        builder.insert_before(node)
+        found = realize_dynamic(builder, node, known=True)
+        if found is not None:
+            _take_place(builder, found.old.producer() or node, found.new)
     realize_weight_only(builder, model)
     remove_dead(model)
     record_moved(model.graph)

@@ -71,20 +71,25 @@ class Replacement:
     new: ir.Value
 
 
-def realize_dynamic(builder: Builder, node: ir.Node) -> Replacement | None:
-    """Add the integer operator that stands for `node` and what follows it, or None if `node` is something else."""
+def realize_dynamic(builder: Builder, node: ir.Node, *, known: bool = False) -> Replacement | None:
+    """Add the integer operator that stands for `node` and what follows it, or None if `node` is something else.
+
+    Args:
+        known: look for scales and zero points that are constants instead: of a tensor quantized as usual, whose product
+            goes on in float.
+    """
     if not is_op(node, "Conv", "Gemm", "MatMul"):
         return None
-    source = _source(builder, data_input(node))
+    source = _source(builder, data_input(node), known=known)
     if source is None:
         return None
     return _conv(builder, node, source) if is_op(node, "Conv") else _gemm(builder, node, source)
 
 
-def _source(builder: Builder, value: ir.Value) -> _Source | None:
+def _source(builder: Builder, value: ir.Value, *, known: bool) -> _Source | None:
     reshape = producer(value, "Reshape")
     if reshape is not None:
-        moved = _source(builder, data_input(reshape))
+        moved = _source(builder, data_input(reshape), known=known)
         if moved is None:
             return None
         name = f"{moved.integers.name}.rows"
@@ -93,9 +98,9 @@ def _source(builder: Builder, value: ir.Value) -> _Source | None:
     if dequantize is None or integer(dequantize, "block_size", 0):
         return None
     integers, scale, zero_point = data_input(dequantize), data_input(dequantize, 1), input_of(dequantize, 2)
-    known = const_of(scale) is not None and (zero_point is None or const_of(zero_point) is not None)
+    constant = const_of(scale) is not None and (zero_point is None or const_of(zero_point) is not None)
     scalars = all(parameter is None or shape_of(parameter) == () for parameter in (scale, zero_point))
-    if known or not scalars or const_of(integers) is not None or integers.dtype not in EIGHT_BITS:
+    if constant != known or not scalars or const_of(integers) is not None or integers.dtype not in EIGHT_BITS:
         return None
     return _Source(integers, scale, zero_point) if scale.dtype == ir.DataType.FLOAT else None
 

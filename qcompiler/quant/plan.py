@@ -48,6 +48,9 @@ from qcompiler.target import Match, Target
 
 TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
 
+SUM_REASON = "what reads the sum stays in float, so that rounding it gains nothing"
+"""Of residual sums before layer normalization: they hold the outliers of transformers."""
+
 SHARING_LIMIT = 2.0
 """How much wider than its own a tensor's range may become by sharing: a factor of two costs one bit."""
 
@@ -260,7 +263,25 @@ class _Planner:
             return "it moves data for operators that stay in float"
         if self._in_tail(node) and (any(from_float) if is_op(node, "Concat") else all(from_float)):
             return "it follows operators that stay in float"
+        if not self.target.accelerators and self._is_read_in_float(node):
+            if is_op(node, "Add", "Sub") and node not in self.regions:
+                return SUM_REASON
+            if moves and all(is_op(maker, "Gemm") for maker in makers) and self._is_read_by_sums(node.outputs[0]):
+                return "it moves data for operators that stay in float"
         return None
+
+    def _is_read_in_float(self, node: ir.Node) -> bool:
+        readers = [reader for value in node.outputs for reader in users(value)]
+        return bool(readers) and all(reader in self.float_reasons for reader in readers)
+
+    def _is_read_by_sums(self, value: ir.Value) -> bool:
+        """Whether sums that stay in float are all that reads a value, perhaps after data movement."""
+        readers = users(value)
+        return bool(readers) and all(
+            reader in self.float_reasons
+            and (is_op(reader, "Add", "Sub") or (is_op(reader, "Reshape") and self._is_read_by_sums(reader.outputs[0])))
+            for reader in readers
+        )
 
     def _drop_islands(self) -> None:
         """Quantized operators that no quantized multiply-accumulate is connected to are not worth their borders."""
@@ -293,7 +314,8 @@ class _Planner:
             return False
         maker = value.producer()
         if maker is not None and maker not in self.float_reasons:
-            return True
+            # A product can leave its sums as they are: rounding them would gain nothing.
+            return bool(self.target.accelerators) or not (is_op(maker, "Gemm") and self._is_read_by_sums(value))
         return any(reader not in self.float_reasons for reader in users(value))
 
     def _inherits(self, node: ir.Node | None) -> bool:
