@@ -130,7 +130,15 @@ def test_three_engines_agree_with_the_reference(tmp_path: Path, seed: int) -> No
     check(done.integer, parts, done.target, tmp_path / "model.so", feeds)
 
 
-@pytest.mark.parametrize(("name", "overrides"), [("resnet8_cifar10", CHEAP_DSP), ("mnist_cnn", SLOW_DSP)])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("resnet8_cifar10", CHEAP_DSP),
+        ("mnist_cnn", SLOW_DSP),
+        pytest.param("squeezenet11", (), marks=pytest.mark.slow),
+        pytest.param("mobilenet_v1_025_128", SLOW_DSP, marks=pytest.mark.slow),
+    ],
+)
 def test_the_cost_model_spreads_a_network(zoo: Path, tmp_path: Path, name: str, overrides: tuple[str, ...]) -> None:
     done = place(zoo / "models" / f"{name}.onnx", "npu-dsp", Options(overrides=overrides))
     assert {item.backend for item in done.partition.placements} == {"npu", "dsp", "cpu"}
