@@ -115,7 +115,9 @@ def _runner(placed: Placed) -> Callable[[Arrays], Arrays]:
 
 def _column(report: Report, check: SelfCheck | None) -> Column:
     totals = report.totals
-    busy = [(row.cycles, row.utilisation or 0.0) for row in report.layers if row.backend == "npu" and row.engine]
+    busy = [
+        (row.cycles, row.utilisation or 0.0) for row in report.layers if row.backend in ("npu", "dsp") and row.engine
+    ]
     fallbacks: dict[str, int] = {}
     for item in report.placements:
         if item.reason:
@@ -160,7 +162,10 @@ def render(comparison: Comparison) -> Table:
         ("accelerator cycles", [f"{c.npu_cycles:,.0f}" if c.sram else "" for c in columns]),
         ("MAC utilisation", ["" if c.utilisation is None else f"{c.utilisation:.0%}" for c in columns]),
         ("MACs", [f"{c.macs:,}" for c in columns]),
-        ("on the accelerator", [f"{c.npu_macs / c.macs:.1%}" if c.sram and c.macs else "" for c in columns]),
+        (
+            "on the accelerator",
+            [f"{c.npu_macs / c.macs:.1%}" if (c.sram or c.npu_macs) and c.macs else "" for c in columns],
+        ),
         ("operators fallen back", [_fallbacks(c) for c in columns]),
         ("peak SRAM", [f"{byte_count(c.peak_sram)} of {byte_count(c.sram)}" if c.sram else "" for c in columns]),
     ]
