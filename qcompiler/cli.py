@@ -835,7 +835,7 @@ def _within_budget(
             "a budget lets the compiler choose formats of weights; leave out --weights, --layer-weights, --group-size "
             "and --formats, or the budget."
         )
-    return search_formats(model, target, options, budget, progress=progress).options
+    return search_formats(model, target, options, budget, sweep=False, progress=progress).options
 
 
 def _options(

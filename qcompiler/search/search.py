@@ -54,6 +54,7 @@ def search(
     *,
     evaluation: CalibrationSource | None = None,
     labels: str | os.PathLike[str] | None = None,
+    sweep: bool = True,
     progress: Progress = SILENT,
 ) -> Found:
     """Choose a format for the weights of each layer.
@@ -66,6 +67,7 @@ def search(
         evaluation: other samples, on which points are run for the figures shown; nothing is chosen by them. Calibration
             data stand in for them.
         labels: of the samples of `evaluation`; without it, an array called label or labels in its .npz.
+        sweep: also find and run the points of the front; else just what was chosen, and 8 bits everywhere.
         progress: told of stages as they begin.
 
     Raises:
@@ -73,10 +75,10 @@ def search(
     """
     if options.calibration is None:
         raise QCompilerError("search measures layers on real samples: give --calibration.")
-    if options.formats.activations == "dynamic":
+    if options.formats.activations not in ("int8", "int16") or options.formats.group is not None:
         raise QCompilerError(
-            "search prices layers with activations of fixed ranges; leave out --activations dynamic, or choose formats "
-            "by --layer-weights."
+            "search prices layers with activations of fixed ranges and one scale per channel of weights: it takes "
+            "--activations int8 or int16, and no --group-size. Formats of others are chosen by --layer-weights."
         )
     base = replace(options.formats, default=UNIFORM, by_layer={})
     prepared = prepare(model, target, replace(options, formats=base), progress, learn=False)
@@ -93,7 +95,8 @@ def search(
     felt = sensitivities(prepared, layers, plans, judges.calibration, prices.macs, progress)
     table = problem(layers, felt, prices)
     wanted, final_options, cost, measured = _chosen(model, target, options, table, shop, budget, progress)
-    points = _points(list(dict.fromkeys((*front(table), wanted))), table, shop, progress)
+    others = front(table) if sweep else [(UNIFORM,) * len(layers)]
+    points = _points(list(dict.fromkeys((*others, wanted))), table, shop, progress)
     found = Search(
         model=prepared.source.name,
         target=prepared.target.name,

@@ -16,6 +16,7 @@ from qcompiler.compile import estimate, place
 from qcompiler.errors import QCompilerError
 from qcompiler.formats_file import read_formats
 from qcompiler.options import Options
+from qcompiler.quant.types import WeightRequest
 from qcompiler.search.budget import Budget
 from qcompiler.search.files import FORMATS, FRONT_CSV, FRONT_JSON, FRONT_PAGE, save
 from qcompiler.search.pricing import Cost
@@ -174,6 +175,8 @@ def test_mistakes(tmp_path: Path) -> None:
     few = replace(OPTIONS, samples=4)
     with pytest.raises(QCompilerError, match="--labels are those of the samples of --evaluate"):
         search(DIGITS, TARGET, few, labels=tmp_path / "classes.npy")
+    with pytest.raises(QCompilerError, match="takes --activations int8 or int16"):
+        search(DIGITS, TARGET, replace(few, formats=WeightRequest(activations="dynamic")))
     quantized = tmp_path / "quantized.onnx"
     ir.save(place(DIGITS, TARGET, few).quantized, quantized)
     with pytest.raises(QCompilerError, match="arrived quantized"):
@@ -184,7 +187,8 @@ def test_mistakes(tmp_path: Path) -> None:
 
 def test_a_target_of_eight_bits_chooses_between_them_and_float() -> None:
     options = replace(OPTIONS, samples=16, quality="fast")
-    result = search(DIGITS, "arm-npu", options, Budget(minimise="energy")).search
+    result = search(DIGITS, "arm-npu", options, Budget(minimise="energy"), sweep=False).search
+    assert {point.name for point in result.points} == {"int8", result.chosen.name}
     assert {row.format for layer in result.layers for row in layer.formats} == {"int8", "float"}
     assert result.chosen.cost.energy <= result.point("int8").cost.energy
 
@@ -196,18 +200,19 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         return int(leaving.value.code or 0), capsys.readouterr().out
 
     common = (str(DIGITS), "-t", TARGET, "-c", str(CALIBRATION), "--samples", "16", "--quality", "fast")
-    folder, bundle = tmp_path / "front", tmp_path / "searched.qc"
+    folder, bundle, some = tmp_path / "front", tmp_path / "searched.qc", tmp_path / "some.npz"
+    with np.load(TEST) as data:
+        images, labels = data["image"][::9], data["label"][::9]
+    np.savez(some, image=images, label=labels)
     code, out = run(
-        "search", *common, "--evaluate", str(TEST), "--max-drop", "1%", "--min-weights", "--save", str(folder), "-o",
+        "search", *common, "--evaluate", str(some), "--max-drop", "1%", "--min-weights", "--save", str(folder), "-o",
         str(bundle),
     )  # fmt: skip
     assert code == 0 and "Spearman" in out and "× int8" in out and str(folder / FORMATS) in out
-    with np.load(TEST) as data:
-        images, labels = data["image"], data["label"]
     searched = load(bundle)
     top1 = (searched.run({"image": images})["logits"].argmax(axis=1) == labels).mean()
     shown = json.loads((folder / FRONT_JSON).read_text())
-    assert top1 == pytest.approx(shown["chosen"]["measured"]["top1"], abs=0.003)
+    assert top1 == pytest.approx(shown["chosen"]["measured"]["top1"], abs=0.021)  # one image
     # The file of formats, and a budget without a search of its own, lead to the same.
     for extra in (("--formats", str(folder / FORMATS)), ("--max-drop", "1%", "--min-weights")):
         again = tmp_path / f"{extra[0]}.qc"
