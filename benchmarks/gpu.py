@@ -36,7 +36,12 @@ from qcompiler.runtime import gpu_device, gpu_problem
 
 ZOO = Path(os.environ.get("QCOMPILER_ZOO", Path(__file__).resolve().parents[2] / "shared" / "zoo"))
 COUNTED = ("resnet20_cifar10", "squeezenet11", "resnet_50")
-CHECKED = ("mnist_cnn", "kws_dscnn", "resnet8_cifar10", "resnet20_cifar10", "mobilenet_v1_025_128", "squeezenet11")
+CHECKED = (
+    "mnist_cnn", "kws_dscnn", "resnet8_cifar10", "resnet20_cifar10", "mobilenet_v1_025_128", "squeezenet11",
+    "ad01_autoencoder", "kws_dscnn_tflite_int8_qdq", "resnet8_tflite_int8_qdq",
+    "mobilenet_v1_025_128_tflite_qat_qdq", "fastestdet_352",
+)  # fmt: skip
+"""All of the zoo but a network that ends in floats on the CPU."""
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 FOR_NOTHING = (
     "gpu.launch=0 us", "gpu.crossing.sync=0 us", "gpu.crossing.bandwidth=100000 GB/s",
@@ -71,7 +76,8 @@ def count(source: str, architecture: str, folder: Path) -> Counts:
         command = ["cuobjdump", "-sass", str(file)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         patterns = (r"\bIMMA\.", r"\bIDP\.4A\.", r"\bLDG\.E\.128")
-    return Counts(*(len(re.findall(pattern, text)) for pattern in patterns), len(code))
+    tensor, dot, wide = (len(re.findall(pattern, text)) for pattern in patterns)
+    return Counts(tensor, dot, wide, len(code))
 
 
 def instructions(folder: Path) -> list[str]:

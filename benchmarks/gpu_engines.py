@@ -8,7 +8,7 @@ Needs for torch: torch with CUDA; for onnxruntime: onnxruntime-gpu and onnxconve
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -116,8 +116,9 @@ class TorchNetwork:
             values[node.output[0]] = self._compute(node.op_type, inputs, attributes)
         return [values[output.name] for output in self._graph.output]
 
-    def _compute(self, op: str, inputs: list[Tensor], attributes: dict[str, Any]) -> Tensor:
-        torch, functional, x = self._torch, self._torch.nn.functional, inputs[0] if inputs else None
+    def _compute(self, op: str, inputs: Sequence[Tensor], attributes: dict[str, Any]) -> Tensor:
+        torch, functional = self._torch, self._torch.nn.functional
+        x: Tensor = inputs[0] if inputs else None
         match op:
             case "Constant":
                 return torch.from_numpy(numpy_helper.to_array(attributes["value"]).copy())

@@ -169,12 +169,13 @@ GPU_FOR_NOTHING = (
 )  # fmt: skip
 """With its real costs a GPU leaves the smallest networks to the CPU."""
 MANY_SAMPLES = ("mnist_cnn", "kws_dscnn", "resnet8_cifar10", "resnet20_cifar10", "mobilenet_v1_025_128")
+FEW_SAMPLES = ("squeezenet11", "mobilenet_v1_025_128_tflite_qat_qdq")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MANY_SAMPLES, *FEW_SAMPLES])
 def test_opencl(zoo: Path, tmp_path: Path, name: str) -> None:
-    """Every integer operator on the GPU; on a CPU by PoCL where there is none."""
+    """Every integer operator on the GPU; by PoCL on a CPU where there is none. benchmarks/gpu.py runs the rest."""
     count = 20 if name in MANY_SAMPLES else SAMPLES
     done, samples = placed(zoo, name, "opencl-gpu", overrides=GPU_FOR_NOTHING, samples=count)
     elsewhere = [item.op for item in done.partition.placements if item.backend == "cpu" and item.precision != "float32"]

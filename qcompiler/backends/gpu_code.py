@@ -109,7 +109,7 @@ def prelude(device: Device) -> str:
     return head + MMA_PRELUDE if "mma" in device.features else head
 
 
-def generate(functions: Mapping[str, tirx.PrimFunc], device: Device) -> Code:
+def generate(functions: Mapping[str, _tirx.PrimFunc], device: Device) -> Code:
     """Source for scheduled functions, each of which is one kernel, by name."""
     target = _tvm_target(device)
     named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
@@ -152,10 +152,13 @@ def _launch(kernel: Any, function: Any) -> Launch:
     tvm_ffi.structural_walk(kernel.body, (tirx.AttrStmt, note), order="post")
     names = [f"{buffer.name}_ptr" for buffer in function.params]
     assert len(set(names)) == len(names), f"parameters of one name: {names}"
-    grid, block = (tuple(extents.get(f"{kind}.{axis}", 1) for axis in "xyz") for kind in ("blockIdx", "threadIdx"))
-    return Launch(
-        str(kernel.attrs["global_symbol"]), grid, block, tuple(names.index(str(p.name)) for p in kernel.params)
-    )
+
+    def sizes(kind: str) -> tuple[int, int, int]:
+        x, y, z = (extents.get(f"{kind}.{axis}", 1) for axis in "xyz")
+        return x, y, z
+
+    arguments = tuple(names.index(str(parameter.name)) for parameter in kernel.params)
+    return Launch(str(kernel.attrs["global_symbol"]), sizes("blockIdx"), sizes("threadIdx"), arguments)
 
 
 def _chain_dots(kernel: Any) -> Any:

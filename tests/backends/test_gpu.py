@@ -5,8 +5,10 @@ The cases are those of the CPU backend (test_cpu.py), each test's graph as one r
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -303,7 +305,8 @@ def add_layer(bench, layer: Layer, variant: RequantizeVariant) -> None:
     bias = rng.integers(-30000, 30000, outs).astype(np.int32)
     scale = CASES.factors(rng, outs, variant, weights[0].size)
     x_zero = CASES.zero_point(rng, x_dtype)
-    op = ops.QConv((kernel,) * 2, (stride,) * 2, (pad,) * 4, (1, 1), group, x_zero, 0, 3, -128, 127, variant)
+    two, four = (kernel, kernel), (pad, pad, pad, pad)
+    op = ops.QConv(two, (stride, stride), four, (1, 1), group, x_zero, 0, 3, -128, 127, variant)
     inputs = [bench.random((n, size, size, channels), x_dtype), *map(bench.constant, (weights, bias, *scale))]
     bench.integer(op, inputs, (n, out, out, outs), "int8")
 
@@ -372,3 +375,37 @@ def test_without_nvcc(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(QCompilerError, match="nvidia-cuda-toolkit"):
         binary("", MMA)
+
+
+# --- without a device --------------------------------------------------------------------------------------
+
+
+def _nowhere(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """qcompile in a process that finds no OpenCL device."""
+    environment = {**os.environ, "OCL_ICD_VENDORS": "/nonexistent/"}
+    script = "from qcompiler.cli import main; main()"
+    words = [sys.executable, "-c", script, *command]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "package"),
+    [("opencl-gpu", "pocl-opencl-icd"), pytest.param("cuda-gpu", "nvidia-driver", marks=needs_nvcc)],
+)
+def test_without_a_device_a_bundle_is_written_and_says_so(tmp_path, target: str, package: str) -> None:
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    bundle = tmp_path / "digits.qc"
+    free = [f"gpu.{key}" for key in ("launch=0us", "crossing.sync=0us", "crossing.bandwidth=10000GB/s")]
+    overrides = [word for change in free for word in ("--set", change)]
+    compiled = _nowhere([str(examples / "digits.onnx"), "--target", target, "-o", str(bundle), *overrides])
+    assert compiled.returncode == 0, compiled.stderr
+    if "cannot be checked" not in compiled.stdout + compiled.stderr:
+        pytest.skip("this machine has a device all the same")
+    assert package in " ".join((compiled.stdout + compiled.stderr).split())
+    kernels = {"opencl-gpu": "__kernel", "cuda-gpu": "__global__"}[target]
+    (source,) = (file for file in bundle.iterdir() if file.suffix in (".cl", ".cu"))
+    assert kernels in source.read_text("utf-8")
+    inputs, outputs = str(examples / "digits_calibration.npz"), str(tmp_path / "outputs.npz")
+    ran = _nowhere(["run", str(bundle), "--input", inputs, "--output", outputs])
+    assert ran.returncode != 0 and "Traceback" not in ran.stderr
+    assert package in " ".join(ran.stderr.split())

@@ -177,14 +177,12 @@ def schedule_mma(function: tirx.PrimFunc, tile: MmaTile, lanes: int, *, vectors:
 
 
 def _registered(rows: int, columns: int) -> tuple[str, str, str]:
-    names = tuple(f"qcompiler.mma_{what}_{rows}x{columns}" for what in ("fill", "multiply", "store"))
+    fill, multiply, store = (f"qcompiler.mma_{what}_{rows}x{columns}" for what in ("fill", "multiply", "store"))
     # TVM keeps intrinsics in a table of its own; entering one twice is an error.
-    if TensorIntrin.get(names[0], allow_missing=True) is None:
-        for name, pair in zip(
-            names, (_fill(rows, columns), _multiply(rows, columns), _store(rows, columns)), strict=True
-        ):
-            TensorIntrin.register(name, *pair)
-    return names
+    if TensorIntrin.get(fill, allow_missing=True) is None:
+        for name, make in ((fill, _fill), (multiply, _multiply), (store, _store)):
+            TensorIntrin.register(name, *make(rows, columns))
+    return fill, multiply, store
 
 
 def _fill(rows: int, columns: int):
