@@ -1,5 +1,6 @@
 """Networks of published shape with seeded weights, for measurements in which only the shape counts."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,14 @@ MOBILENET_V2 = (
 """Expansion, channels, repeats, first stride of the inverted residuals (Sandler et al. 2018, table 2)."""
 RESNET_50 = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 """Inner channels, blocks, first stride of the stages (He et al. 2015, table 1)."""
+
+RESNET_18 = ((64, 1), (128, 2), (256, 2), (512, 2))
+"""Channels and first stride of the stages of two blocks (the same, table 1)."""
+MOBILENET_V1 = (
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1), (512, 1),
+    (1024, 2), (1024, 1),
+)  # fmt: skip
+"""Channels and stride of the separable convolutions (Howard et al. 2017, table 1)."""
 
 
 class _Builder:
@@ -110,3 +119,53 @@ def resnet_50(path: Path, seed: int = 0) -> Path:
             skip = net.conv(out, depth, 4 * inner, 1, stride) if index == 0 else out
             out, depth = relu(net.add("Add", [wide, skip])), 4 * inner
     return net.save(net.classifier(out, depth), path)
+
+
+def resnet_18(path: Path, seed: int = 0) -> Path:
+    """ResNet-18 at 224x224: 1.8 billion multiply-accumulates."""
+    net = _Builder(seed)
+
+    def relu(source: str) -> str:
+        return net.add("Relu", [source])
+
+    out = relu(net.conv("image", 3, 64, 7, 2))
+    out, depth = net.add("MaxPool", [out], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]), 64
+    for channels, first in RESNET_18:
+        for stride in (first, 1):
+            inner = net.conv(relu(net.conv(out, depth, channels, 3, stride)), channels, channels, 3)
+            skip = net.conv(out, depth, channels, 1, stride) if depth != channels else out
+            out, depth = relu(net.add("Add", [inner, skip])), channels
+    return net.save(net.classifier(out, depth), path)
+
+
+def mobilenet_v1(path: Path, seed: int = 0) -> Path:
+    """MobileNetV1 1.0 at 224x224: 569 million multiply-accumulates."""
+    net = _Builder(seed)
+
+    def relu(source: str) -> str:
+        return net.add("Relu", [source])
+
+    out, depth = relu(net.conv("image", 3, 32, 3, 2)), 32
+    for channels, stride in MOBILENET_V1:
+        out = relu(net.conv(relu(net.conv(out, depth, depth, 3, stride, depth)), depth, channels, 1))
+        depth = channels
+    return net.save(net.classifier(out, depth), path)
+
+
+def published(name: str, path: Path, seed: int = 0) -> Path:
+    """One of the networks that the onnx package ships without weights ("densenet121"), with seeded ones."""
+    source = files("onnx") / "backend" / "test" / "data" / "light" / f"light_{name}.onnx"
+    model = onnx.load_from_string(source.read_bytes())
+    random = np.random.default_rng(seed)
+    shapes = {tensor.name: tuple(numpy_helper.to_array(tensor)) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "ConstantOfShape" or node.input[0] not in shapes:
+            continue
+        shape = shapes[node.input[0]]
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+        values = random.standard_normal(shape, np.float32) * np.float32((2 / fan_in) ** 0.5)
+        # Vectors are biases, and the scales and variances of normalizations: near one, and positive.
+        values = values if len(shape) > 1 else np.float32(1) + np.float32(0.02) * np.abs(values)
+        node.CopyFrom(helper.make_node("Constant", [], list(node.output), value=numpy_helper.from_array(values)))
+    onnx.save(model, path)
+    return path

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 
 from qcompiler.simulator.workload import Dims, OpClass, Shape
 
-SYSTEM_CONFIG = {"ethos-u55": "Ethos_U55_High_End_Embedded", "ethos-u65": "Ethos_U65_High_End"}
 MEMORY_MODE = "Shared_Sram"
 
 _CLASSES: Mapping[str, OpClass] = {
@@ -64,9 +63,8 @@ class Network:
     sram_bytes: int
 
 
-def run(vela: Path, tflite: bytes, accelerator: str, arena: int) -> Network:
-    """Compile a network for an accelerator ("ethos-u55-128") with so many bytes of SRAM."""
-    system = next(config for family, config in SYSTEM_CONFIG.items() if accelerator.startswith(family))
+def run(vela: Path, tflite: bytes, accelerator: str, system: str, arena: int) -> Network:
+    """Compile a network for an accelerator ("ethos-u55-128") in a system of Vela's, with so many bytes of SRAM."""
     with TemporaryDirectory(prefix="vela-") as folder:
         model = Path(folder) / "network.tflite"
         model.write_bytes(tflite)

@@ -140,6 +140,8 @@ class Memory(Spec):
     """external: holds everything, reached by DMA. scratchpad: what engines compute from. flash: read-only weights."""
     size: Bytes
     bandwidth: Bandwidth
+    engine_bandwidth: Bandwidth | None = None
+    """Of engines that read constants here in place, where that is less: they have fewer reads under way."""
     latency: Duration
     """Of a read, and of a write unless `write_latency` is given."""
     write_latency: Duration | None = None
@@ -182,6 +184,30 @@ class Dma(Spec):
     setup: Duration
 
 
+class MicroBlock(Spec):
+    """A micro-block that an array may work in, and for which operators."""
+
+    shape: tuple[int, int, int]
+    """OFM height, width, depth."""
+    ops: tuple[Literal["conv", "depthwise", "pool"], ...] = Field(min_length=1)
+
+
+class KernelFirst(Spec):
+    """When a convolution's products go kernel elements first: the granules by which both orders are rated.
+
+    V, ChooseKernelFirst in ethosu/regor/architecture/ethosu85/ethos_u85.cpp.
+    """
+
+    elements: int = Field(ge=1)
+    """Kernel elements of a whole step."""
+    least: int = Field(ge=1)
+    """Kernel elements that the last step counts as, at least."""
+    depth: int = Field(ge=1)
+    """Input channels of a step in that order."""
+    deep: int = Field(ge=1)
+    """Input channels of a step in the other."""
+
+
 class MacArray(Spec):
     """Ethos-U-like: an output-stationary array working on OFM blocks of whole micro-blocks (ublocks).
 
@@ -195,8 +221,25 @@ class MacArray(Spec):
     ifm_ublock: tuple[int, int, int]
     block_max: tuple[int, int, int]
     """OFM block limit, height, width, depth."""
+    micro_blocks: tuple[MicroBlock, ...] = ()
+    """Where the array has several: the one that exceeds the OFM least is used. `ublock` then rounds IFM blocks only."""
+    kernel_first: KernelFirst | None = None
+    """None: as the Ethos-U55 decides."""
+    ifm_block_depth: int = Field(default=32, ge=8)
+    """Input channels of a block of a convolution, depth first."""
+    ifm_depth_step: int = Field(default=32, ge=8)
+    """Input channels count as a multiple of this in depth-first order; 8 take a cycle."""
+    weight_decoders: int = Field(default=1, ge=1)
+    skips_2_of_4: bool = False
+    """Whether weights with two zeros in four input channels take half of the time; those of one or two always do."""
     cores: int = Field(default=1, ge=1)
     accumulator_banks: int
+    own_accumulator_banks: int = Field(default=0, ge=0)
+    """Banks of a memory for accumulators alone, the others being for feature maps; 0: all are shared."""
+    accumulator_depth: int = Field(default=8, ge=1)
+    """Channels that accumulators are kept for are a multiple of this."""
+    scale_rate: float = Field(default=0, ge=0)
+    """Bytes a cycle of scale records, read again for each plane of blocks; 0: as fast as needed."""
     bank_size: Bytes
     granules: tuple[int, ...]
     """Bank granularity: IFM8, IFM16, IFM8 elementwise, IFM16 elementwise, IFM32, Acc16, Acc32, Acc40."""

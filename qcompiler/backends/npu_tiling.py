@@ -300,6 +300,8 @@ class Tiling:
 CHANNEL_STEP = 16
 """Channel tiles are multiples of this unless nothing else fits: arrays work on whole blocks of channels."""
 
+_BLOCK_PIXELS = 64
+
 TILE_CYCLES = 64
 """What one more tile is taken to cost beside its traffic: registers, issue, a barrier."""
 
@@ -328,8 +330,17 @@ class Prices:
     constants: Bus
     engine_cycles_per_byte: float
     """Of operands an engine reads or writes in the scratchpad."""
-    constants_in_place: bool
-    """Whether engines reach the constants' memory."""
+    in_place: Bus | None
+    """For engines that read constants where they lie, if they can."""
+
+    @property
+    def once(self) -> int:
+        """Pixels of an OFM up to which reading constants in place is tried: they are one block, so each is read once.
+
+        DMA into the scratchpad moves as many bytes; it is preferred beyond one pixel unless it is slower.
+        """
+        assert self.in_place is not None
+        return _BLOCK_PIXELS if self.in_place.cycles_per_byte < self.constants.cycles_per_byte else 1
 
     @classmethod
     def of(cls, npu: Npu) -> "Prices":
@@ -345,8 +356,14 @@ class Prices:
             latency = max(memory.latency.cycles(npu.clock), npu.scratchpad.latency.cycles(npu.clock))
             return Bus(latency + dma.setup.cycles(npu.clock), 1 / rate, memory.burst)
 
+        memory = npu.memories[npu.weight_memory]
         return cls(
-            bus(npu.memory_name("external")), bus(npu.weight_memory), 1 / scratchpad, npu.reads_constants_in_place
+            bus(npu.memory_name("external")),
+            bus(npu.weight_memory),
+            1 / scratchpad,
+            Bus(0, 1 / (memory.engine_bandwidth or memory.bandwidth).per_cycle(npu.clock), memory.burst)
+            if npu.reads_constants_in_place
+            else None,
         )
 
 
@@ -370,7 +387,7 @@ def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment
     every tiling and left out. Constants stay where they are if the engine reaches them there and reads each only
     once, as for an OFM of one pixel.
     """
-    in_place = prices.constants_in_place and work.ofm[:3] == (1, 1, 1)
+    in_place = prices.in_place is not None and work.ofm[0] == 1 and work.ofm[1] * work.ofm[2] <= prices.once
     for fine in (False, True):
         best: Tiling | None = None
         for tile in _candidates(work, planes=all(resident), fine=fine):
@@ -484,8 +501,8 @@ def _evaluate(
         cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
         waited += prices.maps.cycles(1, y * x * c, run)
         moved += size
-    if in_place:
-        cycles += sum(len(stream.data) for stream in work.streams) * prices.constants.cycles_per_byte
+    if in_place and prices.in_place is not None:
+        cycles += sum(len(stream.data) for stream in work.streams) * prices.in_place.cycles_per_byte
     for stream in () if in_place else work.streams:
         size = len(stream.data) * _reloads(order, by_axis, stream.follows)
         first = stream.extent(tile[2])

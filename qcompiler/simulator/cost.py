@@ -309,6 +309,10 @@ class _Pricer:
         self.target, self.npu, self.bases, self.encoded = target, npu, bases, encoded
         self.scratchpad, self.external = npu.memory_name("scratchpad"), npu.memory_name("external")
         self.bandwidth = {name: memory.bandwidth.per_cycle(npu.clock) for name, memory in npu.memories.items()}
+        self.in_place = {
+            name: (memory.engine_bandwidth or memory.bandwidth).per_cycle(npu.clock)
+            for name, memory in npu.memories.items()
+        }
         self.read_latency = {name: memory.latency.cycles(npu.clock) for name, memory in npu.memories.items()}
         self.write_latency = {
             name: (memory.write_latency or memory.latency).cycles(npu.clock) for name, memory in npu.memories.items()
@@ -601,7 +605,7 @@ class _Pricer:
             for name in self.npu.memories
             if name in read or name in written
         )
-        times = {memory.memory: (memory.read + memory.written) / self.bandwidth[memory.memory] for memory in traffic}
+        times = {memory.memory: (memory.read + memory.written) / self.in_place[memory.memory] for memory in traffic}
         times[COMPUTE] = work.cycles
         limit = max(reversed(times), key=lambda unit: times[unit])
         issue = engine.issue.cycles(self.npu.clock)

@@ -4,8 +4,7 @@ The array computes an OFM block by block. While the MAC stage fills one set of a
 output stage rescales and writes the other, and the next IFM block and the weights are fetched. Block choice and cycles
 follow the ethos-u-vela 5.2.0 source distribution (V below): `find_block` is what Arm's compiler programs into the
 array (V ethosu/regor/architecture/ethosu55/ethos_u55.cpp, FindBlockConfig), and `cycles` its estimate of the time
-(V ethos_u55_performance.cpp; for zeros that are skipped, V ethosu85/ethos_u85_performance.cpp). Where a figure is the
-chip's, it is a field of `MacArray`.
+(V ethos_u55_performance.cpp). Where a figure is the chip's, it is a field of `MacArray`.
 """
 
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def find_block(shape: Shape, array: MacArray) -> Block:
     in order of depth, height and width wins, but for small ones that cover more of the IFM. Float32 as V, so that ties
     fall the same way.
     """
-    ublock, (rows, cols, channels) = array.ublock, shape.ofm
+    ublock, (rows, cols, channels) = _search_step(shape, array), shape.ofm
     limits = [
         _round_up(min(size, most), step) for size, most, step in zip(shape.ofm, array.block_max, ublock, strict=True)
     ]
@@ -94,7 +93,7 @@ def find_block(shape: Shape, array: MacArray) -> Block:
     elementwise, depthwise = shape.op in _ELEMENTWISE, shape.op == "depthwise"
     keeps_depth = elementwise or depthwise or shape.op in _POOLS
     ifm = max(shape.ifm, shape.second or shape.ifm, key=lambda dims: dims[0] * dims[1] * dims[2])
-    traversal = _traversal(shape)
+    traversal = _traversal(shape, array)
     ifm_height, ifm_width = (_ifm_extent(size, shape, array, axis) for axis, size in enumerate((height, width)))
     ifm_depth = depth if keeps_depth else np.array(_ifm_block_depth(shape, array, traversal), np.int64)
 
@@ -163,12 +162,21 @@ def _first_best(
     return chosen
 
 
-def _traversal(shape: Shape) -> Traversal:
+def _search_step(shape: Shape, array: MacArray) -> Dims:
+    return _micro_block(shape, array) if array.micro_blocks else array.ublock
+
+
+def _traversal(shape: Shape, array: MacArray) -> Traversal:
     """Part-kernel where a few kernel elements times eight channels fill the array better than many channels."""
     if shape.op == "depthwise":
         return "depthwise"
     if shape.op != "conv":
         return "depth_first"
+    if (rule := array.kernel_first) is not None:
+        steps, rest = divmod(shape.window, rule.elements)
+        counted = steps * rule.elements + max(rest, rule.least)
+        by_kernel = shape.ifm[2] / _round_up(shape.ifm[2], rule.depth) * (shape.window / counted)
+        return "part_kernel" if by_kernel >= shape.ifm[2] / _round_up(shape.ifm[2], rule.deep) else "depth_first"
     wide, together = (32, 4) if shape.ifm_bits == 8 else (16, 2)
     depth = shape.ifm[2]
     by_depth = depth / _round_up(depth, wide)
@@ -179,7 +187,8 @@ def _traversal(shape: Shape) -> Traversal:
 def _ifm_block_depth(shape: Shape, array: MacArray, traversal: Traversal) -> int:
     if shape.ifm_bits == 16:
         return _round_up(min(shape.ifm[2], 16), 4)
-    return _round_up(min(shape.ifm[2], 16 if traversal == "part_kernel" else 32), array.ifm_ublock[2])
+    deepest = 16 if traversal == "part_kernel" else array.ifm_block_depth
+    return _round_up(min(shape.ifm[2], deepest), array.ifm_ublock[2])
 
 
 def _ifm_extent(size: _Array, shape: Shape, array: MacArray, axis: int) -> _Array:
@@ -208,8 +217,10 @@ def _fits(
         scalar = shape.second is not None and shape.second == (1, 1, 1) and shape.ifm_bits <= 16
         return np.asarray(ifm_banks * (1 if scalar else 2) <= room)
     bits, granule = (40, _ACC40) if _wide_accumulators(shape) else (32, _ACC32)
-    accumulator_bytes = ofm_area * _round_up(depth, 8) * bits // 8
+    accumulator_bytes = ofm_area * _round_up(depth, array.accumulator_depth) * bits // 8
     accumulator_banks = _round_up(-(-accumulator_bytes // array.bank_size) * 2, array.granules[granule])
+    if own := array.own_accumulator_banks:
+        return np.asarray((ifm_banks <= room - own) & (accumulator_banks <= own))
     return np.asarray(ifm_banks + accumulator_banks <= room)
 
 
@@ -240,6 +251,9 @@ def _blocked(shape: Shape, array: MacArray, feed: Feed) -> Work:
     cycles = (mac * blocks + out if mac > out else out * blocks + mac) + fetch + store
 
     planes = ceil(shape.ofm[0] / clipped[0]) * ceil(shape.ofm[1] / clipped[1])
+    if shape.op == "conv" and array.scale_rate:
+        # Depthwise blocks are shallow and wide: their records are read about once.
+        cycles = max(cycles, _ENCODED_SCALE_BYTES * shape.ofm[2] * planes / array.scale_rate)
     slices = ceil(shape.ofm[2] / clipped[2]) if shape.op == "conv" else 1
     seen = _smaller(block.ifm, shape.ifm)
     ifm = seen[0] * seen[1] * _stored_depth(shape.ifm, array) * len(_subkernels(shape, array)) * planes * slices
@@ -254,7 +268,7 @@ def _blocked(shape: Shape, array: MacArray, feed: Feed) -> Work:
 def _mac_cycles(shape: Shape, array: MacArray, block: Block, ublock: Dims, ublocks: list[int]) -> float:
     """One block's time in the MAC stage: four cycles a micro-block and step, or what the weight stream allows."""
     area, deep = ublocks[0] * ublocks[1], ublocks[2]
-    weights = 4 * ublock[2]
+    weights = 4 * ublock[2] // array.weight_decoders
     ifm_depth = min(block.ifm[2], shape.ifm[2])
     total = 0
     for elements in _subkernels(shape, array):
@@ -265,13 +279,15 @@ def _mac_cycles(shape: Shape, array: MacArray, block: Block, ublock: Dims, ubloc
             cycles *= shape.ifm_bits / 8 if array.pool_cycles > 1 else 1
         elif block.traversal == "part_kernel":
             steps, repeats = ceil(elements / (2 if shape.ifm_bits == 16 else 4)), ceil(ifm_depth / 8)
-            cycles = max(weights, 4 * area) * steps * deep / shape.sparse_speedup
+            cycles = max(weights, 4 * area) * steps * deep
         elif block.traversal == "depthwise":
             steps, repeats = ceil(elements / 4), 1
             cycles = max(weights, 4 * area * shape.ifm_bits // 8) * steps * deep
         else:
             steps, repeats = elements, 1
-            cycles = max(weights, 4 * area) * steps * deep / shape.sparse_speedup
+            cycles = max(weights, _round_up(ifm_depth, array.ifm_depth_step) // 8 * area) * steps * deep
+        if shape.op == "conv" and array.skips_2_of_4 and shape.ifm[2] <= 2:
+            cycles //= 2
         total += (cycles + _delay(shape, array, area, deep, steps)) * repeats
     if shape.op == "conv":
         total *= ceil(shape.ifm[2] / ifm_depth)
@@ -350,11 +366,21 @@ def _output_cycles(shape: Shape, array: MacArray) -> float:
 
 
 def _micro_block(shape: Shape, array: MacArray) -> Dims:
-    """A 2-high micro-block turns into a 4-wide one for single rows of even width and flat kernels."""
+    """The one that exceeds the OFM least; a single 2-high one turns 4 wide for rows of even width and flat kernels."""
+    if array.micro_blocks:
+        op = shape.op if shape.op in ("conv", "depthwise") else "pool"
+        fitting = [block.shape for block in array.micro_blocks if op in block.ops]
+        return min(fitting or [array.ublock], key=lambda block: _covered(shape.ofm, block))
     height, width, depth = array.ublock
     if height == 2 and shape.op == "conv" and shape.ofm[0] == 1 and shape.ofm[1] % 2 == 0 and shape.kernel[0] == 1:
         return 1, width * 2, depth
     return height, width, depth
+
+
+def _covered(ofm: Dims, block: Dims) -> int:
+    """Elements of an OFM rounded up to whole micro-blocks."""
+    height, width, depth = (_round_up(size, step) for size, step in zip(ofm, block, strict=True))
+    return height * width * depth
 
 
 def _subkernels(shape: Shape, array: MacArray) -> list[int]:

@@ -77,3 +77,36 @@ def test_blocks_are_whole_micro_blocks_within_the_limits() -> None:
             block = find_block(Shape("conv", size, size, (3, 3), (1, 1), (1, 1), 1, 8, 8, 8, 1), array).ofm
             for extent, step, limit, whole in zip(block, array.ublock, array.block_max, size, strict=True):
                 assert extent % step == 0 and extent <= limit and extent < whole + step
+
+
+# Operators of the zoo's networks on the Ethos-U85 in ethos-u-vela 5.2.0 (perf_debug_main and perf of its debug
+# database): accelerator, OFM, IFM, kernel, micro-block, and cycles, waiting for scale records included.
+ETHOS_U85: tuple[tuple[str, Dims, Dims, tuple[int, int], float, Dims, int], ...] = (
+    ("ethos-u85-256", (28, 28, 8), (28, 28, 1), (5, 5), 2, (1, 4, 8), 3818),
+    ("ethos-u85-256", (14, 14, 16), (14, 14, 8), (5, 5), 1, (2, 2, 8), 3413),
+    ("ethos-u85-256", (44, 44, 24), (44, 44, 24), (1, 1), 1, (1, 4, 8), 25781),
+    ("ethos-u85-2048", (8, 8, 64), (8, 8, 64), (3, 3), 1, (2, 2, 64), 2930),
+    ("ethos-u85-2048", (16, 16, 32), (16, 16, 32), (3, 3), 1, (4, 4, 16), 2240),
+)
+
+
+@pytest.mark.parametrize(("name", "ofm", "ifm", "kernel", "speedup", "micro_block", "vela"), ETHOS_U85)
+def test_arrays_of_several_micro_blocks(
+    name: str, ofm: Dims, ifm: Dims, kernel: tuple[int, int], speedup: float, micro_block: Dims, vela: int
+) -> None:
+    array, inside = array_of(load_target(name)), Port(32, 32, 64)
+    shape = Shape("conv", ofm, ifm, kernel, (1, 1), (1, 1), 1, 8, 8, 8, 1, None, speedup)
+    block = find_block(shape, array).ofm
+    assert [size % step for size, step in zip(block, micro_block, strict=True)] == [0, 0, 0]
+    scales = Port(12, 500, 128) if name == "ethos-u85-2048" and ofm == (8, 8, 64) else inside  # not staged by Vela
+    assert mac_array(shape, array, Feed(inside, inside, scales)).cycles == pytest.approx(vela, rel=0.20)
+
+
+def test_accumulators_of_their_own_bound_the_block() -> None:
+    array = array_of(load_target("ethos-u85-256"))
+    shape = Shape("conv", (64, 64, 16), (64, 64, 16), (1, 1), (1, 1), (1, 1), 1, 8, 8, 8, 1, None)
+    height, width, depth = find_block(shape, array).ofm
+    assert 2 * 4 * height * width * depth <= array.own_accumulator_banks * array.bank_size
+    shared = array.model_copy(update={"own_accumulator_banks": 0})
+    height, width, depth = find_block(shape, shared).ofm
+    assert 2 * 4 * height * width * depth > array.own_accumulator_banks * array.bank_size
