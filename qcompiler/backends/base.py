@@ -77,6 +77,8 @@ class HostCode:
     @property
     def vector_bytes(self) -> int:
         """Width of a vector register."""
+        if "hvx-length128b" in self.features:
+            return 128
         # llvm_get_vector_width answers 64 for every x86.
         return 64 if "avx512bw" in self.features else 32 if "avx2" in self.features else 16
 

@@ -197,7 +197,9 @@ class _Lowering:
         outputs = tuple(self._port(value, _dequantizer(value), borders) for value in self._graph.outputs)
         places, copies = self._ports_in_memory()
         calls, arena = self._calls(steps, signatures, places)
-        return McuProgram(module, tuple(self._constants.arrays), (*calls, *copies), inputs, outputs, arena, self._alignment)
+        return McuProgram(
+            module, tuple(self._constants.arrays), (*calls, *copies), inputs, outputs, arena, self._alignment
+        )
 
     def _port(self, value: ir.Value, border: ir.Node | None, borders: Mapping[ir.Node, _Step]) -> Port:
         inner = value if border is None else _inner(border)

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.backends import te, te_arithmetic
+from qcompiler.backends import te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
-from qcompiler.backends.cpu_conv import Epilogue, Problem, fold_zero_points
+from qcompiler.backends.cpu_conv import Problem, fold_zero_points
 from qcompiler.backends.cpu_packed import Operands, flattened, round_up
+from qcompiler.backends.mcu_stages import Requantizing, requantizing, stage
 from qcompiler.backends.schedules import mcu as schedule
 from qcompiler.backends.schedules.reducing_dot import ReducingDot, reducing_dot
 from qcompiler.backends.te import Expr
-from qcompiler.graph import Shape
 
 _GATHER_GAIN = 2
 """How many times fewer instructions pay for gathering windows."""
@@ -71,80 +71,20 @@ def _input(problem: Problem, folded: Operands, x_value: ir.Value, run: int) -> _
     plain = folded.x_offset == 0 and problem.pad == (0, 0) and problem.dilate == (1, 1)
     if plain and rows <= h and row_bytes <= w * c:
         return _Input(x, x, staged=False)
-    return _Input(x, _stage(x, problem, folded, (n, rows, row_bytes)), staged=True)
-
-
-def _stage(x: te.Tensor, problem: Problem, folded: Operands, shape: Shape) -> te.Tensor:
-    """The input as int8 with padding and, for transposed convolutions, zeros between."""
-    _, h, w, c = problem.x_shape
-    (top, left), (up_y, up_x) = problem.pad, problem.dilate
-    zero = te.const(folded.x_zero_point, "int8")
-
-    def element(b: Expr, i: Expr, column: Expr) -> Expr:
-        y, before = i - top, column - left * c
-        if up_x == 1:
-            source, inside = before, [before >= 0, before < w * c]
-        else:
-            pixel, channel = column // c - left, column % c
-            source = pixel // up_x * c + channel
-            inside = [pixel >= 0, pixel < (w - 1) * up_x + 1, pixel % up_x == 0]
-        load = x[b, y // up_y, source]
-        if folded.x_offset:
-            load = (load.astype("int32") + folded.x_offset).astype("int8")
-        rows = [y >= 0, y < (h - 1) * up_y + 1, *([y % up_y == 0] if up_y > 1 else [])]
-        # Columns are marked, one by one as LoopPartition wants them: what remains are copies and fills. Marked rows
-        # would triple the code, as all of a row's work is in one loop.
-        for condition in reversed(inside):
-            load = te.if_then_else(te.inside(condition), load, zero)
-        return te.if_then_else(te.all_of(*rows), load, zero)
-
-    return te.compute(shape, element, "staged")
+    return _Input(x, stage(x, problem, folded, (n, rows, row_bytes)), staged=True)
 
 
 # --- the output --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Finish:
-    """Bias and requantization: parameters by output channel, and what follows the sums."""
-
-    arrays: tuple[np.ndarray, ...]
-    epilogue: Epilogue
-    high: bool
-    """Whether the high half of the product suffices."""
-
-
-def _finish(folded: Operands, epilogue: Epilogue) -> _Finish:
-    """Where every channel shifts its product by more than 32 bits, the low half of the product cannot matter.
-
-    For `tosa`, (a m + 2^(t-1)) >> t with t > 32 is ((a m >> 32) + 2^(t-33)) >> (t - 32): one high multiply.
-    """
-    total = 31 - epilogue.shift.astype(np.int64)
-    if epilogue.variant == "tosa" and total.min() > 32 and total.max() < 63:
-        rounding = (1 << (total - 33)).astype(np.int32)
-        return _Finish((folded.bias, epilogue.multiplier, rounding, (total - 32).astype(np.int32)), epilogue, high=True)
-    shift = [] if epilogue.variant == "float32" else [epilogue.shift]
-    return _Finish((folded.bias, epilogue.multiplier, *shift), epilogue, high=False)
-
-
-def _outputs(accumulator: te.Tensor, finish: _Finish, parameters: Sequence[te.Tensor]) -> te.Tensor:
+def _outputs(accumulator: te.Tensor, finish: Requantizing, parameters: Sequence[te.Tensor]) -> te.Tensor:
     """The blocks `total` and `output` behind sums [N, OH, OW, O]."""
-    bias, multiplier, *rest = parameters
-    epilogue, shape = finish.epilogue, te.shape_of(accumulator)
+    bias, *rest = parameters
+    shape = te.shape_of(accumulator)
     total = te.compute(shape, lambda b, i, j, o: accumulator[b, i, j, o] + bias[o], "total")
 
     def output(b: Expr, i: Expr, j: Expr, o: Expr) -> Expr:
-        acc = total[b, i, j, o]
-        if not finish.high:
-            shift = rest[0][o] if rest else multiplier[o]
-            return te_arithmetic.requantize(
-                acc, multiplier[o], shift, epilogue.variant, epilogue.zero_point, epilogue.limits, epilogue.dtype
-            )
-        rounding, shift = rest
-        product = acc.astype("int64") * multiplier[o].astype("int64")
-        upper = te.shift_right(product, te.const(32, "int64")).astype("int32")
-        scaled = te.shift_right(upper + rounding[o], shift[o])
-        return te_arithmetic.saturate(scaled, epilogue.zero_point, epilogue.limits, epilogue.dtype)
+        return finish.output(total[b, i, j, o], [array[o] for array in rest])
 
     return te.compute(shape, output, "output")
 
@@ -166,7 +106,7 @@ def _dot_convolution(problem: Problem, folded: Operands, x_value: ir.Value, dot:
         steps = -(-kw * c // dot.length)
         source = _input(problem, folded, x_value, steps * dot.length)
         runs, rows_per_output, row_step, pitch = folded.weights, sy, dy, sx * c
-    finish = _finish(folded, problem.epilogue)
+    finish = requantizing(folded, problem.epilogue)
     arrays = (_pack_runs(runs, tile[1], dot.length), *finish.arrays)
     weights, *parameters = parameters_of(arrays)
     ky, s, r = (
@@ -223,7 +163,7 @@ def _pack_runs(weights: np.ndarray, channels: int, length: int) -> np.ndarray:
 def _lane_convolution(problem: Problem, folded: Operands, x_value: ir.Value, lanes: int, host: HostCode) -> Kernel:
     out_channels, kh, kw, c = folded.weights.shape
     (sy, sx), dy = problem.strides, problem.dilations[0]
-    source, finish = _input(problem, folded, x_value, kw * c), _finish(folded, problem.epilogue)
+    source, finish = _input(problem, folded, x_value, kw * c), requantizing(folded, problem.epilogue)
     packed = folded.weights.reshape(out_channels // lanes, lanes, kh, kw * c).transpose(0, 2, 3, 1)
     arrays = (np.ascontiguousarray(packed), *finish.arrays)
     weights, *parameters = parameters_of(arrays)
@@ -249,7 +189,7 @@ def _depthwise_convolution(problem: Problem, folded: Operands, x_value: ir.Value
     channels, kh, kw, _ = folded.weights.shape
     (sy, sx), (dy, dx) = problem.strides, problem.dilations
     source = _input(problem, folded, x_value, ((kw - 1) * dx + 1) * channels)
-    finish = _finish(folded, problem.epilogue)
+    finish = requantizing(folded, problem.epilogue)
     arrays = (np.ascontiguousarray(folded.weights[..., 0].transpose(1, 2, 0)), *finish.arrays)
     weights, *parameters = parameters_of(arrays)
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")

@@ -127,7 +127,9 @@ def _float(number: float, suffix: str) -> str:
 
 def _weights(program: McuProgram) -> str:
     parts = ['#include "model_kernels.h"\n']
-    parts += [_array(f"model_constant{index}", array, program.alignment) for index, array in enumerate(program.constants)]
+    parts += [
+        _array(f"model_constant{index}", array, program.alignment) for index, array in enumerate(program.constants)
+    ]
     return "\n".join(parts)
 
 
@@ -325,7 +327,9 @@ def _vectors_source(program: McuProgram, vectors: Sequence[TestVector]) -> str:
         arrays = [vector.outputs[index] for vector in vectors]
         parts.append(_vector_array(f"expected{index}", port, arrays, program.alignment))
         parts.append(f"static _Alignas(MODEL_ALIGNMENT) {_C_TYPES[port.dtype]} output{index}[{port.elements}];\n")
-    given = [f"input{index} + sample * {_stride(port, program.alignment)}u" for index, port in enumerate(program.inputs)]
+    given = [
+        f"input{index} + sample * {_stride(port, program.alignment)}u" for index, port in enumerate(program.inputs)
+    ]
     given += [f"output{index}" for index in range(len(program.outputs))]
     parts += [f"void test_vector_run(uint32_t sample) {{ model_run({', '.join(given)}); }}", ""]
     parts += ["int test_vector_equal(uint32_t sample) {"]

@@ -20,7 +20,8 @@ from tvm.ir import PointerType, PrimType
 from qcompiler.backends.npu_memory import aligned
 
 STACK_LIMIT = 512
-"""Bytes of one temporary that may live on the stack; accumulators, which LLVM then keeps in registers, are smaller."""
+"""Bytes of one temporary that may live on the stack; accumulators, which LLVM then keeps in registers, are smaller.
+Of storage scope "local" a temporary lives there whatever its size."""
 
 MIN_ALIGNMENT = 16
 """Bytes: of the workspace and of every argument, on any target."""
@@ -50,7 +51,8 @@ class RawFunction:
     name: str
     arguments: tuple[Argument, ...]
     workspace: int
-    """Bytes of the workspace; 0 if the function takes none."""
+    """Bytes of the workspace; 0 if the function takes none. If arguments are aligned to more than `MIN_ALIGNMENT`, as
+    much of it lies past the last temporary: whole vectors are read of which only the first bytes are used."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def lower_functions(
     with tvm.transform.PassContext(config=_CONFIG):
         bare = {name: _Bare(name, module[name].with_attr("target", target), alignment) for name in functions}
         module = tvm.IRModule({name: item.function for name, item in bare.items()})
-        module = tvm.transform.Sequential([_TIRX.LowerTVMBuiltin(), _TIRX.LowerIntrin()])(module)
+        module = _TIRX.LowerIntrin()(module)
     if not is_llvm(target):
         module = tvm.IRModule({name: _structural_mutate(module[name], _EXACT) for name in functions})
     return RawModule(module, tuple(item.signature for item in bare.values()))
@@ -177,12 +179,16 @@ class _Bare:
 
     def __init__(self, name: str, function: Any, alignment: int) -> None:
         self._used, self._alignment = 0, alignment
+        # What is read past a temporary's end had better not be past the stack's.
+        self._stack_limit = STACK_LIMIT if alignment == MIN_ALIGNMENT else 0
         self._workspace = _tirx.Var("workspace", _pointer("uint8"))
         pointers = [_tirx.Var(buffer.name, _pointer(str(buffer.dtype))) for buffer in function.params]
         views = [
             _tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in zip(function.params, pointers, strict=True)
         ]
         body = self._moved(function.body)
+        if self._used and alignment > MIN_ALIGNMENT:
+            self._used += alignment
         parameters = [*pointers, *([self._workspace] if self._used else [])]
         body = _tirx.SeqStmt([*views, body])
         if alignment > MIN_ALIGNMENT:
@@ -222,7 +228,7 @@ class _Bare:
     def _place(self, statement: Any) -> Any:
         buffer = statement.buffer
         size = int(np.prod([int(dim) for dim in buffer.shape])) * element_bytes(str(buffer.dtype))
-        if size <= STACK_LIMIT:
+        if size <= self._stack_limit or buffer.scope() == "local":
             return statement
         offset, self._used = self._used, self._used + aligned(size, self._alignment)
         data = _tirx.call_intrin(

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from qcompiler.backends import cpu, cpu_conv, mcu_conv
+from qcompiler.backends import cpu, cpu_conv, hvx_conv, mcu_conv
 from qcompiler.backends.base import HostCode, Lowering
 from qcompiler.backends.schedules.dot import dot_product
+from qcompiler.backends.schedules.hvx import has_hvx
 from qcompiler.graph import QCOMPILER_DOMAIN, data_input, dtype_of
 
 _PROBLEMS: Mapping[str, Callable[[ir.Node], cpu_conv.Problem]] = {
@@ -24,7 +25,8 @@ def lower_node(node: ir.Node, host: HostCode) -> Lowering:
     if node.domain == QCOMPILER_DOMAIN and node.op_type in _PROBLEMS:
         dtype = dtype_of(data_input(node))
         if dtype.itemsize == 1 and dot_product(host, str(dtype)) is None:
-            kernel = mcu_conv.convolution(_PROBLEMS[node.op_type](node), data_input(node), host)
+            convolution = hvx_conv.convolution if has_hvx(host) else mcu_conv.convolution
+            kernel = convolution(_PROBLEMS[node.op_type](node), data_input(node), host)
             if kernel is not None:
                 return kernel
     return cpu.lower_node(node, host)

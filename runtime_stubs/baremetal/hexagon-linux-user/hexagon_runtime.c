@@ -1,5 +1,5 @@
-/* What compiled code calls that an SDK's C library and compiler runtime would hold: memory functions, divisions, and the
- * one function of libm that quantized networks end in. */
+/* What compiled code calls that an SDK's C library and compiler runtime would hold: memory functions, divisions, and
+ * what quantized networks begin and end with of libm. */
 #include <stddef.h>
 #include <stdint.h>
 
@@ -24,6 +24,11 @@ void *memcpy(void *restrict to, const void *restrict from, size_t size) {
     }
     while (size-- > 0) *out++ = *in++;
     return to;
+}
+
+/* LLVM's name for a copy of 32 bytes or more, in eights, between addresses it believes aligned. */
+void *__hexagon_memcpy_likely_aligned_min32bytes_mult8bytes(void *restrict to, const void *restrict from, size_t size) {
+    return memcpy(to, from, size);
 }
 
 void *memmove(void *to, const void *from, size_t size) {
@@ -152,6 +157,12 @@ float __hexagon_divsf3(float a, float b) {
     /* A carry out of the fraction rightly raises the exponent. */
     if (below > 4 || (below == 4 && (result & 1))) result++;
     return float_of(sign | result);
+}
+
+/* To the nearest whole number, ties to even: beyond 2^23 floats are whole, so adding that and taking it away rounds. */
+float nearbyintf(float x) {
+    const float whole = float_of((bits_of(x) & 0x80000000u) | bits_of(8388608.0f));
+    return (bits_of(x) & 0x7FFFFFFFu) >= bits_of(8388608.0f) ? x : (x + whole) - whole;
 }
 
 /* e^x = 2^k e^r with |r| <= ln 2 / 2; ln 2 in two parts (Cody and Waite), e^r by its Taylor series. Within 2 ulp. */
