@@ -100,13 +100,16 @@ def softmax(node: ir.Node, host: HostCode) -> Kernel:
 
 
 def quantize_linear(node: ir.Node, host: HostCode) -> Kernel:
+    formula = quantize_formula(node)
+    return elementwise(formula.operands, node.outputs[0], formula.expression, host)
+
+
+def quantize_formula(node: ir.Node) -> Formula:
     scale, zero_point = _affine(node)
     dtype = str(dtype_of(node.outputs[0]))
-    return elementwise(
+    return Formula(
         [data_input(node), scale, zero_point],
-        node.outputs[0],
         lambda x, s, z: te_arithmetic.quantize(x.astype("float32"), s, z, dtype),
-        host,
     )
 
 

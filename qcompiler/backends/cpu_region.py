@@ -1,14 +1,14 @@
 """Lower the nodes of a CPU region together: what follows a product goes into its epilogue, and float maps turn round.
 
 A product (convolution, fully connected layer) takes along the element-by-element operators behind it, as long as
-nobody else reads what is between: activations, additions of a map computed before, and behind an integer product one
+nobody else reads what is between: activations, additions of a map computed before, a QuantizeLinear, a
 DequantizeLinear. They are computed while the result is in registers, integers exactly as if each stood alone: what
 comes after a DequantizeLinear stays outside, for LLVM would contract its multiplication with an addition.
 
-ONNX's float maps are [N, C, H, W], and vectors want channels last. Where an operator with code for that
-reads a float map, the map is transposed, and its result stays so until an operator without such code, or
-somebody outside the region, reads it. In most networks that leaves one transpose at each end. Integer
-maps have channels last already.
+ONNX's maps are [N, C, H, W], and vectors want channels last. Where a float convolution reads a map, it is
+transposed, and what is computed from it stays so until an operator that has no code for that, or somebody
+outside the region, reads it. In most networks that leaves one transpose at each end. Maps of integer convolutions
+have channels last already; where the graph transposes one for a float operator, that waits for somebody to need it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ def lower_region(nodes: Sequence[ir.Node], host: HostCode) -> list[Step]:
 
 
 class _Region:
-    """The steps so far, and which float maps exist with channels last."""
+    """The steps so far, and which maps exist with channels last."""
 
     def __init__(self, nodes: Sequence[ir.Node], host: HostCode) -> None:
         self.steps: list[Step] = []
@@ -93,9 +93,7 @@ class _Region:
         return value
 
     def channels_last(self, value: ir.Value) -> ir.Value:
-        """A float map with channels last; anything else as it is."""
-        if not _is_float_map(value):
-            return value
+        """A map with channels last."""
         if value not in self._turned:
             turned = _turned_value(value)
             self._emit("Transpose", movement.permuted(value, turned, (0, 2, 3, 1)), (turned,))
@@ -107,8 +105,6 @@ class _Region:
 
     def _result(self, value: ir.Value) -> ir.Value:
         """Where an operator that computes channels last leaves its result."""
-        if not _is_float_map(value):
-            return value
         self._turned[value] = _turned_value(value)
         self._missing.add(value)
         return self._turned[value]
@@ -137,8 +133,7 @@ class _Region:
         """The longest run of operators that can go into the epilogue, in execution order."""
         maps = cpu_packed.takes_maps(_geometry(head), self._host)
         group, made, longest = [head], [head.outputs[0]], 1
-        exact = head.domain == QCOMPILER_DOMAIN
-        while len(group) <= _LONGEST and not (exact and dtype_of(made[-1]) == np.float32):
+        while len(group) <= _LONGEST and not is_op(group[-1], "DequantizeLinear"):
             readers = [user for value in made for user in users(value) if user not in group]
             fitting = next((user for user in readers if self._fits(user, head, made, maps=maps)), None)
             if fitting is None:
@@ -195,10 +190,10 @@ class _Region:
 
     def _channels_last(self, node: ir.Node) -> bool:
         """Lower an operator that works on maps with channels last, if one of its inputs is there so."""
+        if is_op(node, "Transpose") and len(shape_of(node.outputs[0])) == 4:
+            return self._transpose(node)
         if not any(value in self._turned for value in node.inputs if value is not None):
             return False
-        if is_op(node, "Transpose"):
-            return self._transpose(node)
         if cpu_float.is_pool(node):
             kernel = cpu_float.pool(node, self.channels_last(data_input(node)), self._host)
             self._emit(node.op_type, kernel, (self._result(node.outputs[0]),))
@@ -211,36 +206,48 @@ class _Region:
         return self._elementwise(node)
 
     def _transpose(self, node: ir.Node) -> bool:
-        """A Transpose that does what was done already."""
-        source = data_input(node)
-        if ints(node, "perm") != (0, 2, 3, 1):
-            return False
-        self._emit(node.op_type, View(self._turned[source]), (node.outputs[0],))
-        return True
+        """A Transpose from channels last, which can wait, or to them, which may be done."""
+        (source, output), perm = (data_input(node), node.outputs[0]), ints(node, "perm")
+        if perm == (0, 3, 1, 2):
+            self._turned[output] = self.as_is(source)
+            self._missing.add(output)
+            return True
+        if perm == (0, 2, 3, 1) and source in self._turned:
+            self._emit(node.op_type, View(self._turned[source]), (output,))
+            return True
+        return False
 
     def _elementwise(self, node: ir.Node) -> bool:
         formula = _formula(node)
-        if formula is None or not _is_float_map(node.outputs[0]):
+        if formula is None or len(shape_of(node.outputs[0])) != 4:
             return False
-        operands: list[Operand] = []
-        for operand in formula.operands:
-            array = _array(operand)
-            if array is None and not (isinstance(operand, ir.Value) and _is_float_map(operand)):
-                return False
-            if array is not None:
-                operands.append(array.reshape((1,) * (4 - array.ndim) + array.shape).transpose(0, 2, 3, 1))
-            elif isinstance(operand, ir.Value):
-                operands.append(operand)
-        turned = [operand if isinstance(operand, np.ndarray) else self.channels_last(operand) for operand in operands]
+        arrays = [_array(operand) for operand in formula.operands]
+        if not all(
+            len(operand.shape or ()) == 4 if array is None else array.ndim <= 4
+            for operand, array in zip(formula.operands, arrays, strict=True)
+        ):
+            return False
+        turned = [self._operand_last(operand, array) for operand, array in zip(formula.operands, arrays, strict=True)]
         output = self._result(node.outputs[0])
         self._emit(node.op_type, elementwise(turned, output, formula.expression, self._host), (output,))
         return True
+
+    def _operand_last(self, operand: Operand, array: np.ndarray | None) -> Operand:
+        if array is not None:
+            return array.reshape((1,) * (4 - array.ndim) + array.shape).transpose(0, 2, 3, 1)
+        assert isinstance(operand, ir.Value)
+        return self.channels_last(operand)
 
 
 # --- what nodes and values are -----------------------------------------------------------------------------
 
 
 _INTEGER_PRODUCTS = ("QConv", "QConvTranspose", "QGemm")
+_INTEGER_FORMULAS: Mapping[str, Callable[[ir.Node], Formula]] = {
+    "QAdd": cpu_elementwise.add_formula,
+    "QMul": cpu_elementwise.multiply_formula,
+    "QRequantize": cpu_elementwise.requantize_formula,
+}
 _FORMULAS: Mapping[str, Callable[[ir.Node], Formula]] = float_elementwise.FORMULAS
 
 
@@ -253,11 +260,14 @@ def _geometry(node: ir.Node) -> cpu_packed.Geometry:
 
 
 def _formula(node: ir.Node) -> Formula | None:
-    """The node as a formula that may follow a product, or None."""
-    if is_op(node, "QAdd", domain=QCOMPILER_DOMAIN):
-        return cpu_elementwise.add_formula(node)
+    """The node as a formula of what lies in its inputs at one place, or None."""
+    if node.domain == QCOMPILER_DOMAIN:
+        make = _INTEGER_FORMULAS.get(node.op_type)
+        return make(node) if make is not None else None
     if is_op(node, "DequantizeLinear"):
         return cpu_elementwise.dequantize_formula(node)
+    if is_op(node, "QuantizeLinear"):
+        return cpu_elementwise.quantize_formula(node)
     if not is_op(node, *_FORMULAS) or dtype_of(node.outputs[0]) != np.float32:
         return None
     formula = _FORMULAS[node.op_type](node)
@@ -305,10 +315,7 @@ def _channel_array(operand: Operand, shape: Shape, axis: int) -> np.ndarray:
     return per_channel
 
 
-def _is_float_map(value: ir.Value) -> bool:
-    return len(shape_of(value)) == 4 and dtype_of(value) == np.float32 and const_of(value) is None
-
-
 def _turned_value(value: ir.Value) -> ir.Value:
     shape = cpu_float.channels_last(shape_of(value))
-    return ir.Value(name=f"{value.name}.nhwc", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    assert value.dtype is not None
+    return ir.Value(name=f"{value.name}.nhwc", shape=ir.Shape(shape), type=ir.TensorType(value.dtype))

@@ -174,3 +174,37 @@ def test_what_others_read_stays_outside_the_epilogue(run_on_cpu, tmp_path) -> No
     outputs = run_on_cpu(placed.integer, HOST, feeds, tmp_path)
     for value, output in zip(placed.integer.graph.outputs, outputs, strict=True):
         np.testing.assert_array_equal(output, expected[value_name(value)])
+
+
+def test_a_float_layer_among_integers_costs_no_transpose(run_on_cpu, tmp_path) -> None:
+    net, shapes = Net(6), [(1, 16, 12, 11)]
+    first = net.add("Relu", net.conv("x0", 16, 32, 3))
+    middle = net.conv(net.add("Relu", net.conv(first, 32, 32, 3)), 32, 32, 3)
+    out = net.conv(net.add("Add", net.add("Relu", middle), first), 32, 16)
+    path = net.save(tmp_path / "net.onnx", shapes, [out])
+    placed = place(path, "x86-cpu", Options(keep_float=[middle]))
+    names = step_names(placed.integer)
+    assert names == [
+        "QuantizeLinear", "Transpose", "QConv", "QConv", "DequantizeLinear", "Conv_Relu_QuantizeLinear_QAdd", "QConv",
+        "DequantizeLinear", "Transpose",
+    ]  # fmt: skip
+    feeds = net.feeds(shapes)
+    (expected,) = execute(placed.integer, feeds).values()
+    (output,) = run_on_cpu(placed.integer, HOST, feeds, tmp_path)
+    # Sums of floats in another order may round a value in the middle to its neighbour.
+    assert np.mean(np.abs(output - expected) > 1e-6) < 0.02
+    assert np.abs(output - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_gates_on_maps_of_integers_are_exact(run_on_cpu, tmp_path) -> None:
+    net, shapes = Net(7), [(1, 16, 8, 8)]
+    wide = net.conv("x0", 16, 32, 3)
+    gated = net.add("Mul", net.conv(wide, 32, 32, 3), wide)
+    out = net.conv(gated, 32, 16)
+    path = net.save(tmp_path / "net.onnx", shapes, [out])
+    placed = place(path, "x86-cpu", Options())
+    assert "QConv_QMul" in step_names(placed.integer)
+    feeds = net.feeds(shapes)
+    (expected,) = execute(placed.integer, feeds).values()
+    (output,) = run_on_cpu(placed.integer, HOST, feeds, tmp_path)
+    np.testing.assert_array_equal(output, expected)
