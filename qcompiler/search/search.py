@@ -24,7 +24,7 @@ from qcompiler.quant.weight_bits import activation_dtype
 from qcompiler.search.budget import Budget
 from qcompiler.search.choose import Problem, problem
 from qcompiler.search.chooser import Chooser, dominated, figures_of, front
-from qcompiler.search.layers import UNIFORM, Assignment, Layer, layers_of, request
+from qcompiler.search.layers import UNIFORM, Assignment, Layer, everywhere, layers_of, request
 from qcompiler.search.measure import Measured
 from qcompiler.search.pricing import Cost, Prices, exact, price
 from qcompiler.search.results import Chosen, Correlation, FormatRow, LayerRow, Point, Search
@@ -95,7 +95,7 @@ def search(
     felt = sensitivities(prepared, layers, plans, judges.calibration, prices.macs, progress)
     table = problem(layers, felt, prices)
     wanted, final_options, cost, measured = _chosen(model, target, options, table, shop, budget, progress)
-    others = front(table) if sweep else [(UNIFORM,) * len(layers)]
+    others = front(table) if sweep else [everywhere(layers, UNIFORM)]
     points = _points(list(dict.fromkeys((*others, wanted))), table, shop, progress)
     found = Search(
         model=prepared.source.name,
