@@ -162,6 +162,7 @@ def _softmax(node: ir.Node, perm: Perm) -> list[Perm] | None:
 _Rule = Callable[[ir.Node, Perm], list[Perm] | None]
 _INTEGER_RULES: Mapping[str, _Rule] = {
     "QLookup": _unary,
+    "QRoundHalf": _unary,
     "QRequantize": _unary,
     "QAdd": _elementwise,
     "QMul": _elementwise,

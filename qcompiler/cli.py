@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 from zipfile import BadZipFile
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from qcompiler.errors import QCompilerError
 from qcompiler.options import WeightOperators
-from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Scheme, WeightRequest, WeightType
+from qcompiler.quant.types import ActivationType, HalfType, Quality, RangeMethod, Scheme, WeightRequest, WeightType
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
@@ -176,6 +176,13 @@ RoundingScheme = Annotated[
         "--calibration says of the outputs. By default --quality decides.",
     ),
 ]
+Float16 = Annotated[
+    list[str] | None,
+    typer.Option("--float16", metavar="LAYER", help="Keep this layer in 16-bit floats; all for every one. Repeatable."),
+]
+BFloat16 = Annotated[
+    list[str] | None, typer.Option("--bfloat16", metavar="LAYER", help="The same in bfloat16; may be repeated.")
+]
 Prune = Annotated[
     str | None,
     typer.Option(
@@ -276,6 +283,8 @@ def compile_command(
     group_size: GroupSize = None,
     scheme: RoundingScheme = None,
     prune: Prune = None,
+    float16: Float16 = None,
+    bfloat16: BFloat16 = None,
     quality: RepairQuality = "fast",
     runtime: Annotated[
         list[Path] | None,
@@ -308,7 +317,9 @@ def compile_command(
     """Compile a model into a bundle, check it against the original, and report placement and cost."""
 
     limits = Limits(max_drop, max_latency, max_energy, max_weights, min_latency, min_energy, min_weights)
-    chosen = Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme, prune)
+    chosen = Formats(
+        weights, layer_weights, activations, all_layers, formats, group_size, scheme, prune, _halves(float16, bfloat16)
+    )
 
     def options(progress: "ConsoleProgress") -> "Options":
         given = _options(
@@ -388,6 +399,8 @@ def explain(
     threads: Threads = None,
     formats: FormatsFile = None,
     prune: Prune = None,
+    float16: Float16 = None,
+    bfloat16: BFloat16 = None,
 ) -> None:
     """Show what would run where, why, and at what cost, without building anything.
 
@@ -398,7 +411,8 @@ def explain(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats, group_size, prune=prune), dump=dump,
+            Formats(weights, layer_weights, activations, all_layers, formats, group_size, prune=prune,
+                    half=_halves(float16, bfloat16)), dump=dump,
             threads=threads,
         )  # fmt: skip
         report = explain_model(model, target, options, html=html, trace=trace, progress=progress)
@@ -484,6 +498,8 @@ def debug(
     all_layers: AllLayers = False,
     formats: FormatsFile = None,
     prune: Prune = None,
+    float16: Float16 = None,
+    bfloat16: BFloat16 = None,
 ) -> None:
     """Find the layers whose quantization hurts, say why, and name the option that helps."""
     with _mistakes(as_json), _console_progress() as progress:
@@ -492,7 +508,8 @@ def debug(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats, prune=prune),
+            Formats(weights, layer_weights, activations, all_layers, formats, prune=prune,
+                    half=_halves(float16, bfloat16)),
         )  # fmt: skip
         diagnosis = diagnose(model, target, options, progress=progress)
         progress.finish()
@@ -791,6 +808,7 @@ class Formats:
     group: int | None = None
     scheme: Scheme | None = None
     prune: str | None = None
+    half: dict[str, HalfType] = field(default_factory=dict)
 
 
 EIGHT_BITS = Formats()
@@ -881,6 +899,7 @@ def _options(
         overrides=[*(overrides or ()), *([] if threads is None else [f"host.threads={threads}"])],
         formats=request,
         prune=None if formats.prune is None else parse_prune(formats.prune),
+        half=formats.half,
         quality=quality,
         tiles=tiles,
         dump=dump,
@@ -891,6 +910,11 @@ def _tile_file(database: Path | None) -> Path:
     from qcompiler.tile_database import default_path
 
     return default_path() if database is None else database
+
+
+def _halves(float16: list[str] | None, bfloat16: list[str] | None) -> dict[str, HalfType]:
+    halves: tuple[tuple[HalfType, list[str]], ...] = (("float16", float16 or []), ("bfloat16", bfloat16 or []))
+    return {layer: half for half, layers in halves for layer in layers}
 
 
 def _input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,16 @@ from qcompiler import bundle
 from qcompiler.bundle import Bundle
 from qcompiler.errors import QCompilerError
 from qcompiler.options import CalibrationSource, InputShapes, Options
-from qcompiler.quant.types import ActivationType, Quality, RangeMethod, Ranges, Scheme, WeightRequest, WeightType
+from qcompiler.quant.types import (
+    ActivationType,
+    HalfType,
+    Quality,
+    RangeMethod,
+    Ranges,
+    Scheme,
+    WeightRequest,
+    WeightType,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -89,6 +98,7 @@ def compile(
     group: int | None = None,
     scheme: Scheme | None = None,
     prune: str | None = None,
+    half: Mapping[str, HalfType] | None = None,
     quality: Quality = "fast",
     runtime: Sequence[str | os.PathLike[str]] = (),
     progress: Progress = SILENT,
@@ -125,6 +135,7 @@ def compile(
             calibration data. By default the quality decides.
         prune: make weights zero first, a fraction of them ("0.5") or two of every four neighbours ("2:4"); those that
             stay are changed so as to make up for it, given calibration data.
+        half: layers in 16-bit floats by name, "float16" or "bfloat16"; the name "all" for every one.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
         runtime: C files that implement `runtime_stubs/abi/qrt.h`, the driver of an accelerator, to link in place of
@@ -146,6 +157,7 @@ def compile(
         overrides=overrides,
         formats=WeightRequest(weights, layer_weights or {}, activations, all_layers, group, scheme),
         prune=None if prune is None else parse_prune(prune),
+        half=half or {},
         quality=quality,
         dump=dump,
     )
@@ -295,6 +307,7 @@ def prepare(
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
     from qcompiler.quant.dynamic import plan_dynamic
+    from qcompiler.quant.half import to_half
     from qcompiler.quant.plan import plan
     from qcompiler.quant.prune import prune as prune_weights
     from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
@@ -320,6 +333,7 @@ def prepare(
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]
         ranges = formats = None
         pruned: frozenset[str] = frozenset()
+        keep_float = tuple(options.keep_float)
         if options.prune is not None:
             if _is_quantized(graph):
                 raise QCompilerError(
@@ -332,13 +346,19 @@ def prepare(
                 )
             progress.stage("prune")
             graph, pruned = prune_weights(graph, options.prune, data, progress.advance)
+        if options.half:
+            if _is_quantized(graph):
+                raise QCompilerError(
+                    f"{source} arrived quantized, so its formats stay as they are and layers cannot become 16-bit "
+                    "floats; compile the float model it was made from."
+                )
+            graph, halves = to_half(graph, options.half)
+            keep_float += halves
         if is_weight_only(options.formats) and not _is_quantized(graph):
             progress.stage("quantize weights")
-            graph, formats = weight_only(
-                graph, options.formats, data, options.quality, options.keep_float, progress.advance
-            )
+            graph, formats = weight_only(graph, options.formats, data, options.quality, keep_float, progress.advance)
         elif options.formats.activations == "dynamic" and not _is_quantized(graph):
-            formats = plan_dynamic(graph, chip, options.keep_float, options.formats)
+            formats = plan_dynamic(graph, chip, keep_float, options.formats)
             formats = replace(formats, pruned=pruned)
             if effort.steps and learn:
                 progress.stage("repair")
@@ -352,7 +372,7 @@ def prepare(
                 ranges = calibrate(
                     graph, data, options.method, progress.advance, bits=16 if wide else 8, symmetric=symmetric
                 )
-                made = plan(graph, ranges, chip, options.keep_float, options.formats)
+                made = plan(graph, ranges, chip, keep_float, options.formats)
                 return ranges, replace(made, pruned=pruned)
 
             ranges, formats = planned(graph)

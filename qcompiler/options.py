@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qcompiler.quant.types import PruneRequest, Quality, RangeMethod, WeightRequest
+from qcompiler.quant.types import HalfType, PruneRequest, Quality, RangeMethod, WeightRequest
 
 if TYPE_CHECKING:
     from qcompiler.dataset import ImageOptions
@@ -35,6 +35,8 @@ class Options:
     """Preprocessing, if `calibration` is a folder of images."""
     keep_float: Sequence[str] = ()
     """Names of operators to leave in float; "all" for every one."""
+    half: Mapping[str, HalfType] = field(default_factory=dict)
+    """Layers in 16-bit floats, by name; "all" for every one."""
     overrides: Sequence[str] = ()
     """Changes to the target spec, such as "memories.sram.size=512KiB"."""
     formats: WeightRequest = field(default_factory=WeightRequest)

@@ -75,6 +75,11 @@ class HostCode:
     tiles: TileChoice = best_guess
 
     @property
+    def converts_halves(self) -> bool:
+        """Whether it has instructions that make float32 of float16; bfloat16 takes a shift anywhere."""
+        return bool({"f16c", "avx512f", "neon", "fp16", "fullfp16"} & self.features)
+
+    @property
     def vector_bytes(self) -> int:
         """Width of a vector register."""
         if "hvx-length128b" in self.features:

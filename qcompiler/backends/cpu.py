@@ -24,6 +24,7 @@ _INTEGER: Mapping[str, NodeLowering] = {
     "QReduceMean": cpu_pool.reduce_mean,
     "QResizeNearest": cpu_pool.resize_nearest,
     "QResizeLinear": cpu_pool.resize_linear,
+    "QRoundHalf": cpu_elementwise.round_half,
     "QConvDynamic": cpu_dynamic.conv,
     "QGemmDynamic": cpu_dynamic.gemm,
     "WeightOnlyGemm": cpu_weight_only.weight_only_gemm,

@@ -8,7 +8,7 @@ from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.elementwise import Formula, elementwise
 from qcompiler.backends.te import Expr
 from qcompiler.graph import const_of, data_input, dtype_of, element_count, input_of, integer, shape_of
-from qcompiler.integer.ops import TFLITE_SOFTMAX, QAdd, QLookup, QMul, QRequantize, QSoftmax
+from qcompiler.integer.ops import TFLITE_SOFTMAX, QAdd, QLookup, QMul, QRequantize, QRoundHalf, QSoftmax
 from qcompiler.quant.arithmetic import RequantizeVariant
 
 
@@ -97,6 +97,16 @@ def softmax(node: ir.Node, host: HostCode) -> Kernel:
     else:
         y = te_arithmetic.softmax(x, entries, op.inverse_scale, op.y_zero_point, limits, dtype)
     return Kernel(te.prim_func([x, entries, y]), (data_input(node),), (table,))
+
+
+def round_half(node: ir.Node, host: HostCode) -> Kernel:
+    half = QRoundHalf.of(node).half
+    return elementwise(
+        [data_input(node)],
+        node.outputs[0],
+        (lambda x: x.astype("float16").astype("float32")) if half == "float16" else te_arithmetic.to_bfloat16,
+        host,
+    )
 
 
 def quantize_linear(node: ir.Node, host: HostCode) -> Kernel:

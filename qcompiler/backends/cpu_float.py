@@ -30,6 +30,7 @@ from qcompiler.graph import (
     real,
     shape_of,
 )
+from qcompiler.integer.weight_types import as_half
 
 PLAIN = Finish("float32", (), (), lambda total, _arrays, _elements: total)
 
@@ -63,7 +64,8 @@ def is_packable(node: ir.Node) -> bool:
 def product(node: ir.Node, x: ir.Value, host: HostCode, finish: Finish = PLAIN) -> Kernel:
     """A node that `is_packable`, `x` being its input, with channels last if it is a map."""
     geometry, bias = _geometry(node)
-    operands = Operands(0, "float32", 0, geometry.weights, 0, bias, bits=32, sums="float32")
+    weights = as_half(geometry.weights) if host.converts_halves else geometry.weights
+    operands = Operands(0, "float32", 0, weights, 0, bias, bits=8 * weights.itemsize, sums="float32")
     if geometry.is_depthwise and geometry.group > 1:
         return plain_convolution(geometry, operands, finish, x, host)
     return packed_convolution(geometry, operands, finish, x, host, None)

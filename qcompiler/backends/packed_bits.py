@@ -1,4 +1,4 @@
-"""Weights of 4, 2 or 1 bits on the CPU: several to a byte, unpacked to int8 when the kernel starts.
+"""Weights of 4, 2 or 1 bits on the CPU, several to a byte, unpacked to int8 when the kernel starts; and 16-bit floats.
 
 Runs of `RUN` weights share the bytes of one run, the first in the lowest bits, the next above them and so on, so that
 whole vectors unpack by a shift and no element changes its place among its neighbours. One bit stands for -1 or 1.
@@ -7,12 +7,14 @@ whole vectors unpack by a shift and no element changes its place among its neigh
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from tvm import tirx
 
 from qcompiler.backends import te
 from qcompiler.backends.schedules.loops import open_schedule
 from qcompiler.backends.te import Expr
+from qcompiler.backends.te_arithmetic import from_bfloat16
 from qcompiler.graph import Shape, element_count
 from qcompiler.quant.arithmetic import pack_bits
 
@@ -32,17 +34,23 @@ class Stored:
 
     def read(self, parameter: te.Tensor) -> te.Tensor:
         """The weights behind the parameter, of their own shape."""
-        return unpacked(parameter, self.shape, self.bits) if self.bits < 8 else parameter
+        if self.bits < 8:
+            return unpacked(parameter, self.shape, self.bits)
+        return widened(parameter) if self.bits == 16 else parameter
 
     def scheduled(self, function: tirx.PrimFunc, *, threads: int) -> tirx.PrimFunc:
         """The kernel with the unpacking scheduled, if there is any."""
-        return schedule_unpacking(function, self.shape, threads=threads) if self.bits < 8 else function
+        if self.bits < 8 or self.bits == 16:
+            return schedule_unpacking(function, self.shape, threads=threads)
+        return function
 
 
 def store(weights: np.ndarray, bits: int) -> Stored:
     """Weights of so many bits each. Binary ones take two if padding put zeros among them."""
     if bits == 1 and (weights == 0).any():
         bits = 2
+    if weights.dtype == ml_dtypes.bfloat16:
+        return Stored(weights.view(np.uint16), weights.shape, bits)
     return Stored(pack_runs(weights, bits) if bits < 8 else weights, weights.shape, bits)
 
 
@@ -72,6 +80,16 @@ def unpacked(packed: te.Tensor, shape: Sequence[int], bits: int) -> te.Tensor:
         return code * te.const(-2, "int8") - te.const(1, "int8") if bits == 1 else code
 
     return te.compute(shape, element, _BLOCK)
+
+
+def widened(halves: te.Tensor) -> te.Tensor:
+    """float16, or bfloat16 as uint16, as float32; its own stage, too."""
+
+    def element(*index: Expr) -> Expr:
+        half = halves[index]
+        return from_bfloat16(half) if halves.dtype == "uint16" else half.astype("float32")
+
+    return te.compute(te.shape_of(halves), element, _BLOCK)
 
 
 def schedule_unpacking(function: tirx.PrimFunc, shape: Sequence[int], *, threads: int) -> tirx.PrimFunc:

@@ -144,6 +144,22 @@ def dequantize(q: Expr, scale: Expr, zero_point: Expr) -> Expr:
     return (q.astype("int32") - zero_point).astype("float32") * scale
 
 
+def to_bfloat16(x: Expr) -> Expr:
+    """A float32 rounded to the nearest bfloat16, ties to even, as a float32: its upper 16 bits."""
+    bits = te.reinterpret(x, "uint32")
+    sixteen, one = te.const(16, "uint32"), te.const(1, "uint32")
+    # Half of what is cut off, less one where the result would be even already.
+    nudge = te.bitwise_and(te.shift_right(bits, sixteen), one) + te.const(0x7FFF, "uint32")
+    rounded = te.reinterpret(te.bitwise_and(bits + nudge, te.const(0xFFFF0000, "uint32")), "float32")
+    # The sum would make an infinity of a NaN.
+    return te.where(te.not_equal(x, x), x, rounded)
+
+
+def from_bfloat16(bits: Expr) -> Expr:
+    """The float32 of a bfloat16, given as uint16."""
+    return te.reinterpret(te.shift_left(bits.astype("uint32"), te.const(16, "uint32")), "float32")
+
+
 def softmax(
     x: te.Tensor, table: te.Tensor, inverse_scale: int, zero_point: int, limits: tuple[int, int], dtype: str
 ) -> te.Tensor:

@@ -58,6 +58,7 @@ _INTEGER_NAMES: Mapping[str, str] = {
     "QSoftmax": "Softmax",
     "QResizeNearest": "Resize",
     "QResizeLinear": "Resize",
+    "QRoundHalf": "Cast",
     "WeightOnlyGemm": "Gemm",
 }
 
@@ -340,8 +341,8 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
             maps = _maps(ifm, ofm, channels_last=True)
             facts |= maps | _resize_factors(maps)
             facts["mode"] = "nearest" if node.op_type == "QResizeNearest" else "linear"
-        case "QRequantize":
-            assert op == "Requantize"
+        case "QRequantize" | "QRoundHalf":
+            assert op in ("Requantize", "Cast")
         case _:
             raise AssertionError(f"{node.op_type} is not an integer operator")
     if op in _WEIGHTS_AT:

@@ -321,6 +321,14 @@ class WeightOnlyGemm(IntegerOp):
     compute: str
 
 
+@dataclass(frozen=True)
+class QRoundHalf(IntegerOp):
+    """x float32 → y float32 of its shape, rounded to the nearest "float16" or "bfloat16", ties to even."""
+
+    op_type: ClassVar[str] = "QRoundHalf"
+    half: str
+
+
 INTEGER_OPS: tuple[type[IntegerOp], ...] = (
     QConv,
     QConvTranspose,
@@ -338,6 +346,7 @@ INTEGER_OPS: tuple[type[IntegerOp], ...] = (
     QSoftmax,
     QResizeNearest,
     QResizeLinear,
+    QRoundHalf,
     WeightOnlyGemm,
 )
 

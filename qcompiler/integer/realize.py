@@ -34,7 +34,7 @@ from qcompiler.graph import (
 )
 from qcompiler.integer.builder import Builder, Format, Output, format_of, real_constant
 from qcompiler.integer.formats import record, record_moved
-from qcompiler.integer.ops import DOMAIN_VERSION
+from qcompiler.integer.ops import DOMAIN_VERSION, QRoundHalf
 from qcompiler.integer.realize_dynamic import realize_dynamic
 from qcompiler.integer.realize_elementwise import add, lookup, mul
 from qcompiler.integer.realize_movement import Forms, arg_max, concat
@@ -99,9 +99,28 @@ def realize(model: ir.Model, target: Target) -> ir.Model:
         if found is not None:
             _take_place(builder, found.old.producer() or node, found.new)
     realize_weight_only(builder, model)
+    for node in nodes_of(model.graph, "Cast"):
+        builder.insert_before(node)
+        rounded = _round_half(builder, node)
+        if rounded is not None:
+            _take_place(builder, node, rounded)
     remove_dead(model)
     record_moved(model.graph)
     return model
+
+
+def _round_half(builder: Builder, node: ir.Node) -> ir.Value | None:
+    """A Cast to 16-bit floats and this one back, as one operator."""
+    narrow = producer(data_input(node), "Cast")
+    if narrow is None or {data_input(narrow).dtype, node.outputs[0].dtype} != {ir.DataType.FLOAT}:
+        return None
+    dtype, value = data_input(node).dtype, node.outputs[0]
+    if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        return None
+    half = "float16" if dtype == ir.DataType.FLOAT16 else "bfloat16"
+    return builder.operator(
+        QRoundHalf(half), [data_input(narrow)], shape_of(value), ir.DataType.FLOAT, value_name(value)
+    )
 
 
 def _quantize(builder: Builder, forms: Forms, node: ir.Node) -> ir.Value | None:

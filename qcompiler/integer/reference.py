@@ -11,6 +11,7 @@ Products are summed by BLAS in floating point, which is exact: every partial sum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -432,6 +433,13 @@ def weight_only_gemm(
     return arithmetic.weight_only_matmul(x, w, scale, zero_point, op.group, op.compute) + bias
 
 
+def round_half(node: ir.Node, form: Form, x: Array) -> Array:
+    """QRoundHalf."""
+    half = np.float16 if ops.QRoundHalf.of(node).half == "float16" else ml_dtypes.bfloat16
+    with np.errstate(over="ignore"):
+        return x.astype(half).astype(form.dtype)
+
+
 INTEGER_FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "QConv": conv,
     "QConvTranspose": conv_transpose,
@@ -449,6 +457,7 @@ INTEGER_FUNCTIONS: Mapping[str, Callable[..., Array]] = {
     "QSoftmax": softmax,
     "QResizeNearest": resize_nearest,
     "QResizeLinear": resize_linear,
+    "QRoundHalf": round_half,
     "WeightOnlyGemm": weight_only_gemm,
 }
 """By operator: node, output form, inputs → output."""

@@ -1,7 +1,8 @@
 """How many bits weights are stored in: as few as their values need, among those the target offers.
 
 ONNX has no type of one bit, and of two only since opset 25, so QDQ models hold such weights as INT4. The integer graph
-holds them as int2; those that are all -1 or 1 count as int1.
+holds them as int2; those that are all -1 or 1 count as int1. Float weights of which every one is a 16-bit float are
+stored as such.
 """
 
 from collections.abc import Collection
@@ -27,6 +28,18 @@ def stored_type(weights: np.ndarray) -> str:
 def stored_bits(weights: np.ndarray) -> int:
     """Bits of one weight."""
     return {"int1": 1, "int2": 2, "int4": 4}.get(stored_type(weights), 8 * weights.dtype.itemsize)
+
+
+def as_half(weights: np.ndarray) -> np.ndarray:
+    """float32 weights as float16 or bfloat16 if that loses nothing; else as they are."""
+    if weights.dtype != np.float32 or not weights.size:
+        return weights
+    for half in (np.float16, ml_dtypes.bfloat16):
+        with np.errstate(over="ignore"):
+            narrow = weights.astype(half)
+        if np.array_equal(narrow.astype(np.float32), weights):
+            return narrow
+    return weights
 
 
 def _is_binary(values: np.ndarray) -> bool:

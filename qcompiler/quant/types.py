@@ -42,6 +42,10 @@ class WeightRequest:
     """Of weights in groups; None leaves the choice to the quality."""
 
 
+HalfType = Literal["float16", "bfloat16"]
+"""Floats of 16 bits."""
+
+
 @dataclass(frozen=True)
 class PruneRequest:
     """How many weights become zero: a fraction, or two of every four neighbours along the input channels."""
