@@ -24,19 +24,33 @@ class EncodedSpan:
     """Encoded bytes per byte."""
 
 
+_ZERO_RUNS = 4
+"""How much more common than any other weight zero must be for zeros to be coded as runs (ZERO_RUN_THRES)."""
+
+
 def golomb_rice_bytes(weights: npt.NDArray[np.integer], zero_point: int) -> int:
     """Bytes of 8-bit weights in a Golomb-Rice code of the best parameter, the code of Arm's weight streams.
 
     Zero points are taken off and signs are folded into the lowest bit; of a value v, v >> k is written in unary and the
-    rest in k bits. Arm's encoder (ethosu/mlw_codec of ethos-u-vela) changes k along the stream and knows a palette: it
-    is a little better on large tensors, and worse on small ones, which it pads.
+    rest in k bits. Where most weights are zeros, those between two others are one number, their count, in a code of its
+    own. Arm's encoder (ethosu/mlw_codec of ethos-u-vela) changes k along the stream and knows a palette: it is a little
+    better on large tensors, and worse on small ones, which it pads.
     """
-    lowest = int(np.iinfo(weights.dtype).min)
-    counts = np.bincount(weights.ravel().astype(np.int64) - lowest, minlength=256)
-    values = np.arange(256) + lowest - zero_point
+    values = weights.ravel().astype(np.int64) - zero_point
     folded = np.where(values < 0, -2 * values - 1, 2 * values)
-    bits = min(int((counts * ((folded >> k) + 1 + k)).sum()) for k in _RICE_PARAMETERS)
+    counts = np.bincount(folded)
+    if counts[0] > _ZERO_RUNS * counts[1:].max(initial=0):
+        at = np.flatnonzero(folded)
+        runs = np.diff(at, prepend=-1, append=folded.size) - 1
+        bits = _rice_bits(folded[at] - 1) + _rice_bits(runs)
+    else:
+        bits = _rice_bits(folded)
     return -(-bits // 8)
+
+
+def _rice_bits(values: npt.NDArray[np.integer]) -> int:
+    """Of numbers that are not negative, with the best parameter."""
+    return min(int(((values >> k) + 1 + k).sum()) for k in _RICE_PARAMETERS)
 
 
 def ratio_at(spans: Sequence[EncodedSpan], offset: int) -> float:

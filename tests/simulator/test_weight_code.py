@@ -29,8 +29,28 @@ def test_size_is_that_of_the_written_code(dtype: type[np.integer], spread: int) 
     assert golomb_rice_bytes(weights, zero_point) == -(-min(len(written(values, k)) for k in range(8)) // 8)
 
 
-def test_zeros_take_a_bit_each() -> None:
-    assert golomb_rice_bytes(np.zeros((3, 80), np.int8), 0) == 30
+def unary(count: int, k: int) -> str:
+    return "1" * (count >> k) + "0" + (format(count & ((1 << k) - 1), f"0{k}b") if k else "")
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+def test_many_zeros_are_coded_as_runs(fraction: float) -> None:
+    random = np.random.default_rng(3)
+    weights = np.rint(random.laplace(0, 20, 500)).astype(np.int8)
+    weights[random.random(500) < fraction] = 0
+    runs, count, others = [], 0, []
+    for weight in weights.tolist():
+        if weight:
+            runs.append(count)
+            # No weight left is 0, so that 1 may be written as -1 was, and so on.
+            others.append(2 * weight - 1 if weight > 0 else -2 * weight - 2)
+            count = 0
+        else:
+            count += 1
+    runs.append(count)
+    expected = [min(sum(len(unary(value, k)) for value in values) for k in range(8)) for values in (others, runs)]
+    assert golomb_rice_bytes(weights, 0) == -(-sum(expected) // 8)
+    assert golomb_rice_bytes(np.zeros((3, 80), np.int8), 0) == 2
 
 
 def test_spans_hold_their_first_byte_and_not_their_end() -> None:
