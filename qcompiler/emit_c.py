@@ -86,6 +86,7 @@ def write_placed(folder: Path, placed: Placed, samples: Iterable[Arrays], progre
     """
     from qcompiler.backends.mcu import lower
     from qcompiler.backends.mcu_emit import write_c
+    from qcompiler.integer.ops import WeightOnlyGemm
 
     chip = placed.target
     if chip.host.bare_metal is None or chip.accelerators:
@@ -93,6 +94,12 @@ def write_placed(folder: Path, placed: Placed, samples: Iterable[Arrays], progre
         raise QCompilerError(
             f"--emit c writes code for microcontrollers, and the target {chip.name} {problem}; choose a target such as "
             "cortex-m55, or leave --emit out."
+        )
+    in_groups = [node.name or "" for node in placed.integer.graph if node.op_type == WeightOnlyGemm.op_type]
+    if in_groups:
+        raise QCompilerError(
+            f"--emit c has no code for weights with float activations ({in_groups[0]} and {len(in_groups) - 1} more); "
+            "quantize activations too, or compile a bundle for a CPU that runs Linux."
         )
     progress.stage("lower")
     program = lower(placed.integer, chip)

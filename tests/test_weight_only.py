@@ -14,6 +14,7 @@ import pytest
 import qcompiler
 from qcompiler import cli
 from qcompiler.compile import place
+from qcompiler.emit_c import emit_c
 from qcompiler.errors import QCompilerError
 from qcompiler.integer.reference import execute
 from qcompiler.options import Options, WeightOperators
@@ -152,6 +153,13 @@ def test_a_written_model_takes_no_other_formats(encoder: Path, tmp_path: Path) -
     rounding = place(path, "x86-cpu", Options(formats=WeightRequest(activations="dynamic")))
     computes = {node.attributes["compute"].value for node in rounding.integer.graph if node.op_type == "WeightOnlyGemm"}
     assert computes == {"int8"}
+
+
+def test_microcontrollers_are_refused(encoder: Path, tmp_path: Path) -> None:
+    options = Options(input_shapes=SHAPES, formats=WeightRequest("int4", activations="float", group=16))
+    with pytest.raises(QCompilerError, match="no code for weights with float activations"):
+        emit_c(encoder, "cortex-m55", tmp_path / "c", options)
+    assert not (tmp_path / "c").exists()
 
 
 def test_static_models_are_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
