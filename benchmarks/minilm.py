@@ -115,15 +115,14 @@ class Variant:
 
 VARIANTS = (
     Variant("W8A8 static", "x86-cpu"),
-    Variant("W8A8 static, balanced", "x86-cpu", quality="balanced"),
     Variant("W8 per channel, float activations", "x86-cpu", "int8", "float"),
     Variant("W4 g32 rtn, float activations", "x86-cpu", "int4", "float", 32, "rtn"),
     Variant("W4 g32 hqq, float activations", "x86-cpu", "int4", "float", 32, "hqq"),
     Variant("W4 g32 awq, float activations", "x86-cpu", "int4", "float", 32, "awq"),
     Variant("W4 g32 gptq, float activations", "x86-cpu", "int4", "float", 32, "gptq"),
     Variant("W4 g32 gptq, dynamic activations", "x86-cpu", "int4", "dynamic", 32, "gptq"),
-    Variant("W4 g128 gptq, dynamic activations", "x86-cpu", "int4", "dynamic", 128, "gptq"),
-    Variant("W8A8 static on an NPU", "arm-npu"),
+    Variant("W8A8 dynamic", "x86-cpu", "int8", "dynamic"),
+    Variant("W8A8 static, on arm-npu", "arm-npu"),
 )
 
 

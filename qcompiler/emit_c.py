@@ -96,10 +96,10 @@ def write_placed(folder: Path, placed: Placed, samples: Iterable[Arrays], progre
             "cortex-m55, or leave --emit out."
         )
     in_groups = [node.name or "" for node in placed.integer.graph if node.op_type == WeightOnlyGemm.op_type]
-    if in_groups:
+    if in_groups and chip.host.tvm_target.get("kind") == "c":
         raise QCompilerError(
-            f"--emit c has no code for weights with float activations ({in_groups[0]} and {len(in_groups) - 1} more); "
-            "quantize activations too, or compile a bundle for a CPU that runs Linux."
+            f"portable C has no vectors to multiply weights with float activations by ({in_groups[0]} and "
+            f"{len(in_groups) - 1} more); quantize activations too, or choose a target that TVM makes machine code for."
         )
     progress.stage("lower")
     program = lower(placed.integer, chip)

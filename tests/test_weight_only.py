@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler import cli
@@ -20,6 +23,7 @@ from qcompiler.integer.reference import execute
 from qcompiler.options import Options, WeightOperators
 from qcompiler.quant.types import WeightRequest
 from qcompiler.quantized_file import quantize_file
+from qcompiler.target_loader import load_target
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 LENGTH = 12
@@ -155,11 +159,38 @@ def test_a_written_model_takes_no_other_formats(encoder: Path, tmp_path: Path) -
     assert computes == {"int8"}
 
 
-def test_microcontrollers_are_refused(encoder: Path, tmp_path: Path) -> None:
+def test_portable_c_is_refused(encoder: Path, tmp_path: Path) -> None:
     options = Options(input_shapes=SHAPES, formats=WeightRequest("int4", activations="float", group=16))
-    with pytest.raises(QCompilerError, match="no code for weights with float activations"):
-        emit_c(encoder, "cortex-m55", tmp_path / "c", options)
+    with pytest.raises(QCompilerError, match="portable C has no vectors"):
+        emit_c(encoder, "portable-c", tmp_path / "c", options)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("target", "weights"), [("arm-cpu", "int8"), ("arm-cpu", "int4"), ("cortex-m55", "int4")])
+def test_other_machines_compute_what_the_reference_does(tmp_path: Path, target: str, weights) -> None:
+    """Emulated: NEON's dot product of signed bytes, and a microcontroller without any."""
+    chip = load_target(target).host.bare_metal
+    assert chip is not None
+    for tool in ("make", chip.compiler, chip.emulator[0]):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing")
+    rng = np.random.default_rng(42)
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], name="product", transB=1)
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 70])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 21])],
+        [
+            numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in (("w", (21, 70)), ("b", (21,)))
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    options = Options(formats=WeightRequest(weights, activations="dynamic", group=32))
+    emit_c(tmp_path / "m.onnx", target, tmp_path / "c", options)
+    done = subprocess.run(["make", "-C", tmp_path / "c", "run"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "PASS" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_static_models_are_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
