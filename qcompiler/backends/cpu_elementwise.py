@@ -104,7 +104,7 @@ def round_half(node: ir.Node, host: HostCode) -> Kernel:
     return elementwise(
         [data_input(node)],
         node.outputs[0],
-        (lambda x: x.astype("float16").astype("float32")) if half == "float16" else te_arithmetic.to_bfloat16,
+        te_arithmetic.to_float16 if half == "float16" else te_arithmetic.to_bfloat16,
         host,
     )
 

@@ -145,14 +145,35 @@ def dequantize(q: Expr, scale: Expr, zero_point: Expr) -> Expr:
 
 
 def to_bfloat16(x: Expr) -> Expr:
-    """A float32 rounded to the nearest bfloat16, ties to even, as a float32: its upper 16 bits."""
-    bits = te.reinterpret(x, "uint32")
-    sixteen, one = te.const(16, "uint32"), te.const(1, "uint32")
+    """A float32 rounded to the nearest bfloat16, ties to even, as a float32."""
+    return te.where(te.not_equal(x, x), x, _shortened(x, 16))
+
+
+_LEAST_NORMAL_HALF, _BEYOND_HALF = 2.0**-14, 65536.0
+_HALF_GRID = 0.75
+_HALF_GRID_BITS = int(np.float32(_HALF_GRID).view(np.int32))
+"""Next to it floats are 2^-24 apart, as the numbers of float16 are below `_LEAST_NORMAL_HALF`; see `_rounded`."""
+
+
+def to_float16(x: Expr) -> Expr:
+    """A float32 rounded to the nearest float16, ties to even, as a float32; written out, for C has no such type."""
+    count = te.reinterpret(x + te.const(_HALF_GRID, "float32"), "int32") - _HALF_GRID_BITS
+    small = count.astype("float32") * te.const(2.0**-24, "float32")
+    rounded = te.where(te.maximum(x, -x) < _LEAST_NORMAL_HALF, small, _shortened(x, 13))
+    # The sign with all bits of an infinity: C has no literal for one.
+    sign = te.bitwise_and(te.reinterpret(x, "uint32"), te.const(0x80000000, "uint32"))
+    infinite = te.reinterpret(sign + te.const(0x7F800000, "uint32"), "float32")
+    bounded = te.where(te.maximum(rounded, -rounded) >= _BEYOND_HALF, infinite, rounded)
+    return te.where(te.not_equal(x, x), x, bounded)
+
+
+def _shortened(x: Expr, cut: int) -> Expr:
+    """A float32 without the lowest bits of its fraction, rounded. NaNs may come out as something else."""
+    bits, one = te.reinterpret(x, "uint32"), te.const(1, "uint32")
     # Half of what is cut off, less one where the result would be even already.
-    nudge = te.bitwise_and(te.shift_right(bits, sixteen), one) + te.const(0x7FFF, "uint32")
-    rounded = te.reinterpret(te.bitwise_and(bits + nudge, te.const(0xFFFF0000, "uint32")), "float32")
-    # The sum would make an infinity of a NaN.
-    return te.where(te.not_equal(x, x), x, rounded)
+    nudge = te.bitwise_and(te.shift_right(bits, te.const(cut, "uint32")), one)
+    nudge = nudge + te.const((1 << (cut - 1)) - 1, "uint32")
+    return te.reinterpret(te.bitwise_and(bits + nudge, te.const((1 << 32) - (1 << cut), "uint32")), "float32")
 
 
 def from_bfloat16(bits: Expr) -> Expr:
