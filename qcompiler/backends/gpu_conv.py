@@ -190,8 +190,8 @@ def _product(problem: Problem, x: ir.Value, finish: Finish, device: Device) -> K
     image = _image(problem, as_words=window[-1] % WORD == 0, zero_point=folded.x_zero_point)
     sizes = _Sizes(groups, m, out_channels // groups, -(-length // WORD))
     if "mma" in device.features and folded.w_zero_point == 0 and min(m, sizes.n) >= mma.FRAGMENT:
-        return _mma_product(problem, x, image, sizes, folded, finish)
-    tile = schedule.product_tile(groups, m, sizes.n, sizes.k)
+        return _mma_product(problem, x, image, sizes, folded, finish, device)
+    tile = schedule.product_tile(groups, m, sizes.n, sizes.k, device.local_memory)
     filled = tile.filled(m, sizes.n, sizes.k)
     # [group, block of columns, step, word, column]
     words = _weight_words(folded, sizes, filled).reshape(groups, -1, tile.n, filled.k // tile.k, tile.k)
@@ -253,10 +253,16 @@ def _unpacked(word: Expr, folded: Operands) -> Expr:
 
 
 def _mma_product(
-    problem: Problem, x: ir.Value, image: _Image, sizes: _Sizes, folded: Operands, finish: Finish
+    problem: Problem,
+    x: ir.Value,
+    image: _Image,
+    sizes: _Sizes,
+    folded: Operands,
+    finish: Finish,
+    device: Device,
 ) -> Kernel:
     """The product on tensor cores, which take 16 bytes of the reduction at a time."""
-    tile = mma.mma_tile(sizes.groups, sizes.m, sizes.n, sizes.k)
+    tile = mma.mma_tile(sizes.groups, sizes.m, sizes.n, sizes.k, device.local_memory)
     filled = tile.filled(sizes.m, sizes.n, sizes.k)
     steps, in_tile = filled.k // mma.STEP_WORDS, tile.k // mma.STEP_WORDS
     # [group, block of columns, tile along K, step, column, word]
@@ -315,7 +321,7 @@ def _accumulated(
     )
 
 
-def matmul(node: ir.Node) -> Kernel:
+def matmul(node: ir.Node, device: Device) -> Kernel:
     """QMatMul, its batch as groups: Σa'b' - Σza b' - Σa'zb + K za zb, with a', b' int8 and za, zb their zero points."""
     op = QMatMul.of(node)
     a_value, b_value = data_input(node), data_input(node, 1)
@@ -323,7 +329,7 @@ def matmul(node: ir.Node) -> Kernel:
     rows, length, columns = a_shape[-2], a_shape[-1], b_shape[-1]
     batch = out[: len(out) - 2]
     sizes = _Sizes(element_count(batch), rows, columns, -(-length // WORD))
-    tile = schedule.product_tile(sizes.groups, rows, columns, sizes.k)
+    tile = schedule.product_tile(sizes.groups, rows, columns, sizes.k, device.local_memory)
     filled = tile.filled(rows, columns, sizes.k)
     a_offset, b_offset = (128 if dtype_of(value) == np.uint8 else 0 for value in (a_value, b_value))
     a_zero, b_zero = op.a_zero_point - a_offset, op.b_zero_point - b_offset

@@ -125,7 +125,7 @@ def lower(group: Group, device: Device) -> Lowering:
             finish = finish.then(_addition(after, node.outputs[0]))
         return gpu_conv.convolution(problem, data_input(node), finish, device)
     if node.op_type == "QMatMul":
-        return gpu_conv.matmul(node)
+        return gpu_conv.matmul(node, device)
     if node.op_type == "QLookup":
         lowest = -128 if dtype_of(data_input(node)) == np.int8 else 0
         return elementwise(

@@ -120,13 +120,11 @@ struct qgpu_program {
     CUgraphExec graph;
 };
 
-static int launch_one(const qgpu_program *program, const qgpu_launch *launch) {
+static int launch_one(const qgpu_program *program, CUfunction function, const qgpu_launch *launch) {
     enum { MOST = 64 };
-    CUfunction function;
     CUdeviceptr pointers[MOST];
     void *arguments[MOST + 1] = {NULL}; /* ends in NULL */
     if (launch->count > MOST) return qgpu_fail("%s takes %d arguments", launch->kernel, (int)launch->count);
-    CHECK(launch->kernel, cuModuleGetFunction(&function, program->module, launch->kernel));
     for (int64_t i = 0; i < launch->count; ++i) {
         const qgpu_argument *argument = &launch->arguments[i];
         pointers[i] = (argument->is_constant ? program->constants : program->arena) + (CUdeviceptr)argument->offset;
@@ -140,12 +138,12 @@ static int launch_one(const qgpu_program *program, const qgpu_launch *launch) {
 }
 
 /* All launches, one after the other, as a graph. */
-static int capture(qgpu_program *program, int64_t launches, const qgpu_launch *launch) {
+static int capture(qgpu_program *program, const CUfunction *function, int64_t launches, const qgpu_launch *launch) {
     CUgraph graph = NULL;
     int problem = 0;
     CUresult status;
     CHECK("recording the launches", cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL));
-    for (int64_t i = 0; i < launches && !problem; ++i) problem = launch_one(program, &launch[i]);
+    for (int64_t i = 0; i < launches && !problem; ++i) problem = launch_one(program, function[i], &launch[i]);
     status = cuStreamEndCapture(stream, &graph);
     if (!problem && status != 0) problem = failure("recording the launches", status);
     if (!problem) {
@@ -153,6 +151,19 @@ static int capture(qgpu_program *program, int64_t launches, const qgpu_launch *l
         if (status != 0) problem = failure("preparing the launches", status);
     }
     if (graph != NULL) cuGraphDestroy(graph);
+    return problem;
+}
+
+/* The driver may load a kernel when it is first asked for, which it must not while a stream is recorded. */
+static int prepare(qgpu_program *program, int64_t launches, const qgpu_launch *launch) {
+    CUfunction *functions = calloc((size_t)launches + 1, sizeof *functions);
+    int problem = functions == NULL ? qgpu_fail("out of memory") : 0;
+    for (int64_t i = 0; i < launches && !problem; ++i) {
+        CUresult status = cuModuleGetFunction(&functions[i], program->module, launch[i].kernel);
+        if (status != 0) problem = failure(launch[i].kernel, status);
+    }
+    if (!problem) problem = capture(program, functions, launches, launch);
+    free(functions);
     return problem;
 }
 
@@ -168,7 +179,7 @@ static int fill(qgpu_program *program, const void *code, const void *constants, 
     CHECK("uploading the constants",
           cuMemcpyHtoDAsync(program->constants, constants, (size_t)constants_bytes, stream));
     CHECK("uploading the constants", cuStreamSynchronize(stream));
-    return capture(program, launches, launch);
+    return prepare(program, launches, launch);
 }
 
 qgpu_program *qgpu_device_load(const void *code, int64_t code_bytes, const void *constants, int64_t constants_bytes,

@@ -40,8 +40,14 @@ class ProductTile:
         return Filled(*(-(-size // tile) * tile for size, tile in ((m, self.m), (n, self.n), (k, self.k))))
 
     @property
-    def threads(self) -> int:
-        return (self.m // self.rows) * (self.n // self.columns)
+    def shared_bytes(self) -> int:
+        """Of both operands, rows of the left one apart by up to a cache line more."""
+        return 4 * self.k * (_aligned(self.m) + self.n)
+
+
+def _aligned(rows: int) -> int:
+    """The pitch of the left operand, which keeps neighbours along k in different banks."""
+    return -(-(rows - 4) // 32) * 32 + 4
 
 
 _TILES: tuple[ProductTile, ...] = (
@@ -63,8 +69,11 @@ _BUSY = 96
 """Groups that keep a large GPU busy."""
 
 
-def product_tile(groups: int, m: int, n: int, k: int) -> ProductTile:
-    """The tile with least work and traffic, what it fills up with zeros counted, and too few groups."""
+def product_tile(groups: int, m: int, n: int, k: int, local_memory: int) -> ProductTile:
+    """The tile with least work and traffic, what it fills up with zeros counted, and too few groups.
+
+    Of those whose operands fit `local_memory`, in bytes; the smallest always does.
+    """
 
     def cost(tile: ProductTile) -> float:
         filled = tile.filled(m, n, k)
@@ -74,7 +83,7 @@ def product_tile(groups: int, m: int, n: int, k: int) -> ProductTile:
         count = groups * (filled.m // tile.m) * (filled.n // tile.n)
         return work * (1 + traffic) * max(1.0, (_BUSY / count) ** 0.5)
 
-    return min(_TILES, key=cost)
+    return min((tile for tile in _TILES if tile.shared_bytes <= local_memory), key=cost, default=_TILES[-1])
 
 
 def schedule_product(
@@ -154,9 +163,8 @@ def schedule_each(function: tirx.PrimFunc) -> tirx.PrimFunc:
         height = min(_power_of_two(int(s.get(rows).extent)), GROUP // width)
         rows, row = s.split(rows, [None, height])
         s.reorder(*rest, rows, columns, row, item)
-        if rest:
-            s.bind(s.fuse(*rest) if len(rest) > 1 else rest[0], "blockIdx.z")
-        s.bind(rows, "blockIdx.x")
+        # Along x there may be any number of groups, along the others 65535 with CUDA.
+        s.bind(s.fuse(*rest, rows) if rest else rows, "blockIdx.x")
         s.bind(columns, "blockIdx.y")
         s.bind(row, "threadIdx.y")
     else:

@@ -90,6 +90,10 @@ class MmaTile:
     def warps(self) -> int:
         return (self.m // self.warp_m) * (self.n // self.warp_n)
 
+    @property
+    def shared_bytes(self) -> int:
+        return 4 * (self.k * (self.m + self.n) + self.m * self.n)
+
     def filled(self, m: int, n: int, k: int) -> Filled:
         return Filled(*(-(-size // tile) * tile for size, tile in ((m, self.m), (n, self.n), (k, self.k))))
 
@@ -110,8 +114,11 @@ _BUSY = 96
 """Groups that keep a large GPU busy."""
 
 
-def mma_tile(groups: int, m: int, n: int, k: int) -> MmaTile:
-    """The tile with least work and traffic, what it fills up with zeros counted, and too few groups."""
+def mma_tile(groups: int, m: int, n: int, k: int, local_memory: int) -> MmaTile:
+    """The tile with least work and traffic, what it fills up with zeros counted, and too few groups.
+
+    Of those whose operands and sums fit `local_memory`, in bytes; the smallest always does.
+    """
 
     def cost(tile: MmaTile) -> float:
         filled = tile.filled(m, n, k)
@@ -120,7 +127,7 @@ def mma_tile(groups: int, m: int, n: int, k: int) -> MmaTile:
         count = groups * (filled.m // tile.m) * (filled.n // tile.n)
         return work * (1 + traffic) * max(1.0, (_BUSY / count) ** 0.5)
 
-    return min(_TILES, key=cost)
+    return min((tile for tile in _TILES if tile.shared_bytes <= local_memory), key=cost, default=_TILES[-1])
 
 
 def schedule_mma(function: tirx.PrimFunc, tile: MmaTile, lanes: int, *, vectors: tuple[bool, bool]) -> tirx.PrimFunc:
