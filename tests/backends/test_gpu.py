@@ -23,14 +23,16 @@ import pytest
 from qcompiler.backends.base import AcceleratorFunction, Kernel
 from qcompiler.backends.gpu import RUNTIMES, compile_region, driver, region_function
 from qcompiler.backends.gpu_binary import binary, cubin, ptx
-from qcompiler.backends.gpu_code import Device
+from qcompiler.backends.gpu_code import Device, device_of
 from qcompiler.backends.gpu_kernels import grouped, lower, refusal
 from qcompiler.backends.gpu_program import GpuProgram, describe, encode
 from qcompiler.backends.relax import build
 from qcompiler.backends.relax import lower as lower_model
+from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
+from qcompiler.options import Options
 from qcompiler.partition import Partition
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
@@ -331,6 +333,33 @@ def test_cuda_convolutions_in_emulation(workbench, emulator, tmp_path) -> None:
 @pytest.mark.parametrize("case", ["pools", "lookup_softmax_and_resize"])
 def test_other_cuda_operators_in_emulation(workbench, emulator, tmp_path, case: str) -> None:
     getattr(CASES, f"test_{case}")(workbench, on_the_emulator(MMA), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kws_dscnn", "resnet20_cifar10", "mobilenet_v1_025_128"])
+def test_cuda_networks_in_emulation(zoo: Path, emulator, tmp_path: Path, name: str) -> None:
+    """Whole networks with tensor cores, through the CUDA launcher."""
+    costless = ("launch=0 us", "crossing.sync=0 us", "crossing.bandwidth=100000 GB/s", "memory.bandwidth=100000 GB/s")
+    overrides = tuple(f"gpu.{change}" for change in costless)
+    done = place(zoo / "models" / f"{name}.onnx", "cuda-gpu", Options(overrides=overrides))
+    assert done.target.gpu is not None
+    device = device_of(done.target.gpu)
+
+    def code(region: Region) -> AcceleratorFunction:
+        program = compile_region(region, device, emulated)
+        assert "qmma<" in program.source
+        return AcceleratorFunction(driver(program, encode(program), 0), encode(program), 1, RUNTIMES["cuda"])
+
+    lowered = lower_model(done.integer, done.partition, done.target, code)
+    library = tmp_path / "model.so"
+    build(lowered, done.target.host, library)
+    executable = Executable(library, lowered.parameters)
+    rng = np.random.default_rng(7)
+    for _ in range(3):
+        feeds = {spec.name: rng.standard_normal(spec.shape).astype(spec.dtype) for spec in lowered.inputs}
+        outputs = executable.run([feeds[spec.name] for spec in lowered.inputs])
+        for spec, array in zip(lowered.outputs, outputs, strict=True):
+            assert np.array_equal(array, execute(done.integer, feeds)[spec.name])
 
 
 def layers_program(workbench, device: Device, layers: Sequence[Layer]) -> GpuProgram:
