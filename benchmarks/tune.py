@@ -38,7 +38,7 @@ def main(
     notes = [
         "# Tuning",
         "",
-        f"`python benchmarks/tune.py -o benchmarks/results/tune.md --threads {threads}`",
+        f"`python benchmarks/tune.py -o benchmarks/results/tune.md --threads {threads} --models {models}`",
         "",
         "Distinct kernels with tiles to choose from, once each, the quickest of some dozens of runs; what else a "
         "network does, depthwise convolutions, pools and sums of maps, is not in these times.",
