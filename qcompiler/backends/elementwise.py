@@ -1,7 +1,7 @@
 """Element by element with numpy broadcasting, on as few dimensions as the broadcast needs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -40,6 +40,22 @@ def elementwise(
         host: the CPU.
         tables: arrays the expression indexes freely.
     """
+    kernel = elementwise_stage(operands, output, expression, tables=tables)
+    if tables:
+        # A vectorized table lookup would be taken apart into scalar loads.
+        return kernel
+    widest = max(dtype_of(value).itemsize for value in [*kernel.inputs, output])
+    return replace(kernel, function=vectorize_rows(kernel.function, host, element_bytes=max(widest, 4)))
+
+
+def elementwise_stage(
+    operands: Sequence[Operand],
+    output: ir.Value,
+    expression: Callable[..., Expr],
+    *,
+    tables: Sequence[np.ndarray] = (),
+) -> Kernel:
+    """As `elementwise`, unscheduled: the block "output"."""
     shapes, shape = collapse([_shape(operand) for operand in operands], shape_of(output))
     values = [operand for operand in operands if isinstance(operand, ir.Value)]
     arrays = [np.asarray(a).reshape(s) for a, s in zip(operands, shapes, strict=True) if not isinstance(a, ir.Value)]
@@ -50,22 +66,18 @@ def elementwise(
     tensors = [next(remaining if isinstance(operand, ir.Value) else constants) for operand in operands]
 
     def element(*index: Expr) -> Expr:
-        loads = [tensor[_broadcast_index(index, s)] for tensor, s in zip(tensors, shapes, strict=True)]
+        loads = [tensor[broadcast_index(index, s)] for tensor, s in zip(tensors, shapes, strict=True)]
         return expression(*loads, *parameters[len(arrays) :])
 
     result = te.compute(shape, element, "output")
-    function = te.prim_func([*inputs, *parameters, result])
-    widest = max(dtype_of(value).itemsize for value in [*values, output])
-    # A vectorized table lookup would be taken apart into scalar loads.
-    scheduled = function if tables else vectorize_rows(function, host, element_bytes=max(widest, 4))
-    return Kernel(scheduled, tuple(values), (*arrays, *tables))
+    return Kernel(te.prim_func([*inputs, *parameters, result]), tuple(values), (*arrays, *tables))
 
 
 def _shape(operand: Operand) -> Shape:
     return operand.shape if isinstance(operand, np.ndarray) else shape_of(operand)
 
 
-def _broadcast_index(index: Sequence[Expr], shape: Shape) -> tuple[Expr | int, ...]:
+def broadcast_index(index: Sequence[Expr], shape: Shape) -> tuple[Expr | int, ...]:
     return tuple(0 if dim == 1 else position for position, dim in zip(index, shape, strict=True))
 
 

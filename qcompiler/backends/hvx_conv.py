@@ -18,11 +18,11 @@ from qcompiler.backends import te
 from qcompiler.backends.base import HostCode, Kernel, parameters_of, placeholder
 from qcompiler.backends.cpu_conv import Problem, fold_zero_points
 from qcompiler.backends.cpu_packed import Operands, flattened, round_up
+from qcompiler.backends.hvx_windows import Window, cropped_rows, row_windows
 from qcompiler.backends.mcu_stages import requantizing, stage
 from qcompiler.backends.schedules import hvx as schedule
 from qcompiler.backends.schedules import vrmpy
 from qcompiler.backends.te import Expr
-from qcompiler.graph import Shape
 
 _MOST_TAPS = 49
 """Windows of more are rare, and their unrolled sums would be long."""
@@ -123,7 +123,7 @@ def _dot_convolution(problem: Problem, folded: Operands, x_value: ir.Value) -> K
         result = te.compute((n, oh, ow, out_channels), lambda *index: padded[index], "cropped")
     function = te.prim_func([x, weights, *parameters, result])
     dot = vrmpy.spreading_dot(problem.x_dtype, groups) if groups > 1 else vrmpy.broadcasting_dot(problem.x_dtype, words)
-    vector = finish.high and tile.outputs % vrmpy.VECTOR_BYTES == 0
+    vector = finish.high is not None and tile.outputs % vrmpy.VECTOR_BYTES == 0
     scheduled = schedule.schedule_dot_convolution(function, tile, dot, staged=not plain, cropped=cropped, vector=vector)
     return Kernel(scheduled, (x_value,), arrays)
 
@@ -132,29 +132,13 @@ def _dot_convolution(problem: Problem, folded: Operands, x_value: ir.Value) -> K
 
 
 def _depthwise_convolution(problem: Problem, folded: Operands, x_value: ir.Value) -> Kernel | None:
-    """A row of outputs is one run of pixels times channels, of which a vector takes 128 at a time.
-
-    The pixels one tap multiplies are adjacent too, after a copy that sorts columns by their place within a stride.
-    """
     channels, kh, kw, _ = folded.weights.shape
     finish = requantizing(folded, problem.epilogue)
     period = math.lcm(channels, vrmpy.VECTOR_BYTES)
-    if not finish.high or kh * kw > _MOST_TAPS or kh * kw * period > _MOST_TAP_BYTES or problem.dilate != (1, 1):
+    if finish.high is None or kh * kw > _MOST_TAPS or kh * kw * period > _MOST_TAP_BYTES or problem.dilate != (1, 1):
         return None
-    (oh, ow), (sy, sx), (dy, dx) = problem.out_size, problem.strides, problem.dilations
-    n, h, w, _ = problem.x_shape
-    wide = round_up(ow * channels, vrmpy.VECTOR_BYTES)
-    rows = (oh - 1) * sy + (kh - 1) * dy + 1
-    x = placeholder(x_value, (n, h, w * channels))
-    part = wide + (kw - 1) * dx // sx * channels
-    plain = sx == 1 and problem.pad == (0, 0) and rows <= h and part <= w * channels
-    if plain:
-        source = x
-    elif sx == 1:
-        source = stage(x, problem, folded, (n, rows, part))
-    else:
-        source = _sorted_columns(x, problem, folded, (n, rows, sx, -(-part // channels), channels))
-
+    window = Window((kh, kw), problem.strides, problem.dilations, problem.pad, problem.out_size)
+    source = row_windows(x_value, window, folded.x_zero_point)
     taps = np.ascontiguousarray(folded.weights[..., 0].transpose(1, 2, 0))
     arrays = tuple(np.ascontiguousarray(np.tile(array, period // channels)) for array in (taps, *finish.arrays))
     weights, bias, *factors = parameters_of(arrays)
@@ -162,43 +146,20 @@ def _depthwise_convolution(problem: Problem, folded: Operands, x_value: ir.Value
     def total(b: Expr, i: Expr, f: Expr) -> Expr:
         sums = bias[f % period]
         for ky, kx in np.ndindex(kh, kw):
-            place, before = kx * dx % sx, kx * dx // sx * channels
-            y = i * sy + ky * dy
-            column = f + before
-            at = (column,) if sx == 1 else (place, column // channels, column % channels)
-            pixel = source[(b, y, *at)]
             # Two bytes make 16 bits, a widening multiply; the sum widens again.
-            product = pixel.astype("int16") * weights[ky, kx, f % period].astype("int16")
+            product = source.tap(b, i, ky, kx, f).astype("int16") * weights[ky, kx, f % period].astype("int16")
             sums = sums + product.astype("int32")
         return sums
 
-    totals = te.compute((n, oh, wide), total, "total")
-    result = te.compute(
-        (n, oh, wide),
-        lambda b, i, f: finish.output(totals[b, i, f], [array[f % period] for array in factors]),
-        "output",
+    shape = (problem.x_shape[0], problem.out_size[0], source.wide)
+    totals = te.compute(shape, total, "total")
+    rows = te.compute(
+        shape, lambda b, i, f: finish.output(totals[b, i, f], [array[f % period] for array in factors]), "output"
     )
-    cropped = wide != ow * channels
-    if cropped:
-        padded = result
-        result = te.compute((n, oh, ow * channels), lambda *index: padded[index], "cropped")
-    function = te.prim_func([x, weights, bias, *factors, result])
-    scheduled = schedule.schedule_depthwise(function, staged=not plain, cropped=cropped)
+    result, cropped = cropped_rows(rows, problem.out_size[1] * channels)
+    function = te.prim_func([source.x, weights, bias, *factors, result])
+    scheduled = schedule.schedule_rows(function, staged=source.staged, cropped=cropped)
     return Kernel(scheduled, (x_value,), arrays)
-
-
-def _sorted_columns(x: te.Tensor, problem: Problem, folded: Operands, shape: Shape) -> te.Tensor:
-    """The padded input [N, rows, SX, columns, C]: columns whose number leaves the same rest, divided by the stride."""
-    _, h, w, c = problem.x_shape
-    (top, left), sx = problem.pad, problem.strides[1]
-    zero = te.const(folded.x_zero_point, folded.x_dtype)
-
-    def element(b: Expr, i: Expr, place: Expr, j: Expr, k: Expr) -> Expr:
-        y, column = i - top, j * sx + place - left
-        load = x[b, y, column * c + k]
-        return te.if_then_else(te.all_of(column >= 0, column < w, y >= 0, y < h), load, zero)
-
-    return te.compute(shape, element, "staged")
 
 
 def _pack(weights: np.ndarray, window: _Window, channels: int, groups: int) -> np.ndarray:

@@ -41,56 +41,64 @@ def stage(x: te.Tensor, problem: Problem, folded: Operands, shape: Shape) -> te.
 
 
 @dataclass(frozen=True)
+class HighFactors:
+    """Factors of a `tosa` rescaling of which the high half of the product suffices.
+
+    (a m + 2^(t-1)) >> t with t > 32 is ((a m >> 32) + 2^(t-33)) >> (t - 32): one high multiply. Where t is less,
+    a 2^k has a t that is k more, if a is small enough for that.
+    """
+
+    left: int
+    """k."""
+    arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """int32 multiplier, rounding and shift."""
+
+    def rescale(self, acc: Expr, multiplier: Expr, rounding: Expr, shift: Expr) -> Expr:
+        """`te_arithmetic.rescale` of an int32 by elements of the arrays."""
+        wide = te.shift_left(acc, te.const(self.left, "int32")) if self.left else acc
+        product = wide.astype("int64") * multiplier.astype("int64")
+        upper = te.shift_right(product, te.const(32, "int64")).astype("int32")
+        return te.shift_right(upper + rounding, shift)
+
+
+def high_factors(
+    multiplier: np.ndarray, shift: np.ndarray, variant: RequantizeVariant, largest: int
+) -> HighFactors | None:
+    """The factors for accumulators of magnitude up to `largest`; None where low halves of products matter."""
+    total = 31 - shift.astype(np.int64)
+    left = max(0, 33 - int(total.min()))
+    if variant != "tosa" or total.max() + left >= 63 or (left > 0 and largest << left >= 1 << 31):
+        return None
+    total += left
+    return HighFactors(left, (multiplier, (1 << (total - 33)).astype(np.int32), (total - 32).astype(np.int32)))
+
+
+@dataclass(frozen=True)
 class Requantizing:
     """Bias and requantization: parameters by output channel, and what follows the sums."""
 
     arrays: tuple[np.ndarray, ...]
     """[O] each, the bias first."""
     epilogue: Epilogue
-    high: bool
-    """Whether the high half of the product suffices."""
+    high: HighFactors | None
+    """If the high half of the product suffices."""
 
     def output(self, total: Expr, parameters: Sequence[Expr]) -> Expr:
         """A sum with its bias, requantized; `parameters` are its channel's elements of the other arrays."""
-        epilogue, multiplier = self.epilogue, parameters[0]
-        if not self.high:
-            return te_arithmetic.requantize(
-                total,
-                multiplier,
-                parameters[-1],
-                epilogue.variant,
-                epilogue.zero_point,
-                epilogue.limits,
-                epilogue.dtype,
-            )
-        _, rounding, shift = parameters
-        scaled = high_rescale(total, multiplier, rounding, shift)
-        return te_arithmetic.saturate(scaled, epilogue.zero_point, epilogue.limits, epilogue.dtype)
+        epilogue = self.epilogue
+        zero_point, limits, dtype = epilogue.zero_point, epilogue.limits, epilogue.dtype
+        if self.high is not None:
+            return te_arithmetic.saturate(self.high.rescale(total, *parameters), zero_point, limits, dtype)
+        return te_arithmetic.requantize(
+            total, parameters[0], parameters[-1], epilogue.variant, zero_point, limits, dtype
+        )
 
 
 def requantizing(folded: Operands, epilogue: Epilogue) -> Requantizing:
     """For an epilogue whose bias is replaced by the folded one."""
-    if (factors := high_factors(epilogue.multiplier, epilogue.shift, epilogue.variant)) is not None:
-        return Requantizing((folded.bias, *factors), epilogue, high=True)
+    sums = 255 * np.abs(folded.weights.astype(np.int64)).sum(axis=(1, 2, 3)) + np.abs(folded.bias.astype(np.int64))
+    high = high_factors(epilogue.multiplier, epilogue.shift, epilogue.variant, int(sums.max()))
+    if high is not None:
+        return Requantizing((folded.bias, *high.arrays), epilogue, high)
     shift = [] if epilogue.variant == "float32" else [epilogue.shift]
-    return Requantizing((folded.bias, epilogue.multiplier, *shift), epilogue, high=False)
-
-
-def high_factors(
-    multiplier: np.ndarray, shift: np.ndarray, variant: RequantizeVariant
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Multiplier, rounding and shift for `high_rescale`, int32 each; None where the low half of a product matters.
-
-    For `tosa`, (a m + 2^(t-1)) >> t with t > 32 is ((a m >> 32) + 2^(t-33)) >> (t - 32): one high multiply.
-    """
-    total = 31 - shift.astype(np.int64)
-    if variant != "tosa" or total.min() <= 32 or total.max() >= 63:
-        return None
-    return multiplier, (1 << (total - 33)).astype(np.int32), (total - 32).astype(np.int32)
-
-
-def high_rescale(acc: Expr, multiplier: Expr, rounding: Expr, shift: Expr) -> Expr:
-    """`te_arithmetic.rescale` of an int32 by `high_factors`."""
-    product = acc.astype("int64") * multiplier.astype("int64")
-    upper = te.shift_right(product, te.const(32, "int64")).astype("int32")
-    return te.shift_right(upper + rounding, shift)
+    return Requantizing((folded.bias, epilogue.multiplier, *shift), epilogue, None)

@@ -330,6 +330,76 @@ def test_hexagon_convolutions_of_any_shape(workbench, tmp_path: Path) -> None:
     assert run_example(tmp_path)["equal"] == 1
 
 
+def add_element_wise(bench) -> None:
+    """Whole vectors and ends, broadcasts, every element type; factors that need a shift to the left, and none."""
+    rng = bench.rng
+
+    def factors(real: float) -> list[ir.Value]:
+        return [bench.constant(array) for array in arithmetic.multipliers(np.array([real]), "tosa")]
+
+    ma, sa, mb, sb, my, sy = (int(factor) for factor in arithmetic.add_factors(0.11, 0.07, 0.13, "tosa"))
+    for shape, other in (
+        ((1, 8, 16, 16), (1, 8, 16, 16)),
+        ((1, 5, 7, 33), (1, 5, 7, 33)),
+        ((1, 3, 2, 130), (1, 1, 1, 130)),
+    ):
+        a, b = bench.random(shape, "int8"), bench.random(other, "int8")
+        bench.integer(ops.QAdd(1, 3, -5, 7, ma, sa, mb, sb, my, sy, -100, 127, "tosa"), [a, b], shape, "int8")
+        bench.integer(ops.QMul(3, -4, 5, -128, 127, "tosa"), [a, b, *factors(0.013)], shape, "int8")
+    for shape, dtype, real in (((4, 65), "uint8", 0.9), ((2, 128), "int8", 1.7), ((3, 129), "int8", 0.02)):
+        inputs = [bench.random(shape, dtype), *factors(real)]
+        bench.integer(ops.QRequantize(9, -4, -128, 120, "tosa"), inputs, shape, "int8")
+    for elements, dtype, out in (
+        (384, "int8", "int8"),
+        (391, "int8", "uint8"),
+        (130, "uint8", "int8"),
+        (7, "uint8", "uint8"),
+    ):
+        limits = np.iinfo(out)
+        table = bench.constant(rng.integers(limits.min, limits.max + 1, 256).astype(out))
+        bench.integer(ops.QLookup("Tanh"), [bench.random((elements,), dtype), table], (elements,), out)
+
+
+def add_pools(bench) -> None:
+    """Rows as they lie, padded, dilated, strided; sums of whole windows, of parts, of a whole map."""
+    for shape, kernel, strides, pads, dilations in (
+        ((1, 8, 6, 8), (2, 2), (2, 2), (0, 0, 0, 0), (1, 1)),
+        ((2, 5, 7, 20), (3, 2), (1, 1), (1, 0, 1, 1), (1, 1)),
+        ((1, 7, 9, 130), (3, 3), (1, 3), (1, 1, 1, 1), (2, 2)),
+    ):
+        out = [
+            (size + before + after - (k - 1) * d - 1) // s + 1
+            for size, before, after, k, d, s in zip(
+                shape[1:3], pads[:2], pads[2:], kernel, dilations, strides, strict=True
+            )
+        ]
+        y = (shape[0], *out, shape[3])
+        pool = ops.QMaxPool(kernel, strides, pads, dilations, -90, 127)
+        bench.integer(pool, [bench.random(shape, "int8")], y, "int8")
+        if dilations == (1, 1):
+            reals = 1.1 / np.arange(1, kernel[0] * kernel[1] + 1)
+            averages = [bench.constant(array) for array in arithmetic.multipliers(reals, "tosa")]
+            for counted in (0, 1):
+                average = ops.QAveragePool(kernel, strides, pads, counted, 3, -4, -128, 127, "tosa")
+                bench.integer(average, [bench.random(shape, "int8"), *averages], y, "int8")
+    averages = [bench.constant(array) for array in arithmetic.multipliers(1.0 / np.arange(1, 46), "tosa")]
+    average = ops.QAveragePool((5, 9), (1, 1), (0, 0, 0, 0), 0, 3, -4, -128, 127, "tosa")
+    bench.integer(average, [bench.random((1, 5, 9, 24), "int8"), *averages], (1, 1, 1, 24), "int8")
+
+
+def test_hexagon_pools_and_element_wise_operators(workbench, tmp_path: Path) -> None:
+    target = load_target("hexagon-dsp")
+    need_tools(target)
+    bench = workbench(seed=25)
+    add_element_wise(bench)
+    add_pools(bench)
+    program = emit_bench(bench, target, tmp_path)
+    assert run_example(tmp_path)["equal"] == 1
+    assembly = generate(program.module.module, host_code(target.host).target).inspect_source("asm")
+    # Eight to a vector, for each of the three tables of more than one.
+    assert assembly.count("vlut32") >= 24
+
+
 def instructions_of(bench, target: Target, folder: Path) -> int:
     emit_bench(bench, target, folder)
     facts = run_example(folder)
@@ -402,7 +472,7 @@ def test_hexagon_runtime_divides_and_rounds(tmp_path: Path) -> None:
         return [function(*(column[i].item() for column in columns)) for i in range(len(columns[0]))]
 
     bits = rng.integers(0, 1 << 32, (3000, 2), dtype=np.uint32).view(np.float32)
-    tiny = rng.standard_normal((2000, 2)).astype(np.float32) * np.float32([[1e-38, 1]])
+    tiny = rng.standard_normal((2000, 2)).astype(np.float32) * np.array([[1e-38, 1]], np.float32)
     a, b = np.concatenate([bits, rng.standard_normal((2000, 2)).astype(np.float32), tiny]).T
     with np.errstate(all="ignore"):
         wanted = a / b

@@ -120,21 +120,36 @@ def schedule_dot_convolution(
     return s.mod["main"]
 
 
-def schedule_depthwise(function: tirx.PrimFunc, *, staged: bool, cropped: bool) -> tirx.PrimFunc:
-    """Schedule the blocks [staged,] total, output[, cropped] of `hvx_conv`: 128 outputs at a time."""
+def schedule_rows(function: tirx.PrimFunc, *, staged: bool, cropped: bool, summed: bool = True) -> tirx.PrimFunc:
+    """Schedule the blocks [staged,] [total if `summed`,] output[, cropped] over rows of `hvx_windows`."""
     s = open_schedule(function)
-    total, output = s.get_sblock("total"), s.get_sblock("output")
+    output = s.get_sblock("output")
     n, y, f = s.get_loops(output)
     row = s.fuse(n, y)
     if cropped:
         s.reverse_compute_at(s.get_sblock("cropped"), row, preserve_unit_loops=True)
     vectors, lanes = s.split(f, [None, vrmpy.VECTOR_BYTES])
-    s.compute_at(total, vectors, preserve_unit_loops=True)
+    if summed:
+        total = s.get_sblock("total")
+        s.compute_at(total, vectors, preserve_unit_loops=True)
+        s.vectorize(s.get_loops(total)[-1])
+        s.set_scope(total, 0, "local")
     s.vectorize(lanes)
-    s.vectorize(s.get_loops(total)[-1])
-    s.set_scope(total, 0, "local")
     if staged:
         s.compute_at(s.get_sblock("staged"), row, preserve_unit_loops=True)
+    return s.mod["main"]
+
+
+def schedule_elements(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Vectorize the last loop of the block "output" 128 elements at a time; what is left of it stays scalar."""
+    s = open_schedule(function)
+    last = s.get_loops(s.get_sblock("output"))[-1]
+    extent = int(s.get(last).extent)
+    whole = extent - extent % vrmpy.VECTOR_BYTES
+    if whole > 0:
+        if whole < extent:
+            last, _ = s.loop_partition(last, [whole, None])
+        _vectorize(s, last)
     return s.mod["main"]
 
 
