@@ -24,7 +24,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibrate import Progress, Samples
-from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, users, value_name
+from qcompiler.graph import const_of, data_input, input_of, is_op, nodes_of, shape_of, users, value_name
+from qcompiler.passes.absorb_biases import DEVIATIONS, AbsorbBiases, ChannelMoments, reader_of
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.migrate_scales import MigrateScales
 from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, step, weight_limits
@@ -128,7 +129,11 @@ def equalizers(model: ir.Model, samples: Samples, *, per_channel: bool) -> list[
         samples: the first `JUDGED_BY` say how large channels become.
         per_channel: whether weights have one scale per output channel; else `EqualizeLayers` is among them.
     """
-    passes: list[ir.passes.InPlacePass] = [] if per_channel else [EqualizeLayers()]
+    moments = _output_moments(model, samples)
+    absorbable = any((channel.mean > DEVIATIONS * channel.deviation).any() for channel in moments.values())
+    passes: list[ir.passes.InPlacePass] = [AbsorbBiases(moments)] if absorbable else []
+    if not per_channel:
+        passes.append(EqualizeLayers())
     names = [value_name(data_input(node)) for node in model.graph if is_op(node, "MatMul") and has_rows(node)]
     if names:
         tap, maxima = Tap(model, names), dict[str, np.ndarray]()
@@ -138,6 +143,26 @@ def equalizers(model: ir.Model, samples: Samples, *, per_channel: bool) -> list[
                 maxima[name] = np.maximum(maxima.get(name, 0), largest)
         passes.append(MigrateScales({name: maxima[name] for name in names}))
     return passes
+
+
+def _output_moments(model: ir.Model, samples: Samples) -> dict[str, ChannelMoments]:
+    """Of what layers make whose bias another may absorb."""
+    layers = [node for node in nodes_of(model.graph, "Conv", "Gemm") if reader_of(node) is not None]
+    names = [value_name(node.outputs[0]) for node in layers]
+    if not names:
+        return {}
+    tap, seen = Tap(model, names), {name: list[np.ndarray]() for name in names}
+    for sample in islice(samples, JUDGED_BY):
+        values = tap.run(sample)
+        for name in names:
+            tensor = values[name]
+            channels = np.moveaxis(tensor, 1, -1).reshape(-1, tensor.shape[1]).astype(np.float64)
+            seen[name].append(np.stack([channels.mean(axis=0), np.square(channels).mean(axis=0)]))
+    moments: dict[str, ChannelMoments] = {}
+    for name, parts in seen.items():
+        mean, square = np.mean(parts, axis=0)
+        moments[name] = ChannelMoments(mean, np.sqrt(np.maximum(square - mean**2, 0)))
+    return moments
 
 
 def change_if_better(

@@ -116,7 +116,7 @@ def test_equalizing_is_kept_where_it_helps(parse, samples, spread):
         return ranges, make_plan(graph, ranges, target)
 
     ranges, plan = planned(model)
-    (equalize,) = equalizers(model, data, per_channel=False)
+    *_, equalize = equalizers(model, data, per_channel=False)
     chosen, _, formats = change_if_better(model, equalize, ranges, plan, planned, data)
     (before,) = _errors(model, data, plan)
     (after,) = _errors(chosen, data, formats)
@@ -142,7 +142,7 @@ def test_outliers_behind_a_normalization_are_migrated(parse, samples):
         return ranges, make_plan(graph, ranges, target)
 
     ranges, plan = planned(model)
-    (migrate,) = equalizers(model, data, per_channel=True)
+    *_, migrate = equalizers(model, data, per_channel=True)
     chosen, _, formats = change_if_better(model, migrate, ranges, plan, planned, data)
     (before,), (after,) = _errors(model, data, plan), _errors(chosen, data, formats)
     assert chosen is not model and after < before
