@@ -12,7 +12,7 @@ What they become is chosen by a scheme:
   sⱼ = E[xⱼ²]^(α/2), the α of each layer being the one with the least error of its outputs (Lin et al., AWQ, MLSys 2024,
   section 3.2, with the mean square in place of the mean magnitude).
 
-The last two learn from calibration data.
+The last two learn from calibration data. Embedding tables, where there are any, are stored in 8 bits by the row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,6 +41,7 @@ from qcompiler.graph import (
     value_name,
 )
 from qcompiler.integer.realize_weight_only import COMPUTE_KEY, WORD
+from qcompiler.passes.quantize_embeddings import QuantizeEmbeddings
 from qcompiler.quant import operators
 from qcompiler.quant.formats import dequantize_array, limits, quantize_array
 from qcompiler.quant.moments import Moments, Sample, collect
@@ -99,7 +100,8 @@ def weight_only(
         progress: told (layers done, layers in all).
 
     Returns:
-        The model, with channels scaled if the scheme is awq, and formats and integers of its weights.
+        The model, with embeddings in 8 bits and channels scaled if the scheme is awq, and formats and integers of its
+        weights.
 
     Raises:
         QCompilerError: no matrix product has constant weights, a name nobody has, groups that do not suit the kernels,
@@ -115,7 +117,10 @@ def weight_only(
             "the model has no matrix product with constant weights, and only those are quantized with float "
             "activations; leave out --activations float and --group-size."
         )
-    kept = {node.name: "kept in float on request" for node in _named(products, keep_float, "--float")}
+    tables = nodes_of(result.graph, "Gather")
+    kept_tables = {node.name or "" for node in tables} & set(keep_float)
+    asked = [name for name in keep_float if name not in kept_tables]
+    kept = {node.name: "kept in float on request" for node in _named(products, asked, "--float")}
     by_layer: dict[str | None, WeightType] = {}
     for layer, dtype in wanted.by_layer.items():
         by_layer |= {node.name: dtype for node in _named(products, [layer], "--layer-weights")}
@@ -129,6 +134,7 @@ def weight_only(
         done += len(part)
         if progress is not None:
             progress(done, len(layers))
+    QuantizeEmbeddings(kept_tables)(result)
     remove_dead(result)
     return result, plan
 
