@@ -105,7 +105,8 @@ def placed(zoo: Path, model: str, target: str, samples: Sequence[Arrays]) -> Pla
 def missing(target: Target) -> str | None:
     chip = target.host.bare_metal
     assert chip is not None
-    for tool, package in ((chip.compiler, chip.compiler_package), (chip.emulator[0], chip.emulator_package)):
+    needed = ((chip.compiler, chip.compiler_package), (chip.emulator[0], chip.emulator_package), *chip.tools.items())
+    for tool, package in needed:
         if shutil.which(tool) is None:
             return f"{tool} is missing: apt-get install {package}"
     return None
