@@ -15,8 +15,8 @@ LEAST_ROWS, LEAST_WIDTH = 256, 8
 class QuantizeEmbeddings(ir.passes.InPlacePass):
     """Gather of rows of a float constant [rows, width]  ⇒  Gather of int8 rows → Cast → Mul by Gather of their scales.
 
-    A row's scale is its largest magnitude over 127. Left alone: tables smaller than `LEAST_ROWS` by `LEAST_WIDTH`, other
-    axes than the first, and nodes to keep.
+    A row's scale is its largest magnitude over 127. Left alone: tables smaller than `LEAST_ROWS` by `LEAST_WIDTH`,
+    other axes than the first, and nodes to keep.
 
     Args:
         keep: names of Gather nodes whose tables stay in float.
