@@ -48,6 +48,7 @@ EXAMPLES = "Examples:\n\n" + "\n\n".join(
         "qcompile debug model.onnx --calibration samples.npz",
         "qcompile quantize model.onnx -t x86-cpu --weights int4 --group-size 32 --activations float -o small.onnx",
         "qcompile search model.onnx -t systolic-npu -c samples.npz --evaluate labelled.npz --max-drop 1%",
+        "qcompile finetune model.onnx -t systolic-npu -c samples.npz --weights int4 --activations int4 -o tuned.onnx",
         "qcompile bench model.onnx --targets arm-npu,systolic-npu --set memories.sram.size=64KiB",
         "qcompile model.onnx --target cortex-m55 --emit c -o firmware/model",
         "qcompile targets check my-chip.yaml",
@@ -71,7 +72,7 @@ app = typer.Typer(
 targets_app = typer.Typer(help="List, show and check target specs.", invoke_without_command=True)
 app.add_typer(targets_app, name="targets")
 
-VERBS = ("compile", "quantize", "run", "explain", "debug", "bench", "search", "tune", "targets")
+VERBS = ("compile", "quantize", "finetune", "run", "explain", "debug", "bench", "search", "tune", "targets")
 GROUP_OPTIONS = ("--help", "-h", "--version")
 
 
@@ -474,6 +475,87 @@ def quantize(
         _print_json({**asdict(written), "path": str(written.path)})
     else:
         _stdout().print(Text(written.summary()))
+
+
+@app.command()
+def finetune(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="TUNED.onnx", help="The file to write.")],
+    target: TargetName = DEFAULT_TARGET,
+    calibration: CalibrationData = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Samples to measure on, as for --calibration. An .npz may hold classes as label or labels. Without "
+            "it every eighth sample of --calibration is kept from training for that.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The class of each sample of --evaluate: an .npy, or text with one per line."
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Times every sample is learned from.")] = 60,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--lr", metavar="RATE", min=1e-8, max=1, help="Adam's at the beginning; by default the formats decide."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples to a step.")] = 32,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Decides the order of samples.")] = 0,
+    weights: Weights = "int8",
+    layer_weights: LayerWeights = None,
+    activations: Annotated[
+        Literal["int8", "int4"],
+        typer.Option(help="int4: sixteen levels of an 8-bit tensor, but for inputs and outputs of the network."),
+    ] = "int8",
+    all_layers: Annotated[
+        bool,
+        typer.Option(
+            "--all-layers",
+            help="Few bits for the first and last layers and the network's inputs too.",
+            show_default=False,
+        ),
+    ] = False,
+    input_shape: InputShapes = None,
+    as_json: AsJson = False,
+    method: Method = "mse",
+    samples: SampleLimit = None,
+    resize: Resize = None,
+    mean: Mean = "0",
+    std: Std = "1",
+    layout: Layout = "NCHW",
+    color: Color = "rgb",
+    keep_float: KeepFloat = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a float model with the roundings of the target's formats, and write it quantized. Needs PyTorch.
+
+    The float model is the teacher, so samples need no labels; an array label or labels in --calibration counts too.
+    `qcompile TUNED.onnx` compiles what is written.
+    """
+    with _mistakes(as_json), _console_progress() as progress:
+        from qcompiler.finetune.finetune import finetune as train
+        from qcompiler.finetune.options import Schedule
+        from qcompiler.finetune.results import render
+
+        options = _options(
+            calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
+            Formats(weights, layer_weights, "int8", all_layers),
+        )  # fmt: skip
+        found = train(
+            model, target, options, output, activations=activations, schedule=Schedule(epochs, rate, batch, seed),
+            evaluation=evaluate, labels=labels, progress=progress,
+        )  # fmt: skip
+        seconds = progress.finish()["train"]
+    if as_json:
+        _print_json({**found.to_dict(), "seconds": seconds})
+        return
+    _stdout().print(render(found))
+    _stdout().print(Text(f"{found.written.summary()}; trained for {seconds:.0f} s"))
 
 
 @app.command()

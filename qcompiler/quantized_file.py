@@ -72,10 +72,11 @@ def quantize_file(
     if operators == "matmulnbits":
         ExportMatMulNBits()(graph)
     progress.stage("write")
-    return _write(graph, Path(model), output)
+    return write_model(graph, Path(model), output)
 
 
-def _write(model: ir.Model, source: Path, output: Path) -> WrittenModel:
+def write_model(model: ir.Model, source: Path, output: Path) -> WrittenModel:
+    """Write what was made of the file `source`. Raises QCompilerError if that cannot be done."""
     graph = model.graph
     stored = {value: value.const_value for value in graph.initializers.values() if value.const_value is not None}
     large = sum(tensor.nbytes for tensor in stored.values()) >= LARGEST_FILE

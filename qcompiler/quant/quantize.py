@@ -9,19 +9,21 @@ from qcompiler.graph import (
     Attribute,
     add_initializer,
     const_of,
+    data_input,
     graph_of,
     input_of,
     is_op,
     make_node,
     make_value,
     remove_dead,
+    shape_of,
     users,
     value_name,
 )
 from qcompiler.quant.dynamic import quantize_input, shift_bias
-from qcompiler.quant.formats import quantize_array
-from qcompiler.quant.operators import MAC_OPS
-from qcompiler.quant.qdq import Parameters, insert_pair
+from qcompiler.quant.formats import dequantize_array, quantize_array
+from qcompiler.quant.operators import MAC_OPS, inherits_format
+from qcompiler.quant.qdq import Parameters, insert_pair, quantize_readers
 from qcompiler.quant.types import QuantPlan, TensorFormat
 
 _DTYPES = {
@@ -130,3 +132,21 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, plan: QuantPlan) -> None:
     readers = [node for node in users(value) if not (exists_in_float and node.name in plan.float_nodes)]
     scale, zero_point = _parameters(graph, value_name(value), fmt)
     insert_pair(graph, value, Parameters(_DTYPES[fmt.dtype], scale, zero_point), readers, output=not exists_in_float)
+    # What is moved has been clamped before; padding may bring in more.
+    if fmt.used is not None and (maker is None or not inherits_format(maker) or is_op(maker, "Pad")):
+        (quantizer,) = quantize_readers(value)
+        _clip(graph, quantizer, fmt)
+
+
+def _clip(graph: ir.Graph, quantizer: ir.Node, fmt: TensorFormat) -> None:
+    """Keep what a QuantizeLinear reads within the integers the format uses."""
+    assert fmt.used is not None
+    value = data_input(quantizer)
+    name = value_name(value)
+    bounds = [
+        add_initializer(graph, f"{name}_{end}", dequantize_array(np.array(integer), fmt))
+        for end, integer in zip(("low", "high"), fmt.used, strict=True)
+    ]
+    clipped = make_value(graph, f"{name}_clipped", shape_of(value), ir.DataType.FLOAT)
+    graph.insert_before(quantizer, make_node("Clip", [value, *bounds], [clipped]))
+    quantizer.replace_input_with(0, clipped)

@@ -90,6 +90,9 @@ class TensorFormat:
     zero_point: np.ndarray
     axis: int | None = None
     block: int | None = None
+    used: tuple[int, int] | None = None
+    """Of an activation: the smallest and largest integer it may hold, if fewer than the type; see
+    `qcompiler.finetune.four_bits`."""
 
     @property
     def per_channel(self) -> bool:
