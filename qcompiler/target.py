@@ -230,8 +230,6 @@ class MacArray(Spec):
     ifm_depth_step: int = Field(default=32, ge=8)
     """Input channels count as a multiple of this in depth-first order; 8 take a cycle."""
     weight_decoders: int = Field(default=1, ge=1)
-    skips_2_of_4: bool = False
-    """Whether weights with two zeros in four input channels take half of the time; those of one or two always do."""
     cores: int = Field(default=1, ge=1)
     accumulator_banks: int
     own_accumulator_banks: int = Field(default=0, ge=0)
@@ -322,7 +320,8 @@ class Sparsity(Spec):
     """Zero weights that the engine skips."""
 
     pattern: Literal["2:4"]
-    """Two of every four neighbours along the input channels are zero; depthwise and grouped convolutions have none."""
+    """Two of every four neighbours along the input channels are zero, which holds of any weights with one or two
+    channels; depthwise and grouped convolutions have none."""
     speedup: float = Field(gt=1)
     """How many times faster multiplications are; so many times fewer are done, and paid for in energy."""
     precisions: tuple[str, ...]

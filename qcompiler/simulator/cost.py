@@ -23,6 +23,7 @@ from operator import itemgetter
 import numpy as np
 import numpy.typing as npt
 
+from qcompiler.integer.sparsity import KEPT
 from qcompiler.simulator import engines, isa
 from qcompiler.simulator.weight_code import EncodedSpan, ratio_at
 from qcompiler.simulator.workload import SCALE_RECORD_BYTES, Dims, Feed, OpClass, Port, Shape
@@ -566,6 +567,8 @@ class _Pricer:
         transposed = code == isa.CONV_TRANSPOSE.code
         unit = self._engine(code, precision, kernel, groups, depthwise=depthwise)
         engine = self.npu.engines[unit]
+        if engine.sparsity is not None and code == isa.CONV.code and groups == 1 and ifm_shape[2] <= KEPT:
+            sparse = precision in engine.sparsity.precisions  # filled up with channels of zeros
         speedup = engine.sparsity.speedup if sparse and engine.sparsity is not None else 1.0
         shape = Shape(
             op,

@@ -279,15 +279,14 @@ def _mac_cycles(shape: Shape, array: MacArray, block: Block, ublock: Dims, ubloc
             cycles *= shape.ifm_bits / 8 if array.pool_cycles > 1 else 1
         elif block.traversal == "part_kernel":
             steps, repeats = ceil(elements / (2 if shape.ifm_bits == 16 else 4)), ceil(ifm_depth / 8)
-            cycles = max(weights, 4 * area) * steps * deep
+            cycles = max(weights, 4 * area) * steps * deep / shape.sparse_speedup
         elif block.traversal == "depthwise":
             steps, repeats = ceil(elements / 4), 1
             cycles = max(weights, 4 * area * shape.ifm_bits // 8) * steps * deep
         else:
             steps, repeats = elements, 1
             cycles = max(weights, _round_up(ifm_depth, array.ifm_depth_step) // 8 * area) * steps * deep
-        if shape.op == "conv" and array.skips_2_of_4 and shape.ifm[2] <= 2:
-            cycles //= 2
+            cycles /= shape.sparse_speedup
         total += (cycles + _delay(shape, array, area, deep, steps)) * repeats
     if shape.op == "conv":
         total *= ceil(shape.ifm[2] / ifm_depth)
