@@ -179,6 +179,15 @@ def test_refuses_quantized_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         finetune(quantized, "x86-cpu", Options(calibration=data), tmp_path / "t.onnx")
 
 
+@pytest.mark.parametrize("formats", [WeightRequest(activations="dynamic"), WeightRequest("int4", group=32)])
+def test_refuses_formats_it_does_not_train(
+    formats: WeightRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcompiler.finetune.finetune.require_torch", lambda: None)
+    with pytest.raises(QCompilerError, match="finetuning knows"):
+        finetune(DIGITS, "x86-cpu", Options(calibration=CALIBRATION, formats=formats), tmp_path / "t.onnx")
+
+
 # --- with torch ---------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,11 @@ def finetune(
     require_torch()
     if options.calibration is None:
         raise QCompilerError("finetuning learns from samples: give some with --calibration.")
+    if options.formats.activations != "int8" or options.formats.group is not None or options.prune is not None:
+        raise QCompilerError(
+            "finetuning knows static 8-bit formats, weights of fewer bits with a scale per output, and four-bit "
+            "activations (`activations` of finetune itself); leave out other activations, groups and pruning."
+        )
     if labels is not None and evaluation is None:
         raise QCompilerError("--labels are those of the samples of --evaluate; give both.")
     prepared = prepare(model, target, options, progress, learn=False)
