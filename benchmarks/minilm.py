@@ -23,10 +23,11 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import onnx
@@ -34,6 +35,9 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from encoder import INPUTS, OUTPUT, Sizes, encoder
+
+if TYPE_CHECKING:
+    from qcompiler.report import Report
 
 LENGTH = 128
 """Tokens a sentence is filled up to."""
@@ -184,11 +188,18 @@ def _measured(
     got = bundle.run(feeds)[OUTPUT]
     similar = (got * wanted[:count]).sum(axis=1)
     nearest, common = _retrieval(got, wanted) if count == len(wanted) else (float("nan"), float("nan"))
-    backends = [item.backend for item in bundle.report.placements]
-    placed = ", ".join(f"{backends.count(backend)} on {backend}" for backend in dict.fromkeys(backends))
+    placed = placement(bundle.report)
     milliseconds = float("nan") if simulated else _timed(folder, f"{name}.qc", seconds)
     size = bundle.report.totals.weights / 1e6
     return Row(variant.name, float(similar.mean()), float(similar.min()), nearest, common, size, milliseconds, placed)
+
+
+def placement(report: "Report") -> str:
+    """How many operators each backend runs, and why those on the CPU are not elsewhere."""
+    backends = Counter(item.backend for item in report.placements)
+    reasons = Counter(f"{item.op}: {item.reason}" for item in report.placements if item.reason is not None)
+    parts = [", ".join(f"{count} on {backend}" for backend, count in backends.items())]
+    return "; ".join([*parts, *(f"{count} {reason}" for reason, count in reasons.most_common())])
 
 
 def _retrieval(got: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
