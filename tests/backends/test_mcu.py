@@ -136,6 +136,32 @@ def add_conv(
     bench.integer(op, inputs, (x[0], *out, channels), "int8")
 
 
+def add_transposed_conv(
+    bench,
+    x: tuple[int, int, int, int],
+    channels: int,
+    kernel: tuple[int, int],
+    *,
+    strides: tuple[int, int],
+    pads: tuple[int, int, int, int],
+    group: int = 1,
+) -> None:
+    rng, depth = bench.rng, x[3] // group
+    sizes = zip(x[1:3], kernel, strides, pads[:2], pads[2:], strict=True)
+    out = [(size - 1) * s + k - before - after for size, k, s, before, after in sizes]
+    reals = rng.uniform(0.2, 2, channels) / (np.sqrt(depth * kernel[0] * kernel[1]) * 70)
+    multiplier, shift = arithmetic.multipliers(reals, "tosa")
+    inputs = [
+        bench.random(x, "int8"),
+        bench.constant(rng.integers(-128, 128, (channels, *kernel, depth)).astype(np.int8)),
+        bench.constant(rng.integers(-3000, 3000, channels).astype(np.int32)),
+        bench.constant(multiplier),
+        bench.constant(shift),
+    ]
+    op = ops.QConvTranspose(kernel, strides, pads, (1, 1), group, -9, 0, 5, -128, 127, "tosa")
+    bench.integer(op, inputs, (x[0], *out, channels), "int8")
+
+
 def add_gemm(bench, rows: int, depth: int, channels: int) -> None:
     rng = bench.rng
     multiplier, shift = arithmetic.multipliers(rng.uniform(0.2, 2, channels) / (np.sqrt(depth) * 70), "tosa")
@@ -324,6 +350,9 @@ def test_hexagon_convolutions_of_any_shape(workbench, tmp_path: Path) -> None:
         add_conv(bench, (1, 6, 7, channels), channels, (3, 3), group=channels, strides=(stride, stride), pads=padding)
     add_conv(bench, (1, 9, 9, 16), 16, (3, 3), group=16, dilations=(1, 2), strides=(1, 3), x_dtype="uint8")
     add_conv(bench, (1, 9, 9, 32), 32, (8, 8), group=32)
+    add_transposed_conv(bench, (1, 5, 6, 12), 20, (3, 4), strides=(2, 2), pads=(1, 0, 0, 1))
+    add_transposed_conv(bench, (1, 5, 6, 24), 24, (3, 3), strides=(1, 1), pads=(2, 1, 0, 1), group=24)
+    add_transposed_conv(bench, (1, 4, 4, 16), 16, (2, 2), strides=(2, 2), pads=(0, 0, 0, 0), group=16)
     for rows, depth, channels in ((1, 300, 10), (5, 64, 64), (32, 16, 48)):
         add_gemm(bench, rows, depth, channels)
     emit_bench(bench, target, tmp_path)
