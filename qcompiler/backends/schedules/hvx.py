@@ -12,6 +12,11 @@ from qcompiler.backends.schedules.loops import open_schedule
 _ACCUMULATORS = 20
 """Of 32 vector registers; the rest hold weights and spread activations."""
 
+_SORTED_RANK = 5
+"""Dimensions of a copy whose columns are sorted: its last is a pixel's channels."""
+_COPIED = (16, 32, 64, 128)
+"""Bytes of which LLVM copies a vector in fewer instructions than it calls memcpy."""
+
 
 def has_hvx(host: HostCode) -> bool:
     """Whether the CPU has Hexagon's vectors, 128 bytes long."""
@@ -136,7 +141,11 @@ def schedule_rows(function: tirx.PrimFunc, *, staged: bool, cropped: bool, summe
         s.set_scope(total, 0, "local")
     s.vectorize(lanes)
     if staged:
-        s.compute_at(s.get_sblock("staged"), row, preserve_unit_loops=True)
+        copy = s.get_sblock("staged")
+        s.compute_at(copy, row, preserve_unit_loops=True)
+        channels = s.get_loops(copy)[-1]
+        if len(s.get(copy).iter_vars) == _SORTED_RANK and int(s.get(channels).extent) in _COPIED:
+            s.vectorize(channels)
     return s.mod["main"]
 
 
