@@ -1,4 +1,7 @@
-"""Read an .onnx file as a checked protobuf: the right kind of file, weights at hand, every operator known."""
+"""Read a model file as a checked protobuf: the right kind of file, weights at hand, every operator known.
+
+The file is ONNX, or TFLite, which `tflite_file` turns into ONNX.
+"""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -10,6 +13,7 @@ from google.protobuf.message import DecodeError
 from qcompiler.errors import QCompilerError
 from qcompiler.passes import rewrite_fused_ops, rewrite_matmul_nbits, rewrite_qlinear
 from qcompiler.passes.rewrite_qlinear import MICROSOFT
+from qcompiler.tflite_file import is_tflite, read_tflite
 
 OPSET = 21
 OLDEST_OPSET = 7
@@ -40,6 +44,8 @@ def read_model(path: Path) -> onnx.ModelProto:
 
 def external_files(path: Path) -> tuple[Path, ...]:
     """The files beside a model that hold weights of it, each once, by name."""
+    if is_tflite(path.read_bytes()):
+        return ()
     proto = onnx.load(path, load_external_data=False)
     external = (tensor for tensor in _tensors(proto) if tensor.data_location == onnx.TensorProto.EXTERNAL)
     names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
@@ -55,7 +61,6 @@ def one_line(error: Exception) -> str:
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89PNG", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
-    (4, b"TFL3", "a TensorFlow Lite model; convert it with tf2onnx"),
     (0, b"PK\x03\x04", "a zip archive (a PyTorch checkpoint or .npz?); export the model with torch.onnx.export"),
     (0, b"\x80\x02", "a Python pickle (a PyTorch checkpoint?); export the model with torch.onnx.export"),
     (0, b"\x89HDF", "an HDF5 file (a Keras model?); convert it with tf2onnx"),
@@ -76,6 +81,8 @@ def _read(path: Path) -> onnx.ModelProto:
         raise QCompilerError(f"{path} cannot be read: {error.strerror}") from None
     if not data:
         raise QCompilerError(f"{path} is empty; give an ONNX model")
+    if is_tflite(data):
+        return read_tflite(data, path)
     for offset, signature, kind in _SIGNATURES:
         if data[offset : offset + len(signature)] == signature:
             raise QCompilerError(f"{path} is not an ONNX model but {kind}")

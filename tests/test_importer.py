@@ -446,7 +446,7 @@ def test_a_folder(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "a PNG image"),
-        (b"\x1c\0\0\0TFL3" + b"\0" * 40, "TensorFlow Lite"),
+        (b"\x1c\0\0\0TFL3" + b"\xff" * 40, "TensorFlow Lite"),
         (b"PK\x03\x04" + b"\0" * 40, "zip archive"),
         (b"import numpy as np\nprint('hello')\n" * 9, "is not an ONNX model"),
         (bytes(range(256)), "is not an ONNX model"),
