@@ -54,7 +54,9 @@ class Writer:
 
     def op(self, kind: str, *inputs: str, **attributes: float | str | list[int]) -> str:
         name = f"t{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"n{len(self.nodes)}", **attributes))
+        node = helper.make_node(kind, list(inputs), [name], name=f"n{len(self.nodes)}")
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+        self.nodes.append(node)
         self.read.update(inputs)
         return name
 
@@ -80,7 +82,7 @@ class Writer:
             case 1 | 2 | 3:
                 return self.op("Relu", x), shape
             case 4:
-                limits = self.constant(np.float32(0)), self.constant(np.float32(6))
+                limits = self.constant(np.array(0, np.float32)), self.constant(np.array(6, np.float32))
                 return self.op("Clip", x, *limits), shape
             case 5:
                 return self.op("LeakyRelu", x, alpha=0.1), shape

@@ -239,7 +239,8 @@ class _Scheduler:
                 break
             limits[index] = size - 1
             work = self.recipes[index]
-            finer = self._tiling(index, work, set(fit.evicted), size - 1) if isinstance(work, Work) else None
+            assert isinstance(work, Work), "only works are tiled"
+            finer = self._tiling(index, work, set(fit.evicted), size - 1)
             if finer is None or not fills_blocks(finer, work):
                 break
             trial = self._fit(fit.evicted, limits)

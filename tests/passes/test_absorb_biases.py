@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 from qcompiler.passes.absorb_biases import DEVIATIONS, AbsorbBiases, ChannelMoments
@@ -57,11 +60,23 @@ def test_padding_other_readers_and_low_channels_stay(net, assert_refused):
     assert_refused(shared, AbsorbBiases({made: ChannelMoments(np.full(4, 9.0), np.full(4, 0.1))}))
 
 
+@dataclass(frozen=True)
+class _Samples:
+    arrays: tuple[dict[str, np.ndarray], ...]
+    synthetic: bool = False
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return iter(self.arrays)
+
+
 def test_repair_measures_the_moments(net, apply):
     model = _model(net)
     name = model.graph.inputs[0].name
     rng = np.random.default_rng(0)
-    samples = [{name: rng.uniform(-1, 1, (1, 3, 7, 6)).astype(np.float32)} for _ in range(8)]
+    samples = _Samples(tuple({name: rng.uniform(-1, 1, (1, 3, 7, 6)).astype(np.float32)} for _ in range(8)))
     changes = [change for change in equalizers(model, samples, per_channel=True) if isinstance(change, AbsorbBiases)]
     outcome = apply(model, changes[0])
     first = next(node for node in outcome.model.graph if node.op_type == "Conv")
