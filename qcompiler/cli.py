@@ -501,7 +501,11 @@ def finetune(
     rate: Annotated[
         float | None,
         typer.Option(
-            "--lr", metavar="RATE", min=1e-8, max=1, help="Adam's at the beginning; by default the formats decide."
+            "--lr",
+            metavar="RATE",
+            min=1e-8,
+            max=1,
+            help="How far a step goes at the beginning, as a share of a tensor's size; by default the formats decide.",
         ),
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Samples to a step.")] = 32,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DEFAULTS = Schedule()
 HELD_OUT = 8
 """Without data for evaluation, one calibration sample of so many is kept from training."""
-RATE, RATE_OF_FEW_BITS = 5e-4, 3e-3
+RATE, RATE_OF_FEW_BITS = 2e-3, 3e-2
 """Adam's at the beginning; weights of less than four bits have farther to go."""
 FEWEST_HELD_OUT = 4
 """Samples; with fewer, everything is learned from and judged by."""

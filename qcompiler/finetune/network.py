@@ -13,7 +13,7 @@ from qcompiler.finetune.fake_quant import FakeQuantize
 from qcompiler.finetune.operators import OPERATORS, refusal, tensor_of
 from qcompiler.finetune.sharing import constants_like_outputs, shared_formats
 from qcompiler.graph import const_of, data_input, shape_of, value_name
-from qcompiler.quant.formats import bias_format
+from qcompiler.quant.formats import bias_format, limits
 from qcompiler.quant.plan import has_weights
 from qcompiler.quant.types import QuantPlan, TensorFormat
 
@@ -75,9 +75,24 @@ class Network(nn.Module):
         """Run a batch: by input name [samples, *shape]; gives [samples, *shape] by output name."""
         return torch.func.vmap(self._one)(dict(inputs))
 
-    def weights(self) -> list[nn.Parameter]:
-        """Weights and biases."""
-        return list(self._weights.parameters())
+    def weights(self) -> list[tuple[nn.Parameter, float]]:
+        """Weights and biases, each with its unit: what would be a change of the size of the layer itself.
+
+        That is the root mean square of weights, and for biases that times a quarter of the interval the layer reads: a
+        network that takes pixels of 0 to 255 has first weights a hundred times smaller than one that normalizes them.
+        """
+        units: dict[str, float] = {}
+        for node in self._graph:
+            operands = [value_name(value) for value in node.inputs[1:3] if value is not None]
+            if not operands or any(_key(name) not in self._weights for name in operands):
+                continue
+            size = float(self._weights[_key(operands[0])].detach().square().mean().sqrt()) or 1.0
+            units[operands[0]] = size
+            fmt = self._plan.activations[value_name(data_input(node))]
+            low, high = fmt.used or limits(fmt.dtype)
+            for name in operands[1:]:
+                units[name] = size * (high - low) * float(fmt.scale) / 4
+        return [(self._weights[_key(name)], unit) for name, unit in units.items()]
 
     def scales(self) -> list[nn.Parameter]:
         """Logarithms of the scales that are learned."""

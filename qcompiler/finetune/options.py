@@ -13,7 +13,7 @@ class Schedule:
 
     epochs: int = 60
     rate: float | None = None
-    """Adam's, of weights and biases, at the beginning; None leaves it to the formats."""
+    """Adam's at the beginning, as a share of each tensor's root mean square; None leaves it to the formats."""
     batch: int = 32
     seed: int = 0
     """Of the order of samples."""

@@ -30,6 +30,11 @@ class Finetuned:
             return None
         return self.after.top1 + self.after.drop
 
+    @property
+    def helped(self) -> bool:
+        """Whether the outputs are nearer to the float model's than without training."""
+        return self.after.noise < self.before.noise
+
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return {**asdict(self), "written": {**asdict(self.written), "path": str(self.written.path)},
@@ -46,6 +51,8 @@ def render(found: Finetuned) -> Table:
         "SQNR",
         title=f"{found.trained_on} samples learned from; measured on {found.after.samples} {where}",
         title_justify="left",
+        caption=None if found.helped else "Training did not help: try more samples, or a smaller --lr.",
+        caption_justify="left",
     )
     table.add_row("float", _percent(found.float_top1), "", "")
     for name, measured in (("rounded", found.before), ("finetuned", found.after)):

@@ -12,8 +12,8 @@ from qcompiler.finetune.options import Schedule
 
 Tensors = Mapping[str, torch.Tensor]
 
-SCALE_RATE = 3.0
-"""The rate of the scales' logarithms, over that of weights."""
+SCALE_RATE = 0.5
+"""The rate of the scales' logarithms, over that of weights in their units."""
 LEAST_PROBABILITY = 1 / 512
 """Probabilities a network gives out in 8 bits count as at least this, half a step."""
 
@@ -67,7 +67,7 @@ def train(
         network: rounds with a plan; changed in place.
         lesson: the samples.
         schedule: how long.
-        rate: of weights and biases, at the beginning.
+        rate: at the beginning, in units of each tensor (`Network.weights`).
         progress: told (steps done, steps in all).
 
     Returns:
@@ -79,7 +79,7 @@ def train(
     total = steps * schedule.epochs
     optimizer = torch.optim.Adam(
         [
-            {"params": network.weights(), "lr": rate},
+            *({"params": [parameter], "lr": rate * unit} for parameter, unit in network.weights()),
             {"params": network.scales(), "lr": rate * SCALE_RATE},
         ]
     )
