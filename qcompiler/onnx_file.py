@@ -42,6 +42,12 @@ def read_model(path: Path) -> onnx.ModelProto:
     return proto
 
 
+def for_onnxruntime(path: Path) -> Path | bytes:
+    """What onnxruntime loads for a model file: the file itself, or the ONNX model that a TFLite one is read as."""
+    data = path.read_bytes()
+    return read_tflite(data, path).SerializeToString() if is_tflite(data) else path
+
+
 def external_files(path: Path) -> tuple[Path, ...]:
     """The files beside a model that hold weights of it, each once, by name."""
     if is_tflite(path.read_bytes()):

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompiler.compile import SILENT, Progress, prepare
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import nodes_of
+from qcompiler.onnx_file import external_files
 from qcompiler.options import Options, WeightOperators
 from qcompiler.passes.rewrite_matmul_nbits import OP_TYPE, ExportMatMulNBits
 from qcompiler.passes.rewrite_qlinear import MICROSOFT
@@ -93,17 +94,8 @@ def write_model(model: ir.Model, source: Path, output: Path) -> WrittenModel:
     return WrittenModel(
         output,
         size,
-        source.stat().st_size + sum(file.stat().st_size for file in _weights_beside(source)),
+        source.stat().st_size + sum(file.stat().st_size for file in external_files(source)),
         len(nodes_of(graph, "QuantizeLinear")),
         len(integers) + len(products),
         len(products),
     )
-
-
-def _weights_beside(source: Path) -> list[Path]:
-    """Files that hold the weights of a model."""
-    proto = onnx.load(source, load_external_data=False)
-    names = {
-        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return [source.parent / name for name in sorted(names)]

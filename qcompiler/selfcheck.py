@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from qcompiler.onnx_file import for_onnxruntime
 from qcompiler.report import OutputCheck, SelfCheck
 
 SAMPLES = 16
@@ -41,15 +42,15 @@ def self_check(model: Path, compiled: Callable[[Arrays], Arrays], samples: Itera
     """Compare outputs on the first `SAMPLES` samples.
 
     Args:
-        model: the user's ONNX file. ONNX Runtime runs it without graph optimizations, so that nothing of ours stands
-            on both sides of the comparison.
+        model: the user's file; of a TFLite one, the ONNX model it is read as runs. ONNX Runtime runs it without graph
+            optimizations, so that nothing of ours stands on both sides of the comparison.
         compiled: runs the compiled model on one sample, by input and output name.
         samples: batch-1 arrays by input name.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(for_onnxruntime(model), options, providers=["CPUExecutionProvider"])
     outputs = [output.name for output in session.get_outputs()]
     # A half-precision model is compiled in float32.
     halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}

@@ -12,6 +12,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from qcompiler.compile import Placed, place
+from qcompiler.compile import compile as compile_model
 from qcompiler.emit.tflite import tflite_of
 from qcompiler.emit.tflite_model import Operation, Tensor, TfliteModel
 from qcompiler.errors import QCompilerError
@@ -391,3 +392,13 @@ def test_trained_networks(zoo, tmp_path, name, data, key):
         assert len(before) >= 9 and all(np.array_equal(want, got) for want, got in before)
         want, got = inner[len(before)]
         assert np.abs(want.astype(int) - got).max() <= 1 and (want != got).mean() < 0.1
+
+
+def test_compiles_and_runs(tmp_path):
+    """A bundle, whose self-check runs the imported model, and its numbers beside LiteRT's."""
+    path = tmp_path / "network.tflite"
+    path.write_bytes(ROUNDED["softmax"][0])
+    bundle = compile_model(path, target=TARGET, output=tmp_path / "network.qc")
+    rows = np.random.default_rng(3).integers(-128, 128, (7, 30)).astype(np.int8)
+    [(want, _)] = Imported(path.read_bytes(), tmp_path).both([rows])
+    np.testing.assert_array_equal(bundle.run({"x0": rows})["y0"], want)
