@@ -101,11 +101,15 @@ def read_tflite(data: bytes, path: Path) -> onnx.ModelProto:
         raise QCompilerError(
             f"{path} has TFLite operators that cannot be imported: {', '.join(unknown)}; export the model without them"
         )
-    network = Network(subgraph, path)
-    for operator in subgraph.operators:
-        network.begin(operator)
-        OPERATORS[operator.name](network, operator)
-    return network.finish()
+    try:
+        network = Network(subgraph, path)
+        for operator in subgraph.operators:
+            network.begin(operator)
+            OPERATORS[operator.name](network, operator)
+        return network.finish()
+    except (IndexError, AttributeError, TypeError, ValueError) as error:
+        # Indices beyond the file's tables, options that an operator must have, shapes of another rank.
+        raise QCompilerError(f"{path} is a broken TensorFlow Lite model: {error}; convert it again") from error
 
 
 # --- the file ----------------------------------------------------------------------------------------------

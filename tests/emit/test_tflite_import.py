@@ -372,6 +372,12 @@ def test_truncated_files(share, tmp_path):
         import_bytes(content[: max(int(len(content) * share), 12)], tmp_path)
 
 
+def test_options_that_are_missing(tmp_path):
+    content = hand_made("AVERAGE_POOL_2D", [(1, 9, 8, 5)], [(1, 4, 4, 5)])
+    with pytest.raises(QCompilerError, match=r"network\.tflite is a broken TensorFlow Lite model"):
+        import_bytes(content, tmp_path)
+
+
 # --- real networks -----------------------------------------------------------------------------------------
 
 
