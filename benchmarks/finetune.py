@@ -1,6 +1,6 @@
 """Finetuning in few bits, beside plain rounding: `qcompile finetune` on the digits example and models of the zoo.
 
-    python benchmarks/finetune.py [--target systolic-npu] [--epochs 60] [--only NAME] [--zoo DIR]
+    OMP_NUM_THREADS=1 python benchmarks/finetune.py [--target systolic-npu] [--epochs 60] [--only NAME] [--zoo DIR]
 
 Needs the extra `finetune` (PyTorch). The float model is the only teacher: no labels are learned from. Samples measured
 on are neither calibrated on nor learned from. Each finetuned model is then compiled as it was written, and the bundle's
