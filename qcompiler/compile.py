@@ -186,14 +186,20 @@ def build(
     from qcompiler.backends.tiles import best_guess
     from qcompiler.report import TuningReport
     from qcompiler.simulator.machine import with_driver
+    from qcompiler.target_loader import load_target
 
+    known = load_target(target, options.overrides)
+    if not known.host.loads_libraries:
+        raise QCompilerError(
+            f"{known.name} has no operating system that could load a bundle; write C for it with --emit c, which makes a "
+            "folder that `make` builds."
+        )
     if emit is not None:
         from qcompiler.emit.regions import check_emission
-        from qcompiler.target_loader import load_target
 
         if options.formats != EIGHT_BITS:
             raise QCompilerError(f"--emit {emit} knows 8-bit formats only; leave out --weights and --activations.")
-        check_emission(load_target(target, options.overrides), emit)
+        check_emission(known, emit)
 
     keep = TemporaryDirectory(prefix="qcompiler-") if output is None else None
     folder = Path(keep.name) / f"{Path(model).stem}.qc" if keep else Path(output or "")

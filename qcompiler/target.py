@@ -578,6 +578,12 @@ class Host(Spec):
         """Whether the spec leaves the CPU to be detected: `{kind: llvm}` and nothing more about the chip."""
         return self.tvm_target.get("kind") == "llvm" and not {"mcpu", "mtriple", "mattr"} & set(self.tvm_target)
 
+    @property
+    def loads_libraries(self) -> bool:
+        """Whether a shared library can be made for the CPU: TVM makes machine code for it, and it has a system."""
+        triple = str(self.tvm_target.get("mtriple", "")).split("-")
+        return self.tvm_target.get("kind") == "llvm" and "none" not in triple
+
     def resolved_tvm_target(self) -> Mapping[str, str | int | tuple[str, ...]]:
         """The TVM target dict to build for, the machine's own CPU filled in where the spec leaves it open."""
         if not self.is_this_machine:

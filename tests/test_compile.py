@@ -230,3 +230,10 @@ def test_mistakes_come_out_as_one_exception(tmp_path: Path) -> None:
     with pytest.raises(QCompilerError, match="does not exist"):
         qcompiler.compile(tmp_path / "nothing.onnx", output=tmp_path / "net.qc")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["cortex-m55", "portable-c"])
+def test_chips_without_a_system_get_c(target: str, tmp_path: Path) -> None:
+    with pytest.raises(QCompilerError, match=rf"{target} has no operating system .* --emit c"):
+        qcompiler.compile(DIGITS, target, output=tmp_path / "digits.qc")
+    assert not list(tmp_path.iterdir())
