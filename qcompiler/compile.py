@@ -191,8 +191,8 @@ def build(
     known = load_target(target, options.overrides)
     if not known.host.loads_libraries:
         raise QCompilerError(
-            f"{known.name} has no operating system that could load a bundle; write C for it with --emit c, which makes a "
-            "folder that `make` builds."
+            f"{known.name} has no operating system that could load a bundle; write C for it with --emit c, which makes "
+            "a folder that `make` builds."
         )
     if emit is not None:
         from qcompiler.emit.regions import check_emission
