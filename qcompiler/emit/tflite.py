@@ -15,15 +15,12 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from qcompiler.emit.nodes import emit_nodes
 from qcompiler.emit.tflite_elementwise import emit_add, emit_clip, emit_lookup, emit_mul, emit_requantize, emit_softmax
-from qcompiler.emit.tflite_emitter import (
-    Emitter,
-    refusal,
-)
+from qcompiler.emit.tflite_emitter import Emitter, refusal
 from qcompiler.emit.tflite_movement import emit_concat, emit_pad, emit_reshape, emit_slice, emit_split, emit_transpose
 from qcompiler.emit.tflite_pools import emit_average_pool, emit_max_pool, emit_reduce_mean, emit_resize_nearest
 from qcompiler.emit.tflite_products import emit_conv, emit_conv_transpose, emit_gemm, emit_matmul
-from qcompiler.integer.formats import EIGHT_BITS
 from qcompiler.partition import Region
 
 _EMITTERS: Mapping[str, Callable[[Emitter, ir.Node], None]] = {
@@ -62,12 +59,6 @@ def tflite_of(region: Region) -> bytes:
         QCompilerError: an operator that TFLite cannot compute the way the integer graph does.
     """
     emitter = Emitter(region)
-    for node in region.nodes:
-        emit = _EMITTERS.get(node.op_type)
-        if emit is None:
-            raise refusal(node, "TFLite has no such operator on integers")
-        if (wide := next((value for value in node.outputs if value.dtype not in EIGHT_BITS), None)) is not None:
-            raise refusal(node, f"it makes {wide.dtype}, and only 8-bit tensors are written")
-        emit(emitter, node)
+    emit_nodes(region, emitter, _EMITTERS, "TFLite", refusal)
     inputs = [emitter.of(value) for value in region.inputs]
     return emitter.model.serialize(inputs, [emitter.of(value) for value in region.outputs])

@@ -17,6 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompiler import tools
+from qcompiler.emit.nodes import emit_nodes
 from qcompiler.emit.tosa_elementwise import emit_add, emit_clip, emit_lookup, emit_mul, emit_requantize, emit_softmax
 from qcompiler.emit.tosa_emitter import Emitter, refusal
 from qcompiler.emit.tosa_movement import emit_concat, emit_pad, emit_reshape, emit_slice, emit_split, emit_transpose
@@ -24,7 +25,6 @@ from qcompiler.emit.tosa_pools import emit_average_pool, emit_max_pool, emit_red
 from qcompiler.emit.tosa_products import emit_conv, emit_conv_transpose, emit_gemm, emit_matmul
 from qcompiler.emit.tosa_resize import emit_resize_linear, emit_resize_nearest
 from qcompiler.errors import QCompilerError
-from qcompiler.integer.formats import EIGHT_BITS
 from qcompiler.partition import Region
 
 _EMITTERS: Mapping[str, Callable[[Emitter, ir.Node], None]] = {
@@ -63,13 +63,7 @@ def tosa_of(region: Region) -> str:
         QCompilerError: an operator that TOSA cannot compute the way the integer graph does.
     """
     emitter = Emitter(region)
-    for node in region.nodes:
-        emit = _EMITTERS.get(node.op_type)
-        if emit is None:
-            raise refusal(node, "TOSA has no such operator on integers")
-        if (wide := next((value for value in node.outputs if value.dtype not in EIGHT_BITS), None)) is not None:
-            raise refusal(node, f"it makes {wide.dtype}, and only 8-bit tensors are written")
-        emit(emitter, node)
+    emit_nodes(region, emitter, _EMITTERS, "TOSA", refusal)
     return emitter.module(region)
 
 
