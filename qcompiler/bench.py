@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from pydantic import TypeAdapter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from qcompiler.compile import DEFAULTS, SILENT, Placed, Progress, estimate, place
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.options import Options
 from qcompiler.report import Report, SelfCheck, byte_count, quantity
 from qcompiler.selfcheck import Arrays, self_check
@@ -100,10 +100,7 @@ def bench(
 
 def _runner(placed: Placed) -> Callable[[Arrays], Arrays]:
     """Runs the quantized model in onnxruntime."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    proto = ir.to_proto(placed.quantized).SerializeToString()
-    session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    session = exact_session(ir.to_proto(placed.quantized).SerializeToString())
     names = [output.name for output in session.get_outputs()]
 
     def run(arrays: Arrays) -> Arrays:

@@ -16,18 +16,17 @@ from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from qcompiler.compile import DEFAULTS, SILENT, Prepared, Progress, prepare
 from qcompiler.diagnose_causes import Measured, Statistics, Unit, explain_noise
 from qcompiler.diagnose_report import Diagnosis, Finding, LayerNoise
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.graph import shape_of, users, value_name
 from qcompiler.layer_names import JOINT
 from qcompiler.options import Options
 from qcompiler.quant import operators
 from qcompiler.quant.formats import dequantize_array, quantize_array
-from qcompiler.quant.moments import ROUNDS_WEIGHTS
 from qcompiler.quant.plan import plan
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.types import QuantPlan
@@ -279,16 +278,7 @@ def _runner(model: ir.Model, names: Sequence[str]) -> Callable[[Arrays], Arrays]
     if wanted != [value.name for value in graph.outputs]:
         graph.outputs.clear()
         graph.outputs.extend(by_name[name] for name in wanted)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # More would replace QDQ operators by integer ones, with roundings of their own.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = ort.InferenceSession(
-        ir.to_proto(exposed).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=[ROUNDS_WEIGHTS],
-    )
+    session = exact_session(ir.to_proto(exposed).SerializeToString())
 
     def run(arrays: Arrays) -> Arrays:
         outputs = session.run(wanted, dict(arrays))

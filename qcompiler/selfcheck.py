@@ -6,8 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from qcompiler.exact_session import exact_session
 from qcompiler.onnx_file import for_onnxruntime
 from qcompiler.report import OutputCheck, SelfCheck
 
@@ -47,10 +47,7 @@ def self_check(model: Path, compiled: Callable[[Arrays], Arrays], samples: Itera
         compiled: runs the compiled model on one sample, by input and output name.
         samples: batch-1 arrays by input name.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(for_onnxruntime(model), options, providers=["CPUExecutionProvider"])
+    session = exact_session(for_onnxruntime(model), optimize=False)
     outputs = [output.name for output in session.get_outputs()]
     # A half-precision model is compiled in float32.
     halves = {value.name for value in session.get_inputs() if value.type == "tensor(float16)"}

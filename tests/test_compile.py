@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler import Bundle, QCompilerError
 from qcompiler.compile import Silent, explain
+from qcompiler.exact_session import exact_session
 from qcompiler.options import Options
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -33,7 +33,7 @@ def _test_data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _float_outputs(model: Path, images: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = exact_session(model)
     name = session.get_inputs()[0].name
     return np.concatenate([np.asarray(session.run(None, {name: image[None]})[0]) for image in images])
 

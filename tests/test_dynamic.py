@@ -16,6 +16,7 @@ from qcompiler import cli
 from qcompiler.backends import relax
 from qcompiler.compile import Placed, place
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.integer.reference import execute
 from qcompiler.options import Options
 from qcompiler.quant.types import WeightRequest
@@ -66,8 +67,8 @@ def run(done: Placed, feeds: dict[str, np.ndarray], library: Path) -> list[np.nd
     return list(Executable(library, lowered.parameters).run([feeds[spec.name] for spec in lowered.inputs]))
 
 
-def session(model: bytes | str) -> ort.InferenceSession:
-    return ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+def session(model: bytes | Path) -> ort.InferenceSession:
+    return exact_session(model)
 
 
 @pytest.mark.parametrize("target", ["x86-cpu", "x86-plain"])
@@ -84,7 +85,7 @@ def test_reference_cpu_and_onnxruntime(tmp_path: Path, target: str, weights: str
     wanted = execute(done.integer, feeds)["y"]
     (got,) = run(done, feeds, tmp_path / "model.so")
     theirs = np.asarray(session(ir.to_proto(done.quantized).SerializeToString()).run(None, feeds)[0])
-    exact = np.asarray(session(str(model)).run(None, feeds)[0])
+    exact = np.asarray(session(model).run(None, feeds)[0])
     spread = np.abs(exact).max()
     # Rounding in float may move one element of a tensor that is then quantized by one step.
     for other in (got, theirs):
@@ -110,7 +111,7 @@ def test_models_of_onnxruntime(tmp_path: Path) -> None:
         assert made.count("QGemmDynamic") == 2 and made.count("QConvDynamic") == (4 if "Conv" in operators else 0)
         assert "DequantizeLinear" not in made and done.ranges is None
         feeds = {"x": np.random.default_rng(8).standard_normal((1, 3, 11, 13)).astype(np.float32)}
-        theirs = np.asarray(session(str(arrived)).run(None, feeds)[0])
+        theirs = np.asarray(session(arrived).run(None, feeds)[0])
         (got,) = run(done, feeds, tmp_path / f"{kind}.so")
         np.testing.assert_allclose(got, theirs, atol=0.005 * np.abs(theirs).max())
 
@@ -126,7 +127,7 @@ def test_a_bundle_needs_no_calibration(tmp_path: Path) -> None:
     bundle = qcompiler.compile(DIGITS, "x86-cpu", activations="dynamic", output=tmp_path / "b.qc")
     with np.load(EXAMPLES / "digits_test.npz") as data:
         images, labels = data["image"], data["label"]
-    exact = np.stack([np.asarray(session(str(DIGITS)).run(None, {"image": image[None]})[0])[0] for image in images])
+    exact = np.stack([np.asarray(session(DIGITS).run(None, {"image": image[None]})[0])[0] for image in images])
     ours = bundle.run({"image": images})["logits"]
     assert (ours.argmax(axis=1) == labels).mean() >= (exact.argmax(axis=1) == labels).mean() - 0.005
     assert bundle.report.calibration is None
@@ -147,7 +148,7 @@ def test_repair_helps_four_bits(tmp_path: Path) -> None:
     errors = []
     for quality in ("fast", "balanced"):
         done = place(model, "x86-cpu", Options(calibration=samples, formats=formats, quality=quality))
-        theirs, exact = session(ir.to_proto(done.quantized).SerializeToString()), session(str(model))
+        theirs, exact = session(ir.to_proto(done.quantized).SerializeToString()), session(model)
         errors.append(
             sum(
                 float(

@@ -20,6 +20,7 @@ from qcompiler.calibrate import calibrate
 from qcompiler.compile import Prepared, place, prepare
 from qcompiler.compile import compile as compile_model
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.finetune.finetune import finetune
 from qcompiler.finetune.four_bits import LEVELS, with_four_bits
 from qcompiler.finetune.options import Schedule
@@ -329,7 +330,7 @@ def test_simulates_the_quantized_model(tmp_path: Path, activations: str) -> None
     assert prepared.plan is not None
     formats = prepared.plan if activations == "int8" else four_bit_plan(prepared, edges=False)
     formats = replace(formats, bias_shifts={})
-    session = InferenceSession(ir.to_proto(quantize(prepared.graph, formats)).SerializeToString())
+    session = exact_session(ir.to_proto(quantize(prepared.graph, formats)).SerializeToString())
     expected = np.stack([np.asarray(session.run(None, {"x": sample})[0]) for sample in data])
     got = Network(prepared.graph.graph, formats)({"x": torch.from_numpy(data)})["y"].detach().numpy()
     exact = Network(prepared.graph.graph)({"x": torch.from_numpy(data)})["y"].detach().numpy()

@@ -16,6 +16,7 @@ from qcompiler import cli
 from qcompiler.backends import relax
 from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.integer.reference import execute
 from qcompiler.options import Options
 from qcompiler.quant.types import WeightRequest
@@ -76,8 +77,8 @@ def test_reference_cpu_and_onnxruntime(tmp_path: Path, wanted: WeightRequest) ->
     lowered = relax.lower(done.integer, done.partition, done.target)
     relax.build(lowered, done.target.host, tmp_path / "model.so")
     executable = Executable(tmp_path / "model.so", lowered.parameters)
-    session = ort.InferenceSession(ir.to_proto(done.quantized).SerializeToString(), providers=["CPUExecutionProvider"])
-    exact = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = exact_session(ir.to_proto(done.quantized).SerializeToString())
+    exact = exact_session(model)
     rng = np.random.default_rng(6)
     for _ in range(3):
         feeds = {"x": rng.standard_normal((1, 3, 11, 14)).astype(np.float32)}

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -18,6 +17,7 @@ from qcompiler.backends import accelerators, npu, relax
 from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.integer.reference import execute
 from qcompiler.options import Options
 from qcompiler.partition import Region, partition
@@ -107,7 +107,7 @@ def test_the_bundle_holds_half_the_weights(tmp_path: Path) -> None:
         images, labels = data["image"], data["label"]
     accuracy = [(bundle.run({"image": images})["logits"].argmax(axis=1) == labels).mean() for bundle in (eight, four)]
     assert accuracy[1] >= accuracy[0] - 0.03
-    session = ort.InferenceSession(four.path / bundle_files.QDQ_MODEL, providers=["CPUExecutionProvider"])
+    session = exact_session(four.path / bundle_files.QDQ_MODEL)
     theirs = np.stack([np.asarray(session.run(None, {"image": image[None]})[0])[0] for image in images[:20]])
     ours = four.run({"image": images[:20]})["logits"]
     assert (theirs.argmax(axis=1) == ours.argmax(axis=1)).all()
@@ -179,9 +179,7 @@ def test_models_that_arrive_with_four_bit_weights(tmp_path: Path, dtype: int, ta
     (conv,) = [node for node in done.integer.graph if node.op_type == "QConv"]
     assert conv.inputs[1] is not None and conv.inputs[1].dtype == ir.DataType.INT4
     feeds = {"x": rng.standard_normal((1, 5, 8, 7)).astype(np.float32)}
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    (theirs,) = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    (theirs,) = exact_session(path, optimize=False).run(None, feeds)
     ours = execute(done.integer, feeds)["y"]
     assert np.abs(np.asarray(theirs) - ours).max() <= 0.2001 and np.mean(theirs != ours) < 0.02
     assert len(np.unique(ours)) > 20

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.backends import npu, relax
 from qcompiler.compile import place, schedule
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.integer.reference import execute
 from qcompiler.integer.weight_types import narrowed, stored_bits, stored_type
 from qcompiler.options import Options
@@ -74,7 +74,7 @@ def test_reference_cpu_and_simulator_agree(tmp_path: Path, target: str, wanted: 
     (got,) = Executable(tmp_path / "model.so", lowered.parameters).run([feeds["x"]])
     np.testing.assert_array_equal(got, wanted_result)
     assert len(np.unique(got)) > 1
-    session = ort.InferenceSession(ir.to_proto(done.quantized).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = exact_session(ir.to_proto(done.quantized).SerializeToString())
     theirs = np.asarray(session.run(None, feeds)[0])
     assert np.abs(theirs - got).max() < 0.05 * np.abs(theirs).max() + 0.05
 
@@ -130,13 +130,11 @@ def test_repair_helps(tmp_path: Path, wanted: WeightType) -> None:
     rng = np.random.default_rng(1)
     samples = {"x": rng.standard_normal((32, 3, 11, 13)).astype(np.float32)}
     fresh = rng.standard_normal((16, 1, 3, 11, 13)).astype(np.float32)
-    exact = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    exact = exact_session(model)
     errors = []
     for quality in ("fast", "balanced"):
         done = place(model, "x86-cpu", Options(calibration=samples, formats=WeightRequest(wanted), quality=quality))
-        session = ort.InferenceSession(
-            ir.to_proto(done.quantized).SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        session = exact_session(ir.to_proto(done.quantized).SerializeToString())
         pairs = [(session.run(None, {"x": x})[0], exact.run(None, {"x": x})[0]) for x in fresh]
         errors.append(sum(float(np.square(np.asarray(a) - np.asarray(b)).sum()) for a, b in pairs))
     assert errors[1] < errors[0]

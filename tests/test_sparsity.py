@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from qcompiler.backends.npu import NpuProgram
 from qcompiler.compile import Placed, place, schedule
 from qcompiler.costs import region_cost
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.graph import const_of, data_input
 from qcompiler.integer.reference import execute
 from qcompiler.integer.sparsity import is_2_of_4, pack_2_of_4
@@ -196,7 +196,7 @@ def test_pruned_and_quantized(weights: WeightType) -> None:
     assert pruned and all(array.any() for array in pruned)
     if weights == "int8":
         assert weight_types(done).count("int8_2of4") == len(pruned)
-    session = ort.InferenceSession(ir.to_proto(done.quantized).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = exact_session(ir.to_proto(done.quantized).SerializeToString())
     with np.load(EXAMPLES / "digits_test.npz") as data:
         images, labels = data["image"], data["label"]
     found = [int(np.asarray(session.run(None, {"image": image[None]})[0]).argmax()) for image in images]

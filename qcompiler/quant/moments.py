@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
+from qcompiler.exact_session import exact_session
 from qcompiler.graph import data_input, remove_dead, value_name
 from qcompiler.quant.layer_rows import input_rows
 
@@ -20,10 +20,6 @@ _FLUSH = 2048
 """Rows that wait before they enter the sums."""
 
 Sample = Mapping[str, np.ndarray]
-
-ROUNDS_WEIGHTS = "WeightBiasQuantization"
-"""A rewrite of onnxruntime that rounds float weights between quantized activations to eight bits per tensor: what was
-left in float would not be."""
 
 
 @dataclass(frozen=True)
@@ -135,20 +131,9 @@ class Tap:
         exposed.graph.outputs.clear()
         exposed.graph.outputs.extend(by_name[name] for name in self.names)
         remove_dead(exposed)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # Rewrites would fuse integer kernels whose sums saturate on some CPUs.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         # Layers run for microseconds between copies: threads that spin meanwhile only take cores from numpy.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         proto = ir.to_proto(exposed).SerializeToString()
-        self.session = (
-            ort.InferenceSession(
-                proto, options, providers=["CPUExecutionProvider"], disabled_optimizers=[ROUNDS_WEIGHTS]
-            )
-            if self.names
-            else None
-        )
+        self.session = exact_session(proto, spinning=False) if self.names else None
 
     def run(self, sample: Sample) -> dict[str, np.ndarray]:
         """The named tensors, inputs of the model among them."""

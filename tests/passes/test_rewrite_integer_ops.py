@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.passes.rewrite_integer_ops import RewriteIntegerOps
 
 rng = np.random.default_rng(3)
@@ -33,9 +33,7 @@ def make(
 
 
 def execute(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return np.asarray(ort.InferenceSession(proto.SerializeToString(), options).run(None, {"x": x})[0])
+    return np.asarray(exact_session(proto.SerializeToString()).run(None, {"x": x})[0])
 
 
 def rewritten(proto: onnx.ModelProto) -> ir.Model:

@@ -3,11 +3,11 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.errors import QCompilerError
+from qcompiler.exact_session import exact_session
 from qcompiler.passes.rewrite_qlinear import RewriteQLinear
 
 MS = "com.microsoft"
@@ -70,10 +70,7 @@ class Case:
 
 
 def execute(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    return np.asarray(ort.InferenceSession(proto.SerializeToString(), options).run(None, feeds)[0])
+    return np.asarray(exact_session(proto.SerializeToString()).run(None, feeds)[0])
 
 
 def rewritten(proto: onnx.ModelProto) -> ir.Model:
@@ -131,7 +128,8 @@ def test_matmul_of_two_activations() -> None:
 def test_matmul_per_column() -> None:
     case = Case(4)
     case.activation(np.uint8, 0.02, 5, 16)
-    case.constant(case.values(np.int8, 16, 9))
+    # Of seven bits: onnxruntime's sums of two products saturate at 16 bits on x86 CPUs without VNNI.
+    case.constant(case.values(np.int8, 16, 9) // 2)
     case.parameters(np.int8, 0.01, channels=9, zero_point=0)
     case.parameters(np.uint8, 0.05)
     assert_same(case.model("QLinearMatMul", "", TensorProto.UINT8), case.feeds)

@@ -146,7 +146,7 @@ def test_bars_cover_the_time_they_stand_for(shown: tuple[Report, str, str]) -> N
         for start, length in re.findall(r"M([\d.]+) [\d.]+h([\d.]+)v", path)
     ]
     assert spans and all(start >= 96 and start + length <= 1064 + RESOLUTION for start, length in spans)
-    assert max(start + length for start, length in spans) == pytest.approx(1064, abs=0.2)
+    assert max(start + length for start, length in spans) == pytest.approx(1064, abs=RESOLUTION)
 
 
 def test_nothing_to_draw() -> None:
