@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qcompiler.graph import Shape as TensorShape
-from qcompiler.graph import const_of, element_count, ints, is_op, shape_of
+from qcompiler.graph import const_of, data_input, dtype_of, element_count, ints, is_op, shape_of
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
 from qcompiler.simulator.workload import Feed, OpClass, Port, Shape
@@ -33,7 +33,6 @@ _CLASSES: Mapping[str, OpClass] = {
 """The command class of an operator; what is missing moves data."""
 
 _ROW_OPS = ("Gemm", "MatMul", "MatMulInteger")
-_BITS = 8
 _WEIGHT_BITS = {"int4": 4, "int2": 2, "int1": 1}
 _FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 
@@ -107,7 +106,7 @@ def _bytes_in_bursts(node: ir.Node, npu: Npu) -> int:
     kept = len(order)
     while kept and order[kept - 1] == kept - 1:
         kept -= 1
-    run = element_count(shape[kept:])
+    run = element_count(shape[kept:]) * dtype_of(node.outputs[0]).itemsize
     return max(moved, moved // run * npu.scratchpad.burst)
 
 
@@ -161,9 +160,9 @@ def _shape(node: ir.Node, facts: OpFacts, kind: OpClass) -> Shape:
         stride=(_whole(facts, "stride_h", 1), _whole(facts, "stride_w", 1)),
         dilation=(_whole(facts, "dilation_h", 1), _whole(facts, "dilation_w", 1)),
         groups=_whole(facts, "group", 1),
-        ifm_bits=_BITS,
-        ofm_bits=_BITS,
-        weight_bits=_WEIGHT_BITS.get(facts.precision.partition("*")[2], _BITS),
+        ifm_bits=8 * dtype_of(data_input(node)).itemsize,
+        ofm_bits=8 * dtype_of(node.outputs[0]).itemsize,
+        weight_bits=_WEIGHT_BITS.get(facts.precision.partition("*")[2], 8),
         upsampling=_whole(facts, "stride_h", 1) * _whole(facts, "stride_w", 1) if facts.op == "ConvTranspose" else 1,
     )
 

@@ -147,7 +147,7 @@ def driver(program: NpuProgram, name: str, region: int = 0) -> PrimFunc:
 
             def argument(base: int, label: str, shape: Shape, dtype: str, access: str) -> None:
                 buffer = builder.arg(label, builder.Buffer(shape, dtype))
-                bound.append((base, buffer, access, element_count(shape)))
+                bound.append((base, buffer, access, element_count(shape) * np.dtype(dtype).itemsize))
 
             for index, (base, tensor) in enumerate(zip(bases.inputs, program.inputs, strict=True)):
                 argument(base, f"input_{index}", tensor.shape, tensor.dtype, "r")

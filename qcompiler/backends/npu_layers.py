@@ -584,7 +584,8 @@ def _transpose(node: ir.Node, target: Target) -> Recipe | str:
     swap = _swap(source, axes)
     assert target.npu is not None
     pools = any("MaxPool" in rule.ops for rule in target.npu.rules)
-    if swap is None or swap[3] >= target.npu.external.burst or not pools:
+    run = swap[3] * dtype_of(data_input(node)).itemsize if swap is not None else 0
+    if swap is None or run >= target.npu.external.burst or not pools:
         return Moves((Copy(0, source, axes, _zeros(rank), _ones(rank), 0, shape, _zeros(rank), shape),))
 
     def issue(emit: Emitter, tile: Tile) -> None:

@@ -20,7 +20,10 @@ Strides = tuple[int, ...]
 
 @dataclass(frozen=True)
 class View:
-    """A value as bytes of its root: element i lies at offset + Σ i_k * strides_k."""
+    """A value as elements of its root: element i is the root's number offset + Σ i_k * strides_k.
+
+    Movement keeps types, so that elements of both have one size.
+    """
 
     root: ir.Value
     offset: int
@@ -91,7 +94,7 @@ class _Planner:
         self.recipes = recipes
         self.inside = {value: index for index, node in enumerate(region.nodes) for value in node.outputs}
         self.parents: dict[ir.Value, tuple[ir.Value, int, Strides]] = {}
-        """Views: the value seen through, byte offset in it, own strides."""
+        """Views: the value seen through, offset in it, own strides; in elements."""
         self.omitted: set[tuple[int, Copy]] = set()
         """Copies that views made superfluous, with their node."""
 

@@ -243,7 +243,7 @@ class _Loops:
             1 if isinstance(span, Repeated) else window.count
             for span, window in zip(operand.spans, self._windows(operand, tile), strict=True)
         )
-        rows, columns, channels = counts
+        rows, columns, channels = counts[0], counts[1], counts[2] * operand.element
         dst_strides, src_strides = buffer_strides(operand, self.sizes), placed.strides[1:3]
         if operand.transposed:
             rows, columns = columns, rows
@@ -260,13 +260,19 @@ class _Loops:
         placed = self.step.ofm
         if placed.resident:
             return
+        rows, columns, channels = (self._length(axis, tile) for axis in "yxc")
         self._dma(
             Address(placed.base, self._ofm_origin(tile)),
             placed.strides[1:3],
             Address(isa.SCRATCHPAD, self._nth_slot(-1, 1, tile)),
-            (self.tiling.x * self.tiling.c, self.tiling.c),
-            tuple(self._length(axis, tile) for axis in "yxc"),
+            self._ofm_strides(),
+            (rows, columns, channels * self.work.element),
         )
+
+    def _ofm_strides(self) -> tuple[int, int]:
+        """Bytes between rows and between columns in the OFM's tile buffer."""
+        pixel = self.tiling.c * self.work.element
+        return self.tiling.x * pixel, pixel
 
     def _dma(
         self,
@@ -276,7 +282,7 @@ class _Loops:
         src_strides: tuple[int, ...],
         counts: tuple[Index, ...],
     ) -> None:
-        """Rows, columns, channels; axes that are contiguous on both sides become one run."""
+        """Rows, columns, bytes of a pixel; axes that are contiguous on both sides become one run."""
         planes, rows, run = counts
         if isinstance(run, int) and dst_strides[1] == src_strides[1] == run:
             planes, rows, run = 1, planes, rows * run
@@ -317,7 +323,7 @@ class _Loops:
             windows.append((y, x, c))
             stride_y, stride_x, stride_c = (
                 0 if isinstance(span, Repeated) else stride
-                for span, stride in zip(operand.spans, (*strides, 1), strict=True)
+                for span, stride in zip(operand.spans, (*strides, operand.element), strict=True)
             )
             self.emit.call(
                 isa.IFM,
@@ -327,7 +333,7 @@ class _Loops:
         if self.step.ofm.resident:
             offset, strides = self._ofm_origin(tile), self.step.ofm.strides[1:3]
         else:
-            offset, strides = self._nth_slot(-1, 1, tile), (self.tiling.x * self.tiling.c, self.tiling.c)
+            offset, strides = self._nth_slot(-1, 1, tile), self._ofm_strides()
         lengths = (self._length("y", tile), self._length("x", tile), self._length("c", tile))
         self.emit.call(
             isa.OFM,

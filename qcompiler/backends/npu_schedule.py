@@ -24,8 +24,8 @@ from qcompiler.backends.npu_layout import (
 )
 from qcompiler.backends.npu_loops import Fill, Placed, TiledWork, Transfer
 from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
-from qcompiler.backends.npu_tiling import MapOperand, Prices, Tiling, Work, choose_tiling, fills_blocks
-from qcompiler.graph import const_of, element_count, shape_of, value_name
+from qcompiler.backends.npu_tiling import MapOperand, Prices, Strides4, Tiling, Work, choose_tiling, fills_blocks
+from qcompiler.graph import Shape, const_of, dtype_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
 from qcompiler.target import Npu
@@ -347,7 +347,7 @@ class _Scheduler:
 
     @staticmethod
     def _size(root: ir.Value) -> int:
-        return element_count(shape_of(root))
+        return element_count(shape_of(root)) * _element(root)
 
     # --- addresses ---
 
@@ -379,7 +379,7 @@ class _Scheduler:
         return Schedule(steps, plan, workspace, names, self.blob.array())
 
     def _is_whole(self, value: ir.Value, view: View) -> bool:
-        same_size = element_count(shape_of(value)) == self._size(view.root)
+        same_size = element_count(shape_of(value)) == element_count(shape_of(view.root))
         return view.offset == 0 and same_size and is_dense(shape_of(value), view.strides)
 
     def _step(
@@ -408,7 +408,7 @@ class _Scheduler:
             copies = tuple(self._transfer(node, copy, homes) for copy in self.layout.copies[index])
             if recipe.fill is not None:
                 base, offset = self._address(node.outputs[0], homes)
-                fill = Fill(base, offset, element_count(shape_of(node.outputs[0])), recipe.fill)
+                fill = Fill(base, offset, self._size(node.outputs[0]), recipe.fill)
         spans = [
             (buffer, (offset, aligned(buffer.size, self.alignment)))
             for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
@@ -435,18 +435,18 @@ class _Scheduler:
             assert constant is not None, f"{view.root.name} is neither made in the region nor given to it"
             homes[view.root] = (self.bases.blob, self.blob.add(np.ascontiguousarray(constant).tobytes()))
         base, offset = homes[view.root]
-        return base, offset + view.offset
+        return base, offset + view.offset * _element(value)
 
     def _read_at(self, value: ir.Value | None, operand: MapOperand, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
         assert value is not None
         strides = operand_strides(shape_of(value), self.layout.views[value].strides, operand)
         assert strides is not None, f"{value.name} was laid out so that its users cannot follow"
-        return Placed(*self._address(value, homes), strides)
+        return Placed(*self._address(value, homes), _in_bytes(strides, operand.element))
 
     def _written_at(self, value: ir.Value, work: Work, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
         strides = engine_strides(shape_of(value), self.layout.views[value].strides, work.ofm)
         assert strides is not None, f"{value.name} was laid out so that its producer cannot follow"
-        return Placed(*self._address(value, homes), strides)
+        return Placed(*self._address(value, homes), _in_bytes(strides, work.element))
 
     def _transfer(self, node: ir.Node, copy: Copy, homes: dict[ir.Value, tuple[int, int]]) -> Transfer:
         source, output = node.inputs[copy.source], node.outputs[copy.output]
@@ -456,12 +456,14 @@ class _Scheduler:
         assert src is not None and dst is not None, f"{node.name} was laid out so that it cannot be copied"
         src_base, src_offset = self._address(source, homes)
         dst_base, dst_offset = self._address(output, homes)
-        return Transfer(
+        element = _element(output)
+        return _of_elements(
+            element,
             dst_base,
-            dst_offset + sum(start * stride for start, stride in zip(copy.dst_start, dst, strict=True)),
+            dst_offset + element * sum(start * stride for start, stride in zip(copy.dst_start, dst, strict=True)),
             dst,
             src_base,
-            src_offset + sum(start * stride for start, stride in zip(copy.src_start, src, strict=True)),
+            src_offset + element * sum(start * stride for start, stride in zip(copy.src_start, src, strict=True)),
             tuple(src[axis] * copy.src_step[axis] for axis in copy.src_axes),
             copy.box,
         )
@@ -472,8 +474,41 @@ class _Scheduler:
             src_base, src_offset = self._address(value, homes)
             if self.inside[value] == index and src_base != base:
                 shape, strides = shape_of(value), self.layout.views[value].strides
-                exports.append(Transfer(base, 0, dense_strides(shape), src_base, src_offset, strides, shape))
+                dense = dense_strides(shape)
+                exports.append(_of_elements(_element(value), base, 0, dense, src_base, src_offset, strides, shape))
         return tuple(exports)
+
+
+def _element(value: ir.Value) -> int:
+    """Bytes of one."""
+    return dtype_of(value).itemsize
+
+
+def _in_bytes(strides: Strides4, element: int) -> Strides4:
+    n, y, x, c = strides
+    return n * element, y * element, x * element, c * element
+
+
+def _of_elements(
+    element: int,
+    dst_base: int,
+    dst_offset: int,
+    dst_strides: Shape,
+    src_base: int,
+    src_offset: int,
+    src_strides: Shape,
+    box: Shape,
+) -> Transfer:
+    """A transfer of elements, whose strides are given in elements and whose offsets in bytes."""
+    return Transfer(
+        dst_base,
+        dst_offset,
+        (*(stride * element for stride in dst_strides), 1),
+        src_base,
+        src_offset,
+        (*(stride * element for stride in src_strides), 1),
+        (*box, element),
+    )
 
 
 def _tile_name(step: int, number: int) -> str:

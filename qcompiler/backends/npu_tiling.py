@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from qcompiler.backends.npu_emit import Emitter, Index, divide, maximum, minimum
 from qcompiler.backends.npu_memory import aligned
 from qcompiler.graph import element_count
+from qcompiler.simulator import isa
 from qcompiler.target import Npu
 
 Dims4 = tuple[int, int, int, int]
@@ -195,6 +196,11 @@ class MapOperand:
         return (n, w, h, c) if self.transposed else self.shape
 
     @property
+    def element(self) -> int:
+        """Bytes of one."""
+        return isa.element_bytes(self.dtype)
+
+    @property
     def spans(self) -> tuple[Span, Span, Span]:
         return (self.y, self.x, self.c)
 
@@ -264,6 +270,11 @@ class Work:
     """A channel tile is a multiple or a divisor of this."""
     unroll: bool = False
     """Tile positions must be known when the driver is written."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of one element of the OFM."""
+        return isa.element_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -375,7 +386,8 @@ def extents(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int, 
 def buffer_strides(operand: MapOperand, tile: tuple[int, int, int]) -> tuple[int, int]:
     """Bytes between rows and between columns in an operand's tile buffer."""
     y, x, c = extents(operand, tile)
-    return (c, y * c) if operand.transposed else (x * c, c)
+    pixel = c * operand.element
+    return (pixel, y * pixel) if operand.transposed else (x * pixel, pixel)
 
 
 def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment: int, prices: Prices) -> Tiling | None:
@@ -467,9 +479,9 @@ def _buffers(
     sizes: list[int] = []
     for operand, is_resident in zip(work.maps, resident, strict=False):
         y, x, c = extents(operand, tile)
-        sizes.append(0 if is_resident else needed(y * x * c, operand.follows))
+        sizes.append(0 if is_resident else needed(y * x * c * operand.element, operand.follows))
     sizes += [0 if in_place else needed(stream.extent(tile[2]), stream.follows) for stream in work.streams]
-    sizes.append(0 if resident[-1] else needed(tile[0] * tile[1] * tile[2], lambda axis: True))
+    sizes.append(0 if resident[-1] else needed(tile[0] * tile[1] * tile[2] * work.element, lambda axis: True))
     return tuple(sizes)
 
 
@@ -491,15 +503,16 @@ def _evaluate(
     cycles = waited = 0.0
     for operand, is_resident in zip(work.maps, resident, strict=False):
         y, x, c = extents(operand, tile)
-        in_tile += y * x * c
+        part = y * x * c * operand.element
+        in_tile += part
         if is_resident:
             continue
-        size = operand.shape[0] * _reloads(order, by_axis, operand.follows)
+        size = operand.shape[0] * operand.element * _reloads(order, by_axis, operand.follows)
         for span, outputs, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
             size *= _total(span, outputs, length) if span.follows else span.extent(length)
-        run = _run((x, y, c) if operand.transposed else (y, x, c), operand.memory_shape)
+        run = _run((x, y, c) if operand.transposed else (y, x, c), operand.memory_shape) * operand.element
         cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
-        waited += prices.maps.cycles(1, y * x * c, run)
+        waited += prices.maps.cycles(1, part, run)
         moved += size
     if in_place and prices.in_place is not None:
         cycles += sum(len(stream.data) for stream in work.streams) * prices.in_place.cycles_per_byte
@@ -510,9 +523,10 @@ def _evaluate(
         cycles += prices.constants.cycles(tiles // period(order, by_axis, stream.follows), size, first)
         waited += prices.constants.cycles(1, first, first)
         moved += size
-    in_tile += tile[0] * tile[1] * tile[2]
+    last = tile[0] * tile[1] * tile[2] * work.element
+    in_tile += last
     if not resident[-1]:
-        size, last, run = element_count(work.ofm), tile[0] * tile[1] * tile[2], _run(tile, work.ofm)
+        size, run = element_count(work.ofm) * work.element, _run(tile, work.ofm) * work.element
         cycles += prices.maps.cycles(tiles, size, run)
         waited += prices.maps.cycles(1, last, run)
         moved += size
@@ -522,7 +536,7 @@ def _evaluate(
 
 
 def _run(tile: tuple[int, int, int], shape: Dims4) -> int:
-    """Contiguous bytes of a tile inside a dense feature map."""
+    """Contiguous elements of a tile inside a dense feature map."""
     y, x, c = tile
     if c < shape[3]:
         return c

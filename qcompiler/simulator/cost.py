@@ -219,9 +219,6 @@ _KERNEL = _picker(isa.KERNEL, "height", "width", "stride_y", "stride_x", "dilati
 _WEIGHTS = _picker(isa.WEIGHTS, "base", "dtype")
 _GROUPS = _picker(isa.CONV, "ifm_group_depth", "ofm_group_depth")
 
-_BITS: tuple[int, ...] = (8, 8, 16, 32, 4, 2, 1, 5)
-"""Of one element, by index of `isa.DTYPES`."""
-
 _OPERATORS: Mapping[int, tuple[str, ...]] = {
     isa.CONV.code: ("Conv", "Gemm", "MatMul"),
     isa.CONV_TRANSPOSE.code: ("ConvTranspose", "Conv"),
@@ -557,7 +554,7 @@ class _Pricer:
             weight_base, weight_dtype = _WEIGHTS(registers[isa.WEIGHTS.code])
             sparse = weight_dtype == isa.SPARSE_WEIGHTS
             weights = "int8" if sparse else isa.DTYPES[weight_dtype]
-            precision, weight_bits = f"{precision}*{weights}", _BITS[weight_dtype]
+            precision, weight_bits = f"{precision}*{weights}", isa.BITS[weight_dtype]
             ifm_group_depth, ofm_group_depth = _GROUPS(command)
             groups = ifm_shape[2] // ifm_group_depth
             depthwise = groups > 1 and ifm_group_depth == ofm_group_depth == 1
@@ -578,8 +575,8 @@ class _Pricer:
             (1, 1) if transposed else (kernel[2], kernel[3]),
             (kernel[4], kernel[5]),
             groups,
-            _BITS[ifm_dtype],
-            _BITS[ofm_dtype],
+            isa.BITS[ifm_dtype],
+            isa.BITS[ofm_dtype],
             weight_bits,
             kernel[2] * kernel[3] if transposed else 1,
             _distinct(ifm[1]) if code in (isa.ADD.code, isa.MUL.code) else None,
@@ -594,7 +591,7 @@ class _Pricer:
         read[self._memory(ifm_base)] += work.ifm_bytes
         if code in (isa.ADD.code, isa.MUL.code):
             second = _distinct(ifm[1])
-            read[self._memory(_IFM(ifm[1])[0])] += second[0] * second[1] * second[2] * _BITS[_IFM(ifm[1])[4]] / 8
+            read[self._memory(_IFM(ifm[1])[0])] += second[0] * second[1] * second[2] * isa.BITS[_IFM(ifm[1])[4]] / 8
         if weight_base >= 0:
             read[self._memory(weight_base)] += work.weight_bytes * self._weight_ratio(code, registers)
         if scales_base >= 0:

@@ -121,9 +121,16 @@ BY_CODE: dict[int, Opcode] = {opcode.code: opcode for opcode in OPCODES}
 SCRATCHPAD = 0
 DTYPES: tuple[str, ...] = ("int8", "uint8", "int16", "int32", "int4", "int2", "int1", "int8_2of4")
 """`dtype` arguments index this. Those from int4 on are for weights only."""
+BITS: tuple[int, ...] = (8, 8, 16, 32, 4, 2, 1, 5)
+"""Of one element, by index of `DTYPES`."""
 SPARSE_WEIGHTS = DTYPES.index("int8_2of4")
 VARIANTS: tuple[str, ...] = ("float32", "tflite", "tosa", "shift")
 """`variant` arguments index this."""
+
+
+def element_bytes(dtype: int) -> int:
+    """Of one element of a feature map."""
+    return BITS[dtype] // 8
 
 
 @dataclass(frozen=True)
