@@ -148,6 +148,9 @@ class Memory(Spec):
     energy: Energy
     alignment: Bytes = 16
     burst: Bytes = 32
+    ports: Literal["shared", "dual", "private"] = "shared"
+    """Whose bytes share the bandwidth. shared: everyone's. dual: those of engines, and apart from them those of DMA.
+    private: those of DMA only; each engine has a port of its own."""
 
 
 class DmaPath(Spec):

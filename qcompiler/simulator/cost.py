@@ -5,10 +5,10 @@ The words are those of `simulator.isa`, whether generated without running or log
 Time model. Commands issue in order and at once; register commands take no time. Each copy or fill waits for a
 free channel of its DMA, each operation for its engine, and `barrier` waits for everything. A copy takes its DMA's
 setup, the slower latency of the two memories, and then its bytes at the lowest of the three bandwidths, where a
-contiguous run shorter than a memory's burst counts as a burst; copies that share a memory other than the scratchpad
-share its bandwidth. Copies of weights that the target keeps encoded move the encoded bytes. An operation takes its
-engine's issue time and then the longer of its compute time (`simulator.engines`) and the time its operands need at
-their memories' bandwidths.
+contiguous run shorter than a memory's burst counts as a burst. Copies of weights that the target keeps encoded move the
+encoded bytes. An operation takes its engine's issue time and then the longer of its compute time (`simulator.engines`)
+and the time its operands need at their memories' bandwidths. Commands that move bytes through one port of a memory at
+the same time share its bandwidth (`simulator.contention`); the target says who has a port of their own.
 
 Every command's time is rounded up to whole cycles of the accelerator's clock.
 """
@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.integer.sparsity import KEPT
-from qcompiler.simulator import engines, isa
+from qcompiler.simulator import contention, engines, isa
+from qcompiler.simulator.contention import Ports, Run, Task, Use
 from qcompiler.simulator.weight_code import EncodedSpan, ratio_at
 from qcompiler.simulator.workload import SCALE_RECORD_BYTES, Dims, Feed, OpClass, Port, Shape
 from qcompiler.target import Gpu, Host, Match, Npu, OpFacts, Target
@@ -43,6 +44,16 @@ class Traffic:
     memory: str
     read: int
     written: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """By what a command was slowed, and how much longer it took."""
+
+    memory: str
+    cycles: int
+    units: tuple[str, ...]
+    """Who else used the memory's port; a channel of a DMA as "dma 1"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,8 @@ class CommandCost:
     """What its duration came from: "compute", "issue", or the name of a memory or DMA."""
     waited_for: str
     """What it waited for once issued, "" if nothing; for a barrier, the last unit to finish."""
+    contention: Contention | None
+    """None if nothing slowed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,10 +260,7 @@ _SCALES_BASE = _single(isa.SCALES, "base")
 class _Job:
     """A command apart from when it runs: the same for every command with the same arguments."""
 
-    unit: str
-    duration: int
-    setup: int
-    """Cycles of the duration before the memories are used."""
+    task: Task
     macs: int
     elements: int
     traffic: tuple[Traffic, ...]
@@ -258,8 +268,16 @@ class _Job:
     mac_energy: float
     mac_cycles: float
     """The MACs at the engine's peak rate."""
-    shared: tuple[tuple[str, int], ...]
-    """Memories a copy shares with other copies, and for how many cycles it needs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """A command that runs before the next barrier."""
+
+    index: int
+    code: int
+    layer: int
+    job: _Job
 
 
 class _Layer:
@@ -275,14 +293,15 @@ class _Layer:
         self.multipliers: set[str] = set()
         """Engines that ran MACs."""
 
-    def add(self, job: _Job) -> None:
+    def add(self, job: _Job, limit: str, cycles: int) -> None:
+        unit = job.task.unit
         self.macs += job.macs
         self.elements += job.elements
         self.mac_energy += job.mac_energy
         self.mac_cycles += job.mac_cycles
-        self.busy[job.unit][job.limit] += job.duration
+        self.busy[unit][limit] += cycles
         if job.macs:
-            self.multipliers.add(job.unit)
+            self.multipliers.add(unit)
         for traffic in job.traffic:
             self.read[traffic.memory] += traffic.read
             self.written[traffic.memory] += traffic.written
@@ -316,28 +335,26 @@ class _Pricer:
             name: (memory.write_latency or memory.latency).cycles(npu.clock) for name, memory in npu.memories.items()
         }
         self.ports = {name: Port.of(memory, npu.clock) for name, memory in npu.memories.items()}
+        self.shared = Ports.of(npu)
         self.jobs: dict[tuple[float, ...], _Job] = {}
+        self.issued: list[_Issued] = []
         self.commands: list[CommandCost] = []
         self.layers: dict[int, _Layer] = {}
         self.issue = self.frontier = 0
         """When the next command may start; when everything so far is done."""
-        self.unsettled: dict[int, int] = {}
-        """When each layer's commands since the last barrier are done."""
         self.settled = 0
         """Up to when the layers' cycles are given out."""
         self.last = ""
         """The unit that finishes at the frontier."""
-        self.engine_free = dict.fromkeys(npu.engines, 0)
-        self.channel_free = {name: [0] * dma.channels for name, dma in npu.dma.items()}
-        self.memory_free = dict.fromkeys(npu.memories, 0)
+        self.channels = dict.fromkeys(npu.engines, 1) | {name: dma.channels for name, dma in npu.dma.items()}
         self.reserved = self.peak = self.top = 0
 
     def run(self, words: list[int]) -> None:
         registers: dict[int, Words] = {}
         empty: Words = ()
         ifm: list[Words] = [empty, empty]
-        layer_index, position, index = PROLOGUE, 0, 0
-        layer = self.layers.setdefault(PROLOGUE, _Layer())
+        layer, position, index = PROLOGUE, 0, 0
+        self.layers[PROLOGUE] = _Layer()
         while position < len(words):
             code = words[position]
             end = position + _WORDS[code]
@@ -360,33 +377,21 @@ class _Pricer:
                 job = self.jobs.get(key)
                 if job is None:
                     job = self.jobs[key] = self._operation(code, command, registers, ifm)
-                self._run_operation(index, code, layer_index, layer, job)
+                self.issued.append(_Issued(index, code, layer, job))
             elif code in (isa.DMA.code, isa.FILL.code):
                 job = self._copy(command) if code == isa.DMA.code else self._fill(command)
-                self._run_copy(index, code, layer_index, layer, job)
+                self.issued.append(_Issued(index, code, layer, job))
             elif code == isa.BARRIER.code:
                 self._settle()
                 if self.frontier > self.issue:
+                    times = (self.issue, self.frontier)
                     self.commands.append(
-                        CommandCost(
-                            index,
-                            "barrier",
-                            layer_index,
-                            "barrier",
-                            0,
-                            self.issue,
-                            self.frontier,
-                            0,
-                            0,
-                            (),
-                            "",
-                            self.last,
-                        )
+                        CommandCost(index, "barrier", layer, "barrier", 0, *times, 0, 0, (), "", self.last, None)
                     )
                     self.issue = self.frontier
             elif code == isa.LAYER.code:
-                layer_index = command[1]
-                layer = self.layers.setdefault(layer_index, _Layer())
+                layer = command[1]
+                self.layers.setdefault(layer, _Layer())
             elif code == isa.ALLOC.code:
                 self.reserved += command[2]
                 self.peak = max(self.peak, self.reserved)
@@ -400,58 +405,41 @@ class _Pricer:
 
     # --- time ---
 
-    def _run_operation(self, index: int, code: int, layer_index: int, layer: _Layer, job: _Job) -> None:
-        free = self.engine_free[job.unit]
-        start = max(self.issue, free)
-        self.engine_free[job.unit] = start + job.duration
-        waited_for = job.unit if free > self.issue else ""
-        self._record(index, code, layer_index, layer, job, 0, start, start + job.duration, waited_for)
+    def _settle(self) -> None:
+        """Run what was issued since the last barrier, and give the time it took to the layers at work.
 
-    def _run_copy(self, index: int, code: int, layer_index: int, layer: _Layer, job: _Job) -> None:
-        channels = self.channel_free[job.unit]
-        channel = min(range(len(channels)), key=channels.__getitem__)
-        start = max(self.issue, channels[channel])
-        waited = job.unit if channels[channel] > self.issue else ""
-        moving = start + job.setup
-        for memory, _ in job.shared:
-            if self.memory_free[memory] > moving:
-                moving, waited = self.memory_free[memory], memory
-        for memory, cycles in job.shared:
-            self.memory_free[memory] = moving + cycles
-        end = moving + job.duration - job.setup
-        channels[channel] = end
-        self._record(index, code, layer_index, layer, job, channel, start, end, waited)
+        Earlier layers get theirs first, as they would take it.
+        """
+        if not self.issued:
+            return
+        done: dict[int, int] = {}
+        tasks = [issued.job.task for issued in self.issued]
+        for issued, run in zip(
+            self.issued, contention.run(tasks, self.issue, self.channels, self.shared.bandwidth), strict=True
+        ):
+            self._record(issued, run)
+            done[issued.layer] = max(run.end, done.get(issued.layer, 0))
+        for layer in sorted(done):
+            gained = max(0, done[layer] - self.settled)
+            self.layers[layer].cycles += gained
+            self.settled += gained
+        self.issued.clear()
 
-    def _record(
-        self,
-        index: int,
-        code: int,
-        layer_index: int,
-        layer: _Layer,
-        job: _Job,
-        channel: int,
-        start: int,
-        end: int,
-        waited_for: str,
-    ) -> None:
+    def _record(self, issued: _Issued, run: Run) -> None:
+        job, slowed, limit = issued.job, None, issued.job.limit
+        if run.contention is not None:
+            limit = self.shared.memory[run.contention.port]
+            slowed = Contention(limit, run.contention.cycles, run.contention.units)
+        unit = job.task.unit
         self.commands.append(
             CommandCost(
-                index, _NAMES[code], layer_index, job.unit, channel, start, end, job.macs, job.elements, job.traffic,
-                job.limit, waited_for,
+                issued.index, _NAMES[issued.code], issued.layer, unit, run.channel, run.start, run.end, job.macs,
+                job.elements, job.traffic, limit, unit if run.start > self.issue else "", slowed,
             )
         )  # fmt: skip
-        layer.add(job)
-        self.unsettled[layer_index] = max(end, self.unsettled.get(layer_index, 0))
-        if end > self.frontier:
-            self.frontier, self.last = end, job.unit
-
-    def _settle(self) -> None:
-        """Give the time since the last barrier to the layers at work: to earlier ones first, as they would take it."""
-        for index in sorted(self.unsettled):
-            gained = max(0, self.unsettled[index] - self.settled)
-            self.layers[index].cycles += gained
-            self.settled += gained
-        self.unsettled.clear()
+        self.layers[issued.layer].add(job, limit, run.end - run.start)
+        if run.end > self.frontier:
+            self.frontier, self.last = run.end, unit
 
     # --- copies ---
 
@@ -513,17 +501,15 @@ class _Pricer:
               else [Traffic(source, read, written)]),
         ]  # fmt: skip
         whole_setup, moving = ceil(setup), ceil(times[slowest])
+        uses = _uses(self.shared.copies, moved, moving)
         return _Job(
-            unit=name,
-            duration=whole_setup + moving,
-            setup=whole_setup,
+            task=Task(name, whole_setup, moving, uses),
             macs=0,
             elements=0,
             traffic=tuple(traffic),
             limit=slowest if moving >= whole_setup else name,
             mac_energy=0,
             mac_cycles=0,
-            shared=tuple((memory, ceil(times[memory])) for memory in moved if memory != self.scratchpad),
         )
 
     def _dma(self, source: str | None, destination: str) -> str:
@@ -610,17 +596,16 @@ class _Pricer:
         limit = max(reversed(times), key=lambda unit: times[unit])
         issue = engine.issue.cycles(self.npu.clock)
         priced = engine.precisions.get(precision)
+        duration, setup = ceil(issue + times[limit]), int(issue)
+        moved = {memory.memory: memory.read + memory.written for memory in traffic}
         return _Job(
-            unit=unit,
-            duration=ceil(issue + times[limit]),
-            setup=0,
+            task=Task(unit, setup, duration - setup, _uses(self.shared.engines, moved, duration - setup)),
             macs=shape.macs,
             elements=shape.ofm_elements,
             traffic=traffic,
             limit=ISSUE if issue > times[limit] else limit,
             mac_energy=shape.macs * priced.energy / speedup if priced else 0,
             mac_cycles=shape.macs / (priced.rate * speedup) if priced else 0,
-            shared=(),
         )
 
     def _engine(self, code: int, precision: str, kernel: Words, groups: int, *, depthwise: bool) -> str:
@@ -705,6 +690,11 @@ _CLASSES: Mapping[int, OpClass] = {
     isa.RESIZE_NEAREST.code: "resize_nearest",
     isa.RESIZE_LINEAR.code: "resize_linear",
 }
+
+
+def _uses(ports: Mapping[str, str], moved: Mapping[str, float], cycles: int) -> tuple[Use, ...]:
+    """What a command that moves so many bytes by memory in so many cycles asks of ports it has not to itself."""
+    return tuple(Use(ports[memory], size / cycles) for memory, size in moved.items() if size and memory in ports)
 
 
 def _run_length(planes: int, rows: int, row_bytes: int, plane_stride: int, row_stride: int) -> int:

@@ -1,7 +1,8 @@
 """Timelines for Perfetto (ui.perfetto.dev) and chrome://tracing: of one region, or of a whole inference.
 
 Format: Trace Event Format, "Complete" events on one track per engine and DMA channel, times in microseconds. Barriers
-that waited have a track of their own; their `waited for` names the unit that was late.
+that waited have a track of their own; their `waited for` names the unit that was late. The track "stall" has the times
+at which no engine worked, and why.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qcompiler.simulator.cost import CommandCost, RegionCost
+from qcompiler.simulator.stalls import Stall, stalls
 
 _NPU, _HOST = 1, 2
 """Processes of the trace; further accelerators are counted on from the host."""
@@ -97,6 +99,8 @@ def _text(events: list[Event]) -> str:
 def _npu_events(regions: tuple[RegionSpan, ...], process: int, title: str) -> list[Event]:
     tracks = sorted({(command.unit, command.channel) for region in regions for command in region.cost.commands})
     threads = {track: number for number, track in enumerate(tracks, start=1)}
+    stalled = [(stall, region) for region in regions for stall in stalls(region.cost)]
+    idle = len(tracks) + 1
     return [
         _metadata("process_name", process, None, title),
         *(_metadata("thread_name", process, thread, _track_name(track)) for track, thread in threads.items()),
@@ -105,6 +109,8 @@ def _npu_events(regions: tuple[RegionSpan, ...], process: int, title: str) -> li
             for region in regions
             for command in region.cost.commands
         ),
+        *([_metadata("thread_name", process, idle, "stall")] if stalled else []),
+        *(_stall(stall, process, idle, region) for stall, region in stalled),
     ]
 
 
@@ -135,6 +141,9 @@ def _event(command: CommandCost, process: int, thread: int, region: RegionSpan) 
         arguments["bound by"] = command.limit
     if command.waited_for:
         arguments["waited for"] = command.waited_for
+    if command.contention is not None:
+        arguments["slowed by"] = f"{command.contention.memory}, shared with {' and '.join(command.contention.units)}"
+        arguments["cycles lost"] = command.contention.cycles
     return {
         "ph": "X",
         "pid": process,
@@ -144,4 +153,19 @@ def _event(command: CommandCost, process: int, thread: int, region: RegionSpan) 
         "ts": region.start * 1e6 + command.start / microsecond,
         "dur": (command.end - command.start) / microsecond,
         "args": arguments,
+    }
+
+
+def _stall(stall: Stall, process: int, thread: int, region: RegionSpan) -> Event:
+    microsecond = region.cost.clock / 1e6
+    layer = region.layers.get(stall.layer, f"layer {stall.layer}")
+    return {
+        "ph": "X",
+        "pid": process,
+        "tid": thread,
+        "name": f"stall {layer}",
+        "cat": "stall",
+        "ts": region.start * 1e6 + stall.start / microsecond,
+        "dur": (stall.end - stall.start) / microsecond,
+        "args": {"layer": layer, "cycles": stall.end - stall.start, "waited for": stall.reason},
     }

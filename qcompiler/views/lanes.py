@@ -1,9 +1,12 @@
-"""The timeline as a picture: one lane for the host and for each engine and DMA channel."""
+"""The timeline as a picture: one lane for the host, for each engine and DMA channel, and for stalls."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
-from qcompiler.report import quantity
+from qcompiler.report import byte_count, quantity
+from qcompiler.simulator.cost import CommandCost
+from qcompiler.simulator.stalls import stalls
 from qcompiler.simulator.trace import Timeline
 from qcompiler.views.scales import even_ticks
 from qcompiler.views.timeline import units
@@ -25,8 +28,10 @@ KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("function", "lookup table, softmax", ("Lookup", "Softmax")),
     ("movement", "data movement", _MOVEMENT),
     ("hand-over", "hand-over", ("hand-over",)),
+    ("stall", "no engine works", ("stall",)),
 )
 """CSS class, legend and operators; others are "other"."""
+STALL = "stall"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,12 @@ class _Piece:
     op: str
     start: float
     end: float
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    """Bytes by memory."""
+    reason: str = ""
+    """Why it took longer than by itself, or what was waited for."""
+    lost: float = 0.0
+    """Seconds for that reason."""
 
 
 def kind_of(op: str) -> str:
@@ -88,6 +99,8 @@ def lanes(line: Timeline) -> Lanes | None:
     for owner, unit, channel in units(line):
         label = " ".join(part for part in (owner, unit, str(channel or "")) if part)
         pieces.append((label, list(_commands(line, owner, unit, channel))))
+    if idle := list(_stalls(line)):
+        pieces.append((STALL, idle))
     scale = (WIDTH - LEFT - RIGHT) / line.seconds
     drawn = tuple(
         Lane(label, TOP + index * (LANE + GAP), tuple(_marks(found, scale, TOP + index * (LANE + GAP))))
@@ -109,12 +122,28 @@ def _commands(line: Timeline, owner: str, unit: str, channel: int) -> Iterable[_
     for region in line.regions:
         for command in region.cost.commands:
             if (region.owner, command.unit, command.channel) == (owner, unit, channel):
+                slowed = command.contention
                 yield _Piece(
                     region.layers.get(command.layer, f"layer {command.layer}"),
                     region.operators.get(command.layer, ""),
                     region.start + command.start / region.cost.clock,
                     region.start + command.end / region.cost.clock,
+                    _traffic(command),
+                    f"slowed by {slowed.memory}" if slowed is not None else "",
+                    slowed.cycles / region.cost.clock if slowed is not None else 0.0,
                 )
+
+
+def _stalls(line: Timeline) -> Iterable[_Piece]:
+    for region in line.regions:
+        for stall in stalls(region.cost):
+            layer = region.layers.get(stall.layer, f"layer {stall.layer}")
+            start, end = (region.start + time / region.cost.clock for time in (stall.start, stall.end))
+            yield _Piece(layer, STALL, start, end, {}, f"waiting for {stall.reason}", end - start)
+
+
+def _traffic(command: CommandCost) -> dict[str, int]:
+    return {moved.memory: moved.read + moved.written for moved in command.traffic}
 
 
 def _marks(pieces: list[_Piece], scale: float, y: float) -> Iterable[Mark]:
@@ -122,13 +151,31 @@ def _marks(pieces: list[_Piece], scale: float, y: float) -> Iterable[Mark]:
     for piece in pieces:
         by_layer.setdefault((piece.layer, piece.op), []).append(piece)
     for (layer, op), found in by_layer.items():
-        busy = sum(piece.end - piece.start for piece in found)
-        tip = f"{layer} ({op}): {quantity(busy, 's')} busy from {quantity(found[0].start, 's')}"
         path = "".join(
             f"M{start:.1f} {y:g}h{end - start:.1f}v{LANE}h{start - end:.1f}z"
             for start, end in _joined((LEFT + piece.start * scale, LEFT + piece.end * scale) for piece in found)
         )
-        yield Mark(path, kind_of(op), tip)
+        yield Mark(path, kind_of(op), _tip(layer, op, found))
+
+
+def _tip(layer: str, op: str, pieces: list[_Piece]) -> str:
+    """How long a layer keeps a lane busy, what it moves by memory, and what it loses time to."""
+    moved: Counter[str] = Counter()
+    lost: dict[str, float] = {}
+    for piece in pieces:
+        moved.update(piece.traffic)
+        if piece.reason:
+            lost[piece.reason] = lost.get(piece.reason, 0.0) + piece.lost
+    busy = quantity(sum(piece.end - piece.start for piece in pieces), "s")
+    parts = [f"{busy} idle" if op == STALL else f"{busy} busy from {quantity(pieces[0].start, 's')}"]
+    parts += [f"{memory} {byte_count(size)}" for memory, size in moved.items() if size]
+    most = sorted(lost, key=lambda reason: -lost[reason])[:_REASONS]
+    parts += [f"{quantity(lost[reason], 's')} {reason}" for reason in most]
+    return f"{layer} ({op}): {', '.join(parts)}"
+
+
+_REASONS = 3
+"""Most reasons a tip names."""
 
 
 def _joined(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

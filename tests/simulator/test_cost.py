@@ -315,13 +315,40 @@ def test_channels_share_a_memorys_bandwidth() -> None:
     one, two = price(load(6400), SYSTOLIC), price([*load(6400), *load(6400)], SYSTOLIC)
     assert [command.channel for command in two.commands] == [0, 1]
     assert two.cycles == 140 + 2 * 6400 / 12.8 == one.cycles + 500
-    assert two.commands[1].waited_for == "dram"
+    assert [command.end for command in two.commands] == [1140, 1140]
+    assert two.commands[1].contention == cost.Contention("dram", 500, ("dma",))
+    assert two.commands[0].contention == cost.Contention("dram", 500, ("dma 1",))
 
 
 def test_a_single_channel_runs_copies_in_order() -> None:
     first, second = price([*load(800), *load(800)], ARM).commands
     assert second.start == first.end
     assert second.waited_for == "dma"
+
+
+def test_engines_and_copies_share_the_scratchpads_port() -> None:
+    # The product asks for all of 16 B/cycle, the copy for 12.8 of them: half each until the product is done.
+    words, narrow = conv((16, 16, 32), (16, 16, 32)), edited(SYSTOLIC, sram="16 B/cycle")
+    (alone,), (moving,) = price(words, narrow).commands, price(load(1 << 16), narrow).commands
+    assert alone.limit == "sram"
+    copied, product = price([*load(1 << 16), *words], narrow).commands
+    assert product.contention is not None and product.contention.memory == "sram"
+    assert product.contention.units == ("dma",) and product.limit == "sram"
+    assert product.contention.cycles == (product.end - product.start) - (alone.end - alone.start) > 0
+    assert copied.contention is not None and copied.contention.units == ("mxu",)
+    assert copied.end > moving.end
+
+
+def test_a_product_that_leaves_bandwidth_is_not_slowed() -> None:
+    words = conv((16, 16, 64), (16, 16, 64))
+    alone, beside = only(price(words, SYSTOLIC)), price([*load(1 << 16), *words], SYSTOLIC).commands[1]
+    assert (beside.end - beside.start, beside.contention) == (alone.end - alone.start, None)
+
+
+def test_ports_of_their_own_keep_engines_and_copies_apart() -> None:
+    words, narrow = conv((16, 16, 32), (16, 16, 32)), edited(ARM, sram="1 B/cycle")
+    alone = max(price(words, narrow).cycles, price(load(1 << 14), narrow).cycles)
+    assert price([*load(1 << 14), *words], narrow).cycles == alone
 
 
 # --- the timeline ---------------------------------------------------------------------------------------------------
@@ -535,14 +562,17 @@ def test_trace_has_a_track_for_each_unit_and_an_event_for_each_command() -> None
     trace = json.loads(chrome_trace(region, {4: "conv1"}, "region 0"))
     events = trace["traceEvents"]
     tracks = {event["args"]["name"] for event in events if event.get("name") == "thread_name"}
-    assert tracks == {"dma", "dma 1", "barrier", "mxu"}
-    shown = [event for event in events if event["ph"] == "X"]
+    assert tracks == {"dma", "dma 1", "barrier", "mxu", "stall"}
+    (stall,) = [event for event in events if event.get("cat") == "stall"]
+    assert (stall["ts"], stall["dur"]) == (0, pytest.approx(1.14))
+    assert stall["args"]["waited for"] == "dma, bound by dram, shared with dma 1"
+    shown = [event for event in events if event["ph"] == "X" and event is not stall]
     assert len(shown) == len(region.commands)
     for event, command in zip(shown, region.commands, strict=True):
         assert event["ts"] == pytest.approx(command.start / 1000)  # 1 GHz: a microsecond is 1000 cycles
         assert event["dur"] == pytest.approx((command.end - command.start) / 1000)
         assert event["args"]["layer"] == "conv1"
-    assert shown[1]["args"]["waited for"] == "dram"
+    assert shown[1]["args"]["slowed by"] == "dram, shared with dma" and shown[1]["args"]["cycles lost"] == 500
     assert shown[0]["args"]["dram bytes read"] == 6400
     assert shown[3]["args"]["MACs"] == 8 * 8 * 16 * 16
 
