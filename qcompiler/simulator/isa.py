@@ -4,7 +4,7 @@ A driver issues commands by calling ``qrt_<name>(int32, …)`` of `runtime_stubs
 call as int32 words ``code, argument…``; the generator can produce the same words without running anything. The
 cost model reads words and nothing else, so a static estimate and a simulated run cannot disagree.
 
-Registers (`ifm`, `ofm`, `kernel`, `weights`, `scales`) hold until overwritten, as in the Ethos-U command
+Registers (`ifm`, `ofm`, `wrap`, `kernel`, `weights`, `scales`) hold until overwritten, as in the Ethos-U command
 stream; `conv`, `pool`… run with what they find. An address is a base and a byte offset: base 0 is the
 scratchpad, others are external buffers bound by the host. Strides are in bytes. Commands issue in
 order; `dma` and `fill` run on the DMA engine, operations on their engine, both asynchronously; `barrier`
@@ -92,6 +92,9 @@ every OFM channel starts at a whole byte (`arithmetic.pack_bits`). int8_2of4: tw
 the IFM depth and where they stand, as `integer.sparsity.pack_2_of_4` lays out an OFM channel."""
 SCALES = Opcode(14, "scales", ("base", "offset", "variant"))
 """One record a channel: bias int32, multiplier (int32, or the bits of a float32), shift int32."""
+WRAP = Opcode(15, "wrap", ("map", "height", "offset"))
+"""Rows of a map from `height` on lie from `offset` of its base on: it is the part of a rolling buffer that holds the
+tile, and wraps around. `map` is an IFM slot, or 2 for the OFM, set before; setting it anew makes it whole."""
 CONV = Opcode(20, "conv", ("ifm_group_depth", "ofm_group_depth"))
 CONV_TRANSPOSE = Opcode(21, "conv_transpose", ("ifm_group_depth", "ofm_group_depth"))
 MAX_POOL = Opcode(22, "max_pool", ())
@@ -113,12 +116,14 @@ RESIZE_LINEAR = Opcode(30, "resize_linear", ("base", "y_index", "y_weight", "x_i
 """Table offsets of `integer.ops`; `y_origin` is the row of the whole IFM that row 0 of the tile holds."""
 
 OPCODES: tuple[Opcode, ...] = (
-    LAYER, ALLOC, FREE, DMA, FILL, BARRIER, IFM, OFM, KERNEL, WEIGHTS, SCALES, CONV, CONV_TRANSPOSE, MAX_POOL,
+    LAYER, ALLOC, FREE, DMA, FILL, BARRIER, IFM, OFM, KERNEL, WEIGHTS, SCALES, WRAP, CONV, CONV_TRANSPOSE, MAX_POOL,
     AVERAGE_POOL, ADD, MUL, REQUANTIZE, LOOKUP, SOFTMAX, RESIZE_NEAREST, RESIZE_LINEAR,
 )  # fmt: skip
 BY_CODE: dict[int, Opcode] = {opcode.code: opcode for opcode in OPCODES}
 
 SCRATCHPAD = 0
+OFM_MAP = 2
+"""`map` of `wrap`; the IFMs' are their slots."""
 DTYPES: tuple[str, ...] = ("int8", "uint8", "int16", "int32", "int4", "int2", "int1", "int8_2of4")
 """`dtype` arguments index this. Those from int4 on are for weights only."""
 BITS: tuple[int, ...] = (8, 8, 16, 32, 4, 2, 1, 5)

@@ -17,6 +17,7 @@
 #define qrt_barrier sim_barrier
 #define qrt_ifm sim_ifm
 #define qrt_ofm sim_ofm
+#define qrt_wrap sim_wrap
 #define qrt_kernel sim_kernel
 #define qrt_weights sim_weights
 #define qrt_scales sim_scales
@@ -60,6 +61,7 @@ static int32_t execute(const int32_t *w) {
         case BARRIER: sim_barrier(); return 1;
         case IFM: sim_ifm(w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]); return 12;
         case OFM: sim_ofm(w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]); return 12;
+        case WRAP: sim_wrap(w[1], w[2], w[3]); return 4;
         case KERNEL: sim_kernel(w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]); return 9;
         case WEIGHTS: sim_weights(w[1], w[2], w[3], w[4]); return 5;
         case SCALES: sim_scales(w[1], w[2], w[3]); return 4;

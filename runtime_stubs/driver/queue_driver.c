@@ -14,7 +14,7 @@ enum { BLOCK_WORDS = 256, MOST_BUFFERS = 256 };
 /* Codes of qcompiler/simulator/isa.py. */
 enum {
     LAYER = 1, ALLOC = 2, FREE = 3, DMA = 4, FILL = 5, BARRIER = 6,
-    IFM = 10, OFM = 11, KERNEL = 12, WEIGHTS = 13, SCALES = 14,
+    IFM = 10, OFM = 11, KERNEL = 12, WEIGHTS = 13, SCALES = 14, WRAP = 15,
     CONV = 20, CONV_TRANSPOSE = 21, MAX_POOL = 22, AVERAGE_POOL = 23, ADD = 24, MUL = 25, REQUANTIZE = 26,
     LOOKUP = 27, SOFTMAX = 28, RESIZE_NEAREST = 29, RESIZE_LINEAR = 30
 };
@@ -89,6 +89,8 @@ int32_t qrt_ofm(int32_t base, int32_t offset, int32_t height, int32_t width, int
                 int32_t stride_x, int32_t dtype, int32_t zero_point, int32_t clamp_min, int32_t clamp_max) {
     return COMMAND(OFM, base, offset, height, width, depth, stride_y, stride_x, dtype, zero_point, clamp_min, clamp_max);
 }
+
+int32_t qrt_wrap(int32_t map, int32_t height, int32_t offset) { return COMMAND(WRAP, map, height, offset); }
 
 int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stride_x, int32_t dilation_y,
                    int32_t dilation_x, int32_t pad_top, int32_t pad_left) {

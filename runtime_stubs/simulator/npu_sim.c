@@ -19,7 +19,7 @@
 /* Codes of qcompiler/simulator/isa.py. */
 enum {
     LAYER = 1, ALLOC = 2, FREE = 3, DMA = 4, FILL = 5, BARRIER = 6,
-    IFM = 10, OFM = 11, KERNEL = 12, WEIGHTS = 13, SCALES = 14,
+    IFM = 10, OFM = 11, KERNEL = 12, WEIGHTS = 13, SCALES = 14, WRAP = 15,
     CONV = 20, CONV_TRANSPOSE = 21, MAX_POOL = 22, AVERAGE_POOL = 23, ADD = 24, MUL = 25, REQUANTIZE = 26,
     LOOKUP = 27, SOFTMAX = 28, RESIZE_NEAREST = 29, RESIZE_LINEAR = 30
 };
@@ -40,6 +40,8 @@ typedef struct { box where; int write; int64_t command; } access;
 
 typedef struct {
     int32_t base, offset, height, width, depth, stride_y, stride_x, stride_c, dtype, zero_point;
+    int32_t first_rows, wrapped; /* rows from first_rows on begin at the offset `wrapped` */
+    uint8_t *data;               /* of its base, once touched */
 } feature_map; /* an OFM's stride_c is 1 */
 typedef struct { int32_t height, width, stride_y, stride_x, dilation_y, dilation_x, pad_top, pad_left; } window;
 typedef struct { int32_t base, offset, dtype, zero_point; } weight_block;
@@ -187,11 +189,21 @@ static uint8_t *touch_run(const char *what, int32_t base, int64_t offset, int64_
     return touch(what, (box){base, offset, 0, 0, 1, 1, bytes}, 0);
 }
 
-static uint8_t *touch_map(const char *what, const feature_map *m, int write) {
+static void touch_map(const char *what, feature_map *m, int write) {
     if (m->dtype != INT8 && m->dtype != UINT8) fail("%s has dtype %d; only 8-bit maps are implemented", what, m->dtype);
     if (m->stride_c != 0 && m->stride_c != 1) fail("%s has a depth stride of %d", what, m->stride_c);
     int64_t depth = m->stride_c == 0 && m->depth > 0 ? 1 : m->depth;
-    return touch(what, (box){m->base, m->offset, m->stride_y, m->stride_x, m->height, m->width, depth}, write);
+    int64_t first = m->first_rows < m->height ? m->first_rows : m->height;
+    m->data = memory_of(m->base)->data;
+    touch(what, (box){m->base, m->offset, m->stride_y, m->stride_x, first, m->width, depth}, write);
+    touch(what, (box){m->base, m->wrapped, m->stride_y, m->stride_x, m->height - first, m->width, depth}, write);
+}
+
+/* Pixel (y, x) of a map; a stride of 0 repeats it. */
+static uint8_t *pixel_of(const feature_map *m, int32_t y, int32_t x) {
+    int64_t row = y < m->first_rows ? m->offset + (int64_t)y * m->stride_y
+                                    : m->wrapped + (int64_t)(y - m->first_rows) * m->stride_y;
+    return m->data + row + (int64_t)x * m->stride_x;
 }
 
 /* --- host side --- */
@@ -327,16 +339,27 @@ int32_t qrt_ifm(int32_t slot, int32_t base, int32_t offset, int32_t height, int3
                 int32_t stride_y, int32_t stride_x, int32_t stride_c, int32_t dtype, int32_t zero_point) {
     BEGIN(IFM, "ifm", slot, base, offset, height, width, depth, stride_y, stride_x, stride_c, dtype, zero_point);
     if (slot < 0 || slot > 1) fail("there is no slot %d", slot);
-    ifm[slot] = (feature_map){base, offset, height, width, depth, stride_y, stride_x, stride_c, dtype, zero_point};
+    ifm[slot] = (feature_map){base, offset, height, width, depth, stride_y, stride_x, stride_c, dtype, zero_point,
+                              INT32_MAX, 0, NULL};
     return 0;
 }
 
 int32_t qrt_ofm(int32_t base, int32_t offset, int32_t height, int32_t width, int32_t depth, int32_t stride_y,
                 int32_t stride_x, int32_t dtype, int32_t zero_point, int32_t low, int32_t high) {
     BEGIN(OFM, "ofm", base, offset, height, width, depth, stride_y, stride_x, dtype, zero_point, low, high);
-    ofm = (feature_map){base, offset, height, width, depth, stride_y, stride_x, 1, dtype, zero_point};
+    ofm = (feature_map){base, offset, height, width, depth, stride_y, stride_x, 1, dtype, zero_point, INT32_MAX, 0, NULL};
     clamp_min = low;
     clamp_max = high;
+    return 0;
+}
+
+int32_t qrt_wrap(int32_t map, int32_t height, int32_t offset) {
+    BEGIN(WRAP, "wrap", map, height, offset);
+    if (map < 0 || map > 2) fail("there is no map %d", map);
+    if (height < 0) fail("%d rows cannot come before the wrap", height);
+    feature_map *m = map == 2 ? &ofm : &ifm[map];
+    m->first_rows = height;
+    m->wrapped = offset;
     return 0;
 }
 
@@ -389,7 +412,7 @@ static void widen(const uint8_t *in, int16_t *out, int64_t count, int32_t dtype,
 }
 
 /* The IFM as int16 without its zero point, [height, width, depth], its pixel (0, 0) at (top, left), zeros around. */
-static int16_t *padded_ifm(const uint8_t *data, int32_t height, int32_t width, int32_t top, int32_t left) {
+static int16_t *padded_ifm(int32_t height, int32_t width, int32_t top, int32_t left) {
     const feature_map *m = &ifm[0];
     if (m->stride_c == 0) fail("this operation needs an IFM with depth");
     int64_t row = (int64_t)width * m->depth;
@@ -405,7 +428,7 @@ static int16_t *padded_ifm(const uint8_t *data, int32_t height, int32_t width, i
         }
         memset(out, 0, (size_t)first * m->depth * sizeof *out);
         memset(out + (int64_t)last * m->depth, 0, (size_t)(width - last) * m->depth * sizeof *out);
-        const uint8_t *in = data + (int64_t)in_y * m->stride_y + (int64_t)(first - left) * m->stride_x;
+        const uint8_t *in = pixel_of(m, in_y, first - left);
         if (m->stride_x == m->depth)
             widen(in, out + (int64_t)first * m->depth, (int64_t)(last - first) * m->depth, m->dtype, m->zero_point);
         else
@@ -557,8 +580,8 @@ static void grouped_pixel(const int16_t *padded, int64_t row, const int16_t *fil
 
 int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     BEGIN(CONV, "conv", ifm_group_depth, ofm_group_depth);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     int32_t groups = group_count(ifm_group_depth, ofm_group_depth);
     int64_t taps = (int64_t)kernel.height * kernel.width * ifm_group_depth;
@@ -566,7 +589,7 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     int16_t *filters = wide_weights(ofm.depth, taps);
     int32_t width = covered(ofm.width, kernel.stride_x, kernel.width, kernel.dilation_x);
     int64_t row = (int64_t)width * ifm[0].depth;
-    const int16_t *padded = padded_ifm(in, covered(ofm.height, kernel.stride_y, kernel.height, kernel.dilation_y),
+    const int16_t *padded = padded_ifm(covered(ofm.height, kernel.stride_y, kernel.height, kernel.dilation_y),
                                        width, kernel.pad_top, kernel.pad_left);
     int depthwise = ifm_group_depth == 1 && ofm_group_depth == 1;
     int16_t *patch = arena(PATCH, (depthwise ? ofm.depth * taps : taps) * (int64_t)sizeof(int16_t));
@@ -582,21 +605,21 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                 depthwise_pixel(corner, row, patch, sums);
             else
                 grouped_pixel(corner, row, filters, groups, ifm_group_depth, ofm_group_depth, patch, sums);
-            write_pixel(out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x, sums, ofm.depth, records, 1);
+            write_pixel(pixel_of(&ofm, y, x), sums, ofm.depth, records, 1);
         }
     return 0;
 }
 
 int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     BEGIN(CONV_TRANSPOSE, "conv_transpose", ifm_group_depth, ofm_group_depth);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     int32_t groups = group_count(ifm_group_depth, ofm_group_depth);
     int64_t taps = (int64_t)kernel.height * kernel.width * ifm_group_depth;
     const record *records = read_records(ofm.depth);
     const int16_t *filters = wide_weights(ofm.depth, taps);
-    const int16_t *wide = padded_ifm(in, ifm[0].height, ifm[0].width, 0, 0);
+    const int16_t *wide = padded_ifm(ifm[0].height, ifm[0].width, 0, 0);
     int32_t *sums = arena(SUMS, (int64_t)ofm.height * ofm.width * ofm.depth * (int64_t)sizeof(int32_t));
     for (int64_t pixel = 0; pixel < (int64_t)ofm.height * ofm.width; ++pixel)
         for (int32_t c = 0; c < ofm.depth; ++c) sums[pixel * ofm.depth + c] = records[c].bias;
@@ -616,8 +639,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                 }
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x)
-            write_pixel(out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x,
-                        sums + ((int64_t)y * ofm.width + x) * ofm.depth, ofm.depth, records, 1);
+            write_pixel(pixel_of(&ofm, y, x), sums + ((int64_t)y * ofm.width + x) * ofm.depth, ofm.depth, records, 1);
     return 0;
 }
 
@@ -629,13 +651,13 @@ static void check_same_depth(void) {
 
 int32_t qrt_max_pool(void) {
     begin(MAX_POOL, "max_pool", NULL, 0);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     check_same_depth();
     int32_t zero_point = ifm[0].zero_point;
     ifm[0].zero_point = 0; /* values are compared as they are */
-    const int16_t *wide = padded_ifm(in, ifm[0].height, ifm[0].width, 0, 0);
+    const int16_t *wide = padded_ifm(ifm[0].height, ifm[0].width, 0, 0);
     ifm[0].zero_point = zero_point;
     int16_t *best = arena(PATCH, ofm.depth * (int64_t)sizeof(int16_t));
     for (int32_t y = 0; y < ofm.height; ++y)
@@ -649,7 +671,7 @@ int32_t qrt_max_pool(void) {
                     const int16_t *pixel = wide + ((int64_t)iy * ifm[0].width + ix) * ofm.depth;
                     for (int32_t c = 0; c < ofm.depth; ++c) best[c] = pixel[c] > best[c] ? pixel[c] : best[c];
                 }
-            uint8_t *to = out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x;
+            uint8_t *to = pixel_of(&ofm, y, x);
             for (int32_t c = 0; c < ofm.depth; ++c) to[c] = (uint8_t)qarith_clamp(best[c], clamp_min, clamp_max);
         }
     return 0;
@@ -657,12 +679,12 @@ int32_t qrt_max_pool(void) {
 
 int32_t qrt_average_pool(int32_t count_include_pad) {
     BEGIN(AVERAGE_POOL, "average_pool", count_include_pad);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     check_same_depth();
     const record *records = read_records(count_include_pad ? 1 : kernel.height * kernel.width);
-    const int16_t *wide = padded_ifm(in, ifm[0].height, ifm[0].width, 0, 0);
+    const int16_t *wide = padded_ifm(ifm[0].height, ifm[0].width, 0, 0);
     int32_t *sums = arena(SUMS, ofm.depth * (int64_t)sizeof(int32_t));
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
@@ -678,18 +700,12 @@ int32_t qrt_average_pool(int32_t count_include_pad) {
                     ++count;
                 }
             if (count == 0 && !count_include_pad) fail("the window of output (%d, %d) holds no element", y, x);
-            write_pixel(out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x, sums, ofm.depth,
-                        records + (count_include_pad ? 0 : count - 1), 0);
+            write_pixel(pixel_of(&ofm, y, x), sums, ofm.depth, records + (count_include_pad ? 0 : count - 1), 0);
         }
     return 0;
 }
 
 /* --- elementwise --- */
-
-/* Pixel (y, x) of an operand, seen by an operation of the OFM's size. */
-static const uint8_t *pixel_of(const uint8_t *data, const feature_map *m, int32_t y, int32_t x) {
-    return data + (int64_t)y * m->stride_y + (int64_t)x * m->stride_x;
-}
 
 static void check_same_size(int32_t slot) {
     const feature_map *m = &ifm[slot];
@@ -701,15 +717,16 @@ static void check_same_size(int32_t slot) {
 int32_t qrt_add(int32_t subtract, int32_t multiplier_a, int32_t shift_a, int32_t multiplier_b, int32_t shift_b,
                 int32_t multiplier_y, int32_t shift_y, int32_t variant) {
     BEGIN(ADD, "add", subtract, multiplier_a, shift_a, multiplier_b, shift_b, multiplier_y, shift_y, variant);
-    const uint8_t *a = touch_map("IFM 0", &ifm[0], 0), *b = touch_map("IFM 1", &ifm[1], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("IFM 0", &ifm[0], 0);
+    touch_map("IFM 1", &ifm[1], 0);
+    touch_map("the OFM", &ofm, 1);
     check_same_size(0);
     check_same_size(1);
     const qarith_add_factors factors = {multiplier_a, shift_a, multiplier_b, shift_b, multiplier_y, shift_y};
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
-            const uint8_t *pa = pixel_of(a, &ifm[0], y, x), *pb = pixel_of(b, &ifm[1], y, x);
-            uint8_t *to = out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x;
+            const uint8_t *pa = pixel_of(&ifm[0], y, x), *pb = pixel_of(&ifm[1], y, x);
+            uint8_t *to = pixel_of(&ofm, y, x);
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int32_t va = load(pa + (int64_t)c * ifm[0].stride_c, ifm[0].dtype) - ifm[0].zero_point;
                 int32_t vb = load(pb + (int64_t)c * ifm[1].stride_c, ifm[1].dtype) - ifm[1].zero_point;
@@ -721,38 +738,39 @@ int32_t qrt_add(int32_t subtract, int32_t multiplier_a, int32_t shift_a, int32_t
 
 int32_t qrt_mul(void) {
     begin(MUL, "mul", NULL, 0);
-    const uint8_t *a = touch_map("IFM 0", &ifm[0], 0), *b = touch_map("IFM 1", &ifm[1], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("IFM 0", &ifm[0], 0);
+    touch_map("IFM 1", &ifm[1], 0);
+    touch_map("the OFM", &ofm, 1);
     check_same_size(0);
     check_same_size(1);
     const record *records = read_records(1);
     int32_t *products = arena(SUMS, ofm.depth * (int64_t)sizeof(int32_t));
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
-            const uint8_t *pa = pixel_of(a, &ifm[0], y, x), *pb = pixel_of(b, &ifm[1], y, x);
+            const uint8_t *pa = pixel_of(&ifm[0], y, x), *pb = pixel_of(&ifm[1], y, x);
             for (int32_t c = 0; c < ofm.depth; ++c)
                 products[c] = (load(pa + (int64_t)c * ifm[0].stride_c, ifm[0].dtype) - ifm[0].zero_point) *
                               (load(pb + (int64_t)c * ifm[1].stride_c, ifm[1].dtype) - ifm[1].zero_point);
-            write_pixel(out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x, products, ofm.depth, records, 0);
+            write_pixel(pixel_of(&ofm, y, x), products, ofm.depth, records, 0);
         }
     return 0;
 }
 
 /* OFM = table[IFM's byte] */
-static void map_bytes(const uint8_t *in, uint8_t *out, const uint8_t *table) {
+static void map_bytes(const uint8_t *table) {
     check_same_size(0);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
-            const uint8_t *from = pixel_of(in, &ifm[0], y, x);
-            uint8_t *to = out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x;
+            const uint8_t *from = pixel_of(&ifm[0], y, x);
+            uint8_t *to = pixel_of(&ofm, y, x);
             for (int32_t c = 0; c < ofm.depth; ++c) to[c] = table[from[(int64_t)c * ifm[0].stride_c]];
         }
 }
 
 int32_t qrt_requantize(void) {
     begin(REQUANTIZE, "requantize", NULL, 0);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     const record *first = read_records(1);
     uint8_t table[256];
     for (int32_t byte = 0; byte < 256; ++byte) {
@@ -760,26 +778,26 @@ int32_t qrt_requantize(void) {
         int32_t value = load(&bits, ifm[0].dtype) - ifm[0].zero_point;
         table[byte] = finish(qarith_rescale(value, first->multiplier, first->shift, scales.variant));
     }
-    map_bytes(in, out, table);
+    map_bytes(table);
     return 0;
 }
 
 int32_t qrt_lookup(int32_t base, int32_t offset) {
     BEGIN(LOOKUP, "lookup", base, offset);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     const uint8_t *bytes = touch_run("the table", base, offset, 256);
     /* Entry 0 answers the lowest value, which is -128 for int8. */
     uint8_t table[256];
     for (int32_t byte = 0; byte < 256; ++byte) table[byte] = bytes[ifm[0].dtype == INT8 ? byte ^ 128 : byte];
-    map_bytes(in, out, table);
+    map_bytes(table);
     return 0;
 }
 
 int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
     BEGIN(SOFTMAX, "softmax", base, offset, inverse_scale);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     const uint8_t *bytes = touch_run("the table", base, offset, 256 * 4);
     check_same_size(0);
     int32_t table[256];
@@ -788,8 +806,8 @@ int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
     int32_t reciprocal = 0, shift = 0;
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
-            const uint8_t *from = pixel_of(in, &ifm[0], y, x);
-            uint8_t *to = out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x;
+            const uint8_t *from = pixel_of(&ifm[0], y, x);
+            uint8_t *to = pixel_of(&ofm, y, x);
             int32_t largest = INT32_MIN;
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int32_t value = load(from + (int64_t)c * ifm[0].stride_c, ifm[0].dtype);
@@ -828,16 +846,16 @@ static int32_t position(const uint8_t *table, int64_t index, int32_t origin, int
 
 int32_t qrt_resize_nearest(int32_t base, int32_t y_index, int32_t x_index, int32_t y_origin) {
     BEGIN(RESIZE_NEAREST, "resize_nearest", base, y_index, x_index, y_origin);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     check_same_depth();
     const uint8_t *ys = touch_run("the table of rows", base, y_index, 4 * (int64_t)ofm.height);
     const uint8_t *xs = touch_run("the table of columns", base, x_index, 4 * (int64_t)ofm.width);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x)
-            memcpy(out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x,
-                   pixel_of(in, &ifm[0], position(ys, y, y_origin, ifm[0].height), position(xs, x, 0, ifm[0].width)),
+            memcpy(pixel_of(&ofm, y, x),
+                   pixel_of(&ifm[0], position(ys, y, y_origin, ifm[0].height), position(xs, x, 0, ifm[0].width)),
                    (size_t)ofm.depth);
     return 0;
 }
@@ -845,8 +863,8 @@ int32_t qrt_resize_nearest(int32_t base, int32_t y_index, int32_t x_index, int32
 int32_t qrt_resize_linear(int32_t base, int32_t y_index, int32_t y_weight, int32_t x_index, int32_t x_weight,
                           int32_t y_origin) {
     BEGIN(RESIZE_LINEAR, "resize_linear", base, y_index, y_weight, x_index, x_weight, y_origin);
-    const uint8_t *in = touch_map("the IFM", &ifm[0], 0);
-    uint8_t *out = touch_map("the OFM", &ofm, 1);
+    touch_map("the IFM", &ifm[0], 0);
+    touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     check_same_depth();
     const uint8_t *ys = touch_run("the table of rows", base, y_index, 8 * (int64_t)ofm.height);
@@ -859,11 +877,11 @@ int32_t qrt_resize_linear(int32_t base, int32_t y_index, int32_t y_weight, int32
             int64_t weight[4];
             for (int32_t i = 0; i < 4; ++i) {
                 int64_t row = 2 * (int64_t)y + i / 2, column = 2 * (int64_t)x + i % 2;
-                corner[i] = pixel_of(in, &ifm[0], position(ys, row, y_origin, ifm[0].height),
+                corner[i] = pixel_of(&ifm[0], position(ys, row, y_origin, ifm[0].height),
                                      position(xs, column, 0, ifm[0].width));
                 weight[i] = (int64_t)table_entry(yw, row) * table_entry(xw, column);
             }
-            uint8_t *to = out + (int64_t)y * ofm.stride_y + (int64_t)x * ofm.stride_x;
+            uint8_t *to = pixel_of(&ofm, y, x);
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int64_t sum = (int64_t)1 << 21;
                 for (int32_t i = 0; i < 4; ++i) sum += weight[i] * load(corner[i] + c, ifm[0].dtype);

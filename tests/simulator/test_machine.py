@@ -196,6 +196,50 @@ def test_dma_and_fill_move_boxes(machine: tuple[ctypes.CDLL, Log]) -> None:
     assert log.scratchpad_peak() == 192
 
 
+def test_maps_wrap_around_rolling_buffers(machine: tuple[ctypes.CDLL, Log]) -> None:
+    """A 3x3 maximum of rows 4 to 7 of an image that lie in a ring of 5 rows, into rows 2 and 3 of a ring of 3."""
+    simulator, _ = machine
+    rng = np.random.default_rng(0)
+    image = rng.integers(-128, 128, (8, 6, 2)).astype(np.int8)
+    simulator.qrt_bind(1, pointer(image), ctypes.c_int64(image.nbytes))
+    out = np.zeros((3, 4, 2), np.int8)
+    simulator.qrt_bind(2, pointer(out), ctypes.c_int64(out.nbytes))
+    simulator.qrt_alloc(0, 60)
+    simulator.qrt_alloc(100, 24)
+    simulator.qrt_fill(0, 100, 0, 0, 1, 1, 24, 0)
+    for row in range(4, 8):
+        simulator.qrt_dma(0, row % 5 * 12, 0, 0, 1, row * 12, 0, 0, 1, 1, 12)
+    simulator.qrt_barrier()
+    simulator.qrt_ifm(0, 0, 4 * 12, 4, 6, 2, 12, 2, 1, 0, 0)
+    simulator.qrt_wrap(0, 1, 0)
+    simulator.qrt_ofm(0, 100 + 2 * 8, 2, 4, 2, 8, 2, 0, 0, -128, 127)
+    simulator.qrt_wrap(2, 1, 100)
+    simulator.qrt_kernel(3, 3, 1, 1, 1, 1, 0, 0)
+    simulator.qrt_max_pool()
+    simulator.qrt_barrier()
+    simulator.qrt_dma(2, 0, 0, 0, 0, 100, 0, 0, 1, 1, 24)
+    simulator.qrt_barrier()
+    simulator.qrt_free(0, 60)
+    simulator.qrt_free(100, 24)
+    windows = np.lib.stride_tricks.sliding_window_view(image[4:], (3, 3), (0, 1)).max((-1, -2))
+    np.testing.assert_array_equal(out, np.stack([windows[1], np.zeros((4, 2)), windows[0]]))
+
+
+def test_setting_a_map_ends_its_wrap(machine: tuple[ctypes.CDLL, Log]) -> None:
+    simulator, _ = machine
+    simulator.qrt_alloc(0, 16)
+    simulator.qrt_alloc(32, 4)
+    simulator.qrt_ifm(0, 0, 0, 2, 1, 2, 2, 2, 1, 0, 0)
+    simulator.qrt_wrap(0, 1, 4000)  # outside everything: an operation would abort
+    simulator.qrt_ifm(0, 0, 0, 2, 1, 2, 2, 2, 1, 0, 0)
+    simulator.qrt_ofm(0, 32, 2, 1, 2, 2, 2, 0, 0, -128, 127)
+    simulator.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0)
+    simulator.qrt_max_pool()
+    simulator.qrt_barrier()
+    simulator.qrt_free(0, 16)
+    simulator.qrt_free(32, 4)
+
+
 # --- violations ---------------------------------------------------------------------------------------------
 
 PRELUDE = """
@@ -240,6 +284,21 @@ VIOLATIONS = [
      "s.qrt_ifm(0, 0, 0, 2, 2, 4, 8, 4, 1, 0, 0); s.qrt_ofm(0, 512, 2, 2, 6, 12, 6, 0, 0, -128, 127);"
      "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_scales(1, 0, 1); s.qrt_weights(1, 80, 0, 0); s.qrt_conv(4, 6)",
      "command 7 (conv): the weights is bytes 80 to 104 of base 1"),
+    ("a wrapped part outside",
+     "s.qrt_ifm(0, 0, 240, 4, 1, 4, 4, 4, 1, 0, 0); s.qrt_wrap(0, 2, 256); s.qrt_ofm(0, 512, 4, 1, 4, 4, 4, 0, 0, 0, 9);"
+     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
+     "command 6 (max_pool): the IFM is scratchpad bytes 256 to 264, inside no reservation"),
+    ("a write into the wrapped part",
+     "s.qrt_fill(0, 4, 0, 0, 1, 1, 4, 0);"
+     "s.qrt_ifm(0, 0, 240, 4, 1, 4, 4, 4, 1, 0, 0); s.qrt_wrap(0, 2, 0); s.qrt_ofm(0, 512, 4, 1, 4, 4, 4, 0, 0, 0, 9);"
+     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
+     "command 7 (max_pool): the IFM (bytes 0 to 8 of base 0) races with command 2"),
+    ("an output that wraps onto what is read",
+     "s.qrt_dma(1, 0, 0, 0, 0, 512, 0, 0, 1, 1, 4);"
+     "s.qrt_ifm(0, 0, 0, 4, 1, 4, 4, 4, 1, 0, 0); s.qrt_ofm(0, 600, 4, 1, 4, 4, 4, 0, 0, 0, 9); s.qrt_wrap(2, 3, 512);"
+     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
+     "command 7 (max_pool): the OFM (bytes 512 to 516 of base 0) races with command 2"),
+    ("a wrap of no map", "s.qrt_wrap(3, 0, 0)", "command 2 (wrap): there is no map 3"),
     ("outstanding commands", "s.qrt_fill(0, 0, 0, 0, 1, 1, 8, 0); s.qrt_close()", "(close): commands are outstanding"),
     ("reservations at the end", "s.qrt_close()", "(close): 2 reservations were not freed"),
     ("no region", "s.qrt_free(0, 256); s.qrt_free(512, 256); s.qrt_close(); s.qrt_barrier()", "no region is open"),
