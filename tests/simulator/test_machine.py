@@ -285,8 +285,8 @@ VIOLATIONS = [
      "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_scales(1, 0, 1); s.qrt_weights(1, 80, 0, 0); s.qrt_conv(4, 6)",
      "command 7 (conv): the weights is bytes 80 to 104 of base 1"),
     ("a wrapped part outside",
-     "s.qrt_ifm(0, 0, 240, 4, 1, 4, 4, 4, 1, 0, 0); s.qrt_wrap(0, 2, 256); s.qrt_ofm(0, 512, 4, 1, 4, 4, 4, 0, 0, 0, 9);"
-     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
+     "s.qrt_ifm(0, 0, 240, 4, 1, 4, 4, 4, 1, 0, 0); s.qrt_wrap(0, 2, 256);"
+     "s.qrt_ofm(0, 512, 4, 1, 4, 4, 4, 0, 0, 0, 9); s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
      "command 6 (max_pool): the IFM is scratchpad bytes 256 to 264, inside no reservation"),
     ("a write into the wrapped part",
      "s.qrt_fill(0, 4, 0, 0, 1, 1, 4, 0);"
