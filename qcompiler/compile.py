@@ -555,15 +555,17 @@ def _runner(library: Path, lowered: "Lowered") -> "Callable[[Arrays], Arrays]":
 
 
 def _check(placed: Placed, library: Path, lowered: "Lowered") -> "tuple[Placed, SelfCheck | None]":
-    """The self-check, unless the library is for another CPU; or for a GPU that is not here, which becomes a warning."""
+    """The self-check, with warnings of what it finds; none if the library is for another CPU, or for a GPU that is not
+    here, which becomes a warning too."""
     from qcompiler.runtime import gpu_problem
-    from qcompiler.selfcheck import self_check
+    from qcompiler.selfcheck import doubts, self_check
 
     if foreign(placed.target) is not None:
         return placed, None
     if (problem := gpu_problem(library)) is not None:
         return replace(placed, warnings=(*placed.warnings, f"{_UNCHECKED}: {problem}")), None
-    return placed, self_check(placed.source, _runner(library, lowered), placed.samples)
+    check = self_check(placed.source, _runner(library, lowered), placed.samples)
+    return replace(placed, warnings=(*placed.warnings, *doubts(check, placed.source.name))), check
 
 
 def foreign(target: "Target") -> str | None:

@@ -14,6 +14,8 @@ from qcompiler.report import OutputCheck, SelfCheck
 SAMPLES = 16
 """Enough to see a broken layer; accuracy needs a labelled data set."""
 
+DOUBTFUL = 10.0
+"""dB of SQNR below which an output deserves a warning: its error has a third of its amplitude, or more."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -60,6 +62,16 @@ def self_check(model: Path, compiled: Callable[[Arrays], Arrays], samples: Itera
         for name, reference in zip(outputs, session.run(outputs, feed), strict=True):
             sums[name].add(np.asarray(reference), got[name])
     return SelfCheck(count, tuple(sums[name].check(name) for name in outputs))
+
+
+def doubts(check: SelfCheck, model: str) -> tuple[str, ...]:
+    """A warning for each output that is far from what it should be; none where it should be zero."""
+    return tuple(
+        f"the output {output.output!r} is far from that of the original model: {output.sqnr:.1f} dB; "
+        f"`qcompile debug {model}` names the layers that hurt and what helps"
+        for output in check.outputs
+        if output.sqnr is not None and -np.inf < output.sqnr < DOUBTFUL
+    )
 
 
 def sqnr(signal: float, noise: float) -> float | None:

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qcompiler.selfcheck import SAMPLES, Arrays, self_check, sqnr
+from qcompiler.selfcheck import SAMPLES, Arrays, doubts, self_check, sqnr
 
 
 @pytest.fixture
@@ -49,6 +49,13 @@ def test_noise_and_disagreement_are_seen(doubling: Path) -> None:
     # y against -y: the noise has twice the amplitude.
     assert check.outputs[0].sqnr == pytest.approx(-20 * np.log10(2))
     assert check.outputs[0].top1_agreement == 0.0
+    (warning,) = doubts(check, "double.onnx")
+    assert "'y'" in warning and "-6.0 dB" in warning and "qcompile debug double.onnx" in warning
+
+
+def test_small_noise_is_no_doubt(doubling: Path) -> None:
+    for factor in (2, 2.5):
+        assert doubts(self_check(doubling, Scaled(factor, []), _samples(4)), "double.onnx") == ()
 
 
 def test_sqnr_of_an_output_that_should_be_zero() -> None:
