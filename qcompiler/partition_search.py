@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from qcompiler.graph import const_of
 from qcompiler.partition_cost import tensor_bytes
-from qcompiler.regions import makers_of, runs
+from qcompiler.regions import makers_of, runs, users_of
 from qcompiler.target import AcceleratorName, Backend
 
 Placing = tuple[Backend, ...]
@@ -70,13 +70,13 @@ class Problem:
         return makers_of(self.nodes)
 
     @cached_property
+    def users(self) -> tuple[tuple[int, ...], ...]:
+        return users_of(self.makers)
+
+    @cached_property
     def neighbours(self) -> tuple[tuple[int, ...], ...]:
         """Of each node those it reads from and those that read from it."""
-        found: list[set[int]] = [set(read) for read in self.makers]
-        for node, read in enumerate(self.makers):
-            for made_by in read:
-                found[made_by].add(node)
-        return tuple(tuple(sorted(near)) for near in found)
+        return tuple(tuple(sorted({*read, *by})) for read, by in zip(self.makers, self.users, strict=True))
 
     @cached_property
     def tensors(self) -> tuple[_Tensor, ...]:
@@ -133,20 +133,20 @@ class Problem:
         """Seconds of one inference, and in how many regions accelerators run it."""
         spent = sum(seconds[backend] for seconds, backend in zip(self.seconds, placing, strict=True))
         region_of = [0] * len(placing)
-        regions = runs(self.makers, placing)
+        regions = runs(self.makers, placing, self.users)
         for number, (_, members) in enumerate(regions):
             for node in members:
                 region_of[node] = number
         spent += sum(self.crossings[backend].sync for backend, _ in regions if backend != "cpu")
+        per_byte = [0.0 if backend == "cpu" else self.crossings[backend].per_byte for backend, _ in regions]
         for tensor in self.tensors:
             home = region_of[tensor.maker] if tensor.maker >= 0 else -1
-            abroad = {region_of[reader] for reader in tensor.readers} - {home}
-            crossed = [*abroad, *([home] if home >= 0 and (abroad or tensor.leaves) else [])]
-            spent += tensor.size * sum(self._per_byte(regions[number][0]) for number in crossed)
+            abroad = {region_of[reader] for reader in tensor.readers}
+            abroad.discard(home)
+            if abroad or tensor.leaves:
+                crossed = sum(per_byte[number] for number in abroad) + (per_byte[home] if home >= 0 else 0.0)
+                spent += tensor.size * crossed
         return spent, sum(backend != "cpu" for backend, _ in regions)
-
-    def _per_byte(self, backend: Backend) -> float:
-        return 0.0 if backend == "cpu" else self.crossings[backend].per_byte
 
 
 def search(problem: Problem, starts: Sequence[Placing]) -> Placing:

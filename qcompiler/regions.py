@@ -51,14 +51,26 @@ def makers_of(nodes: Sequence[ir.Node]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted({position[made_by] for made_by in predecessors(node)})) for node in nodes)
 
 
-def runs(makers: Sequence[Sequence[int]], backends: Sequence[Backend]) -> list[tuple[Backend, list[int]]]:
+def users_of(makers: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Of each node those that read from it, as positions."""
+    users: list[list[int]] = [[] for _ in makers]
+    for node, read in enumerate(makers):
+        for made_by in read:
+            users[made_by].append(node)
+    return tuple(map(tuple, users))
+
+
+def runs(
+    makers: Sequence[Sequence[int]], backends: Sequence[Backend], users: Sequence[Sequence[int]] | None = None
+) -> list[tuple[Backend, list[int]]]:
     """Regions as positions of nodes, each sorted, in execution order.
 
     Args:
         makers: of each node the earlier ones it reads from, each once.
         backends: where each node runs.
+        users: what `users_of` makes of `makers`, if at hand.
     """
-    execution = _Execution(makers, backends)
+    execution = _Execution(makers, backends, users_of(makers) if users is None else users)
     found: list[tuple[Backend, list[int]]] = []
     while backend := execution.next():
         found.append((backend, execution.run(backend)))
@@ -77,12 +89,10 @@ class _Reach:
 class _Execution:
     """Nodes run when what they read from has run."""
 
-    def __init__(self, makers: Sequence[Sequence[int]], backends: Sequence[Backend]) -> None:
-        self.backends = backends
-        self.users: list[list[int]] = [[] for _ in makers]
-        for node, read in enumerate(makers):
-            for made_by in read:
-                self.users[made_by].append(node)
+    def __init__(
+        self, makers: Sequence[Sequence[int]], backends: Sequence[Backend], users: Sequence[Sequence[int]]
+    ) -> None:
+        self.backends, self.users = backends, users
         self.left = [len(read) for read in makers]
         self.ready: dict[Backend, list[int]] = {backend: [] for backend in ORDER}
         for node, count in enumerate(self.left):
@@ -113,15 +123,16 @@ class _Execution:
 
     def _reach(self, backend: Backend, left: Mapping[int, int]) -> _Reach:
         """What a backend can run, where `left` holds the unmet inputs once another has run."""
+        backends, users, unmet = self.backends, self.users, self.left
         changed = dict(left)
-        stack = self.ready[backend] + [node for node, n in left.items() if not n and self.backends[node] == backend]
+        stack = self.ready[backend] + [node for node, n in left.items() if not n and backends[node] == backend]
         nodes: list[int] = []
         while stack:
             node = stack.pop()
             nodes.append(node)
-            for user in self.users[node]:
-                changed[user] = changed.get(user, self.left[user]) - 1
-                if not changed[user] and self.backends[user] == backend:
+            for user in users[node]:
+                changed[user] = count = changed.get(user, unmet[user]) - 1
+                if not count and backends[user] == backend:
                     stack.append(user)
         return _Reach(nodes, changed)
 
