@@ -162,7 +162,9 @@ def _gpu_layer(node: ir.Node, gpu: Gpu, engine: str, layer: str) -> LayerReport:
     facts = facts_of_integer(node)
     macs, seconds = multiplications(node, facts), accelerator_seconds(node, facts, engine, gpu)
     moved = sum(tensor_bytes(value) for value in (*node.inputs, *node.outputs) if value is not None) if seconds else 0
-    rate = gpu.engines[engine].precisions.get(facts.precision)
+    rates = gpu.engines[engine].precisions
+    precision = facts.among(rates)
+    rate = None if precision is None else rates[precision]
     picojoules = macs * rate.energy if rate is not None else 0.0
     picojoules += moved * (gpu.memory.energy.read + gpu.memory.energy.write) / 2
     busy = macs / rate.rate / gpu.clock if rate is not None else 0.0

@@ -132,6 +132,8 @@ class _Judged:
     facts: OpFacts
     engines: Mapping[Backend, str]
     """By the backends that can run it, accelerators first."""
+    precisions: Mapping[Backend, str]
+    """In which it is computed there."""
     seconds: Mapping[Backend, float]
     """What it takes there."""
     refusals: Mapping[AcceleratorName, str]
@@ -140,7 +142,7 @@ class _Judged:
         others = [Alternative(name, seconds, None) for name, seconds in self.seconds.items() if name != backend]
         others += [Alternative(name, None, refusal) for name, refusal in self.refusals.items()]
         return Placement(
-            self.node, self.facts.op, backend, self.engines[backend], self.facts.precision, reason,
+            self.node, self.facts.op, backend, self.engines[backend], self.precisions[backend], reason,
             self.seconds[backend], tuple(others),
         )  # fmt: skip
 
@@ -149,6 +151,7 @@ def _judge(node: ir.Node, target: Target, can_run: CanRun | None) -> _Judged:
     facts = facts_of_integer(node)
     assert node.name, "every node is named"
     engines: dict[Backend, str] = {}
+    precisions: dict[Backend, str] = {"cpu": facts.precision}
     seconds: dict[Backend, float] = {}
     refusals: dict[AcceleratorName, str] = {}
     for name, unit in target.accelerators.items():
@@ -159,9 +162,10 @@ def _judge(node: ir.Node, target: Target, can_run: CanRun | None) -> _Judged:
             refusals[name] = reason
         else:
             engines[name] = match.engine
+            precisions[name] = facts.among(match.rule.precisions) or facts.precision
             seconds[name] = accelerator_seconds(node, facts, match.engine, unit)
     engines["cpu"], seconds["cpu"] = "cpu", host_seconds(node, facts, target)
-    return _Judged(node.name, facts, engines, seconds, refusals)
+    return _Judged(node.name, facts, engines, precisions, seconds, refusals)
 
 
 # --- reasons ------------------------------------------------------------------------------------------------

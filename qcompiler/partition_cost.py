@@ -63,8 +63,8 @@ def _gpu_seconds(node: ir.Node, facts: OpFacts, engine_name: str, gpu: Gpu) -> f
     if facts.op in _FREE:
         return 0.0
     engine, macs = gpu.engines[engine_name], multiplications(node, facts)
-    if macs and facts.precision in engine.precisions:
-        busy = macs / engine.precisions[facts.precision].rate
+    if macs and (precision := facts.among(engine.precisions)) is not None:
+        busy = macs / engine.precisions[precision].rate
     else:
         busy = max(element_count(shape_of(value)) for value in (*_tensors(node), *node.outputs)) / engine.element_rate
     moved = sum(tensor_bytes(value) for value in (*node.inputs, *node.outputs) if value is not None)

@@ -6,7 +6,7 @@ parsed here into SI-like base units, named in each field's docstring.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Literal, Self
@@ -309,7 +309,7 @@ class MacPrecision(Spec):
     energy: Picojoules
 
 
-DTYPES: tuple[str, ...] = ("int1", "int2", "int4", "int8", "uint8", "int16", "int32", "float32")
+DTYPES: tuple[str, ...] = ("int1", "int2", "int4", "uint4", "int8", "uint8", "int16", "int32", "float32")
 """The types a precision is written with, as in "int8" or "uint8*int8"; int1 is for weights of -1 and 1."""
 
 
@@ -497,6 +497,12 @@ class OpFacts:
     op: str
     precision: str
     facts: Mapping[str, FactValue]
+    narrow: str | None = None
+    """The precision with an activation of four bits, of a product whose 8-bit activation uses no more."""
+
+    def among(self, precisions: Collection[str]) -> str | None:
+        """The precision under which the operator is admitted or priced: the narrow one if there is a choice."""
+        return next((name for name in (self.narrow, self.precision) if name in precisions), None)
 
 
 AcceleratorName = Literal["npu", "dsp", "gpu"]
@@ -856,7 +862,7 @@ def joined_reasons(reasons: Mapping[AcceleratorName, str]) -> str:
 
 
 def _refusal(rule: OpRule, facts: OpFacts) -> str | None:
-    if facts.precision not in rule.precisions:
+    if facts.among(rule.precisions) is None:
         return f"{facts.op} in {facts.precision} is not among {', '.join(rule.precisions)}"
     for field, bound in rule.where.items():
         value = facts.facts.get(field)

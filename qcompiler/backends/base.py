@@ -32,6 +32,14 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class GpuKernel(Kernel):
+    """The code of a node on a GPU; its last buffer is scratch memory."""
+
+    scratch: int = 0
+    """Bytes, zero before and after."""
+
+
+@dataclass(frozen=True)
 class View:
     """The node's output is `input` under another shape: nothing to run."""
 

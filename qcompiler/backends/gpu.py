@@ -16,10 +16,11 @@ from tvm import tirx as _tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as _builder
 
-from qcompiler.backends.base import AcceleratorFunction, Document, Kernel, View
+from qcompiler.backends.base import AcceleratorFunction, Document, GpuKernel, Kernel, View
 from qcompiler.backends.gpu_binary import binary
 from qcompiler.backends.gpu_code import Device, Launch, device_of, generate
-from qcompiler.backends.gpu_kernels import Group, grouped, lower, refusal
+from qcompiler.backends.gpu_conv import Layout
+from qcompiler.backends.gpu_kernels import Group, grouped, layout_of, lower, refusal
 from qcompiler.backends.gpu_program import ALIGNMENT, GpuProgram, Port, Span, Step, describe, encode
 from qcompiler.backends.workspace import Lifetime, plan
 from qcompiler.c_code import CSource, stub
@@ -78,14 +79,19 @@ def compile_region(region: Region, device: Device, assemble: Callable[[str, Devi
     functions = _Functions()
     calls: list[_Call] = []
     views: dict[ir.Value, ir.Value] = {}
-    for group in grouped(region.nodes):
-        lowering = lower(group, device)
+    groups = grouped(region.nodes)
+    layout = layout_of(groups, region.outputs, device)
+    wholes = {piece.whole for piece in layout.pieces.values()}
+    for group in groups:
+        if group.outputs[0] in wholes:
+            continue
+        lowering = lower(group, device, layout)
         if isinstance(lowering, View):
             views[group.outputs[0]] = lowering.input
         else:
             calls.append(_Call(group, lowering, functions.name_of(lowering.function, group.label)))
     code = generate(functions.by_name, device)
-    memory = _Memory(region, calls, views)
+    memory = _Memory(region, calls, views, layout)
     return GpuProgram(
         region.name,
         tuple(memory.port(value) for value in region.inputs),
@@ -95,6 +101,7 @@ def compile_region(region: Region, device: Device, assemble: Callable[[str, Devi
         assemble(code.source, device),
         memory.constants(),
         memory.size,
+        "dependent_launch" in device.features,
     )
 
 
@@ -119,8 +126,14 @@ class _Functions:
 class _Memory:
     """Where everything lies: computed tensors in the arena, parameters and constant operands among the constants."""
 
-    def __init__(self, region: Region, calls: Sequence[_Call], views: Mapping[ir.Value, ir.Value]) -> None:
-        self._views = views
+    def __init__(
+        self,
+        region: Region,
+        calls: Sequence[_Call],
+        views: Mapping[ir.Value, ir.Value],
+        layout: Layout,
+    ) -> None:
+        self._views, self._layout = views, layout
         self._blob = bytearray()
         self._constant_offsets: dict[bytes, int] = {}
         index: dict[ir.Value, int] = {}
@@ -128,7 +141,7 @@ class _Memory:
 
         def declare(value: ir.Value, first: int) -> None:
             index[value] = len(lifetimes)
-            lifetimes.append(Lifetime(_bytes(value), first, first))
+            lifetimes.append(Lifetime(self._bytes(value), first, first))
 
         def read(value: ir.Value, position: int) -> None:
             source = self._source(value)
@@ -142,16 +155,25 @@ class _Memory:
             for value in call.kernel.inputs:
                 read(value, position)
             for value in call.group.outputs:
-                declare(value, position)
+                source = self._source(value)
+                if source in index:
+                    read(source, position)
+                else:
+                    declare(source, position)
         for value in region.outputs:
             read(value, len(calls))
+        # All kernels' scratch memory is one: each leaves the zeros it found, which nothing else may overwrite.
+        scratch = [call.kernel.scratch for call in calls if isinstance(call.kernel, GpuKernel)]
+        lifetimes += [Lifetime(max(scratch), -1, len(calls))] if scratch else []
         offsets, size = plan(lifetimes, ALIGNMENT)
+        self._scratch = offsets[-1] if scratch else 0
         self.size = max(size, ALIGNMENT)
         self._offsets = {value: offsets[number] for value, number in index.items()}
 
     def _source(self, value: ir.Value) -> ir.Value:
-        while value in self._views:
-            value = self._views[value]
+        """The tensor that a view is of, or that a piece is part of."""
+        while value in self._views or value in self._layout.pieces:
+            value = self._views[value] if value in self._views else self._layout.pieces[value].whole
         return value
 
     def port(self, value: ir.Value) -> Port:
@@ -163,6 +185,8 @@ class _Memory:
             *(self._constant(array) for array in call.kernel.parameters),
             *(self._span(value) for value in call.group.outputs),
         ]
+        if isinstance(call.kernel, GpuKernel):
+            spans.append(Span(False, self._scratch, call.kernel.scratch))
         return Step(call.group.label, launch, tuple(spans[index] for index in launch.arguments))
 
     def constants(self) -> np.ndarray:
@@ -172,7 +196,7 @@ class _Memory:
     def _span(self, value: ir.Value) -> Span:
         source = self._source(value)
         array = const_of(source)
-        return Span(False, self._offsets[source], _bytes(source)) if array is None else self._constant(array)
+        return Span(False, self._offsets[source], self._bytes(source)) if array is None else self._constant(array)
 
     def _constant(self, array: np.ndarray) -> Span:
         data = array.tobytes()
@@ -183,9 +207,9 @@ class _Memory:
             self._blob.extend(data)
         return Span(True, self._constant_offsets[digest], len(data))
 
-
-def _bytes(value: ir.Value) -> int:
-    return max(1, element_count(shape_of(value)) * dtype_of(value).itemsize)
+    def _bytes(self, value: ir.Value) -> int:
+        size = element_count(shape_of(value)) * dtype_of(value).itemsize
+        return max(1, size // 2 if value in self._layout.packed else size)
 
 
 # --- host code ---------------------------------------------------------------------------------------------

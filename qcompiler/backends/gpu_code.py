@@ -16,12 +16,15 @@ from tvm.target import Target as TvmTarget
 from tvm.tirx.build import codegen_build, split_host_device_mods
 
 from qcompiler.backends import te
-from qcompiler.backends.schedules.gpu_mma import PRELUDE as MMA_PRELUDE
+from qcompiler.c_code import stub
 from qcompiler.target import Gpu
 
 # TVM's annotations do not describe its expressions.
 tirx: Any = _tirx
 Api = Literal["opencl", "cuda"]
+
+ASYNCHRONOUS = 80
+"""The first architecture with asynchronous copies to shared memory."""
 
 MAX_THREADS = 256
 """Work items of a group: what every OpenCL device of interest takes."""
@@ -35,13 +38,23 @@ class Device:
     architectures: tuple[str, ...]
     """CUDA: "sm_80"…, oldest first."""
     features: frozenset[str]
-    """"dp4a", "mma", "cl_khr_integer_dot_product"."""
+    """With CUDA "dp4a"; "mma" and "mma_s4", tensor cores for numbers of eight and four bits; "cp_async", copies to
+    shared memory while threads compute; "dependent_launch", kernels that start before the one before them is done. With
+    OpenCL "cl_khr_integer_dot_product"."""
     local_memory: int
     """Bytes shared by the work items of one group."""
+    units: int = 32
+    """Multiprocessors, which tiles are to fill."""
+
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether threads compute while copies to shared memory go on, on all architectures."""
+        oldest = min((int(name.removeprefix("sm_")) for name in self.architectures), default=0)
+        return "cp_async" in self.features and oldest >= ASYNCHRONOUS
 
 
 def device_of(gpu: Gpu) -> Device:
-    return Device(gpu.api, gpu.architectures, frozenset(gpu.features), gpu.local_memory)
+    return Device(gpu.api, gpu.architectures, frozenset(gpu.features), gpu.local_memory, gpu.compute_units)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class Code:
     """By function name."""
 
 
+PRODUCT = "qgpu_product"
+"""The function of products.cuh."""
 DOT4 = "qdot4"
 """``qdot4(a, b, c)``: c + Σ_{i<4} a[i] * b[i], a and b words of four int8."""
 
@@ -105,14 +120,24 @@ def prelude(device: Device) -> str:
     """What stands before TVM's code."""
     if device.api == "opencl":
         return _OPENCL_HEAD + (_OPENCL_DOT if "cl_khr_integer_dot_product" in device.features else _OPENCL_PLAIN)
-    head = _CUDA_HEAD + (_CUDA_DP4A if "dp4a" in device.features else _CUDA_PLAIN)
-    return head + MMA_PRELUDE if "mma" in device.features else head
+    flags = {"QGPU_ASYNC": "cp_async", "QGPU_DEPENDENT": "dependent_launch"}
+    defines = "".join(f"#define {name} {int(feature in device.features)}\n" for name, feature in flags.items())
+    parts = [_CUDA_HEAD, defines, stub("gpu/instructions.cuh", "").text]
+    parts.append(_CUDA_DP4A if "dp4a" in device.features else _CUDA_PLAIN)
+    if "mma" in device.features:
+        parts.append(stub("gpu/products.cuh", "").text)
+    return "".join(parts)
 
 
 def generate(functions: Mapping[str, _tirx.PrimFunc], device: Device) -> Code:
     """Source for scheduled functions, each of which is one kernel, by name."""
     target = _tvm_target(device)
-    named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
+    # What another kernel is still writing must not be read early: nothing is promised about aliases then.
+    alone = "dependent_launch" not in device.features
+    named = {
+        name: function.with_attr("global_symbol", name).with_attr("tirx.noalias", alone)
+        for name, function in functions.items()
+    }
     module = tirx.transform.BindTarget(target)(tvm.IRModule(named))
     pipeline, _, finalize = tirx.get_default_tir_pipeline(target)
     with tvm.transform.PassContext(config=_PASS_CONFIG):
@@ -122,7 +147,10 @@ def generate(functions: Mapping[str, _tirx.PrimFunc], device: Device) -> Code:
     kernels = {str(variable.name_hint): function for variable, function in device_module.functions.items()}
     launches = {name: _launch(kernels[f"{name}_kernel"], function) for name, function in named.items()}
     assert len(kernels) == len(launches), "a function became several kernels"
-    exact = {variable: _bits(_chain_dots(function), device) for variable, function in device_module.functions.items()}
+    exact = {
+        variable: _ordered(_bits(_chain_dots(function), device), device)
+        for variable, function in device_module.functions.items()
+    }
     code = codegen_build(tvm.IRModule(exact, attrs=device_module.attrs), target)
     return Code(prelude(device) + str(code.inspect_source()), launches)
 
@@ -196,6 +224,25 @@ def _bits(kernel: Any, device: Device) -> Any:
 
     body = tvm_ffi.structural_map(kernel.body, [(tirx.FloatImm, constant), (tvm.ir.Call, call)], order="post")
     return kernel.with_body(body)
+
+
+def _ordered(kernel: Any, device: Device) -> Any:
+    """Kernels that may start early wait for the one before; products do so by themselves, after loading weights."""
+    if "dependent_launch" not in device.features or _calls(kernel, PRODUCT):
+        return kernel
+    calls = [tirx.Evaluate(tirx.call_extern("int32", name)) for name in ("qgpu_next", "qgpu_wait")]
+    return kernel.with_body(tirx.SeqStmt([*calls, kernel.body]))
+
+
+def _calls(kernel: Any, name: str) -> bool:
+    found: list[bool] = []
+
+    def note(expression: Any) -> None:
+        called = getattr(expression.args[0], "value", "") if len(expression.args) else ""
+        found.append(isinstance(called, str) and called.startswith(name))
+
+    tvm_ffi.structural_walk(kernel.body, (tvm.ir.Call, note), order="post")
+    return any(found)
 
 
 def _is_dot(expression: Any) -> bool:

@@ -12,17 +12,17 @@ Zero points are folded as on the CPU (`cpu_conv.fold_zero_points`); what is left
 product, Σ x'(w' - zw') = Σ x'w' - Σ x'zw'.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.backends import te, te_arithmetic
-from qcompiler.backends.base import Kernel
+from qcompiler.backends.base import GpuKernel, Kernel
 from qcompiler.backends.cpu_conv import Problem, fold_zero_points
 from qcompiler.backends.cpu_elementwise import constant_input, variant
-from qcompiler.backends.cpu_packed import Finish, Operands
+from qcompiler.backends.cpu_packed import Finish, Operands, flattened
 from qcompiler.backends.gpu_code import Device, dot4
 from qcompiler.backends.gpu_words import (
     SIGN_BITS,
@@ -39,11 +39,53 @@ from qcompiler.backends.schedules import gpu_mma as mma
 from qcompiler.backends.te import Expr
 from qcompiler.graph import Shape, data_input, dtype_of, element_count, shape_of
 from qcompiler.integer.ops import QMatMul
+from qcompiler.integer.used import FOUR_BITS, four_bit_type
 
 
-def convolution(problem: Problem, x: ir.Value, finish: Finish, device: Device) -> Kernel:
-    """Any convolution or fully connected layer of 8-bit activations. `finish` turns sums into outputs."""
-    return _depthwise(problem, x, finish) if problem.is_depthwise else _product(problem, x, finish, device)
+@dataclass(frozen=True)
+class Piece:
+    """Channels of a wider tensor."""
+
+    whole: ir.Value
+    first: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensors lie in memory, where not as they are."""
+
+    packed: frozenset[ir.Value] = frozenset()
+    """Tensors of four-bit numbers, two to a byte."""
+    pieces: Mapping[ir.Value, Piece] = field(default_factory=dict[ir.Value, Piece])
+    """Tensors that are made where they will be joined."""
+
+    def elements(self, value: ir.Value) -> mma.Elements:
+        dtype, channels = str(dtype_of(value)), shape_of(value)[-1]
+        if value in self.packed:
+            return mma.Elements(dtype, 4, four_bit_type(value) == "int4", channels, 0)
+        piece = self.pieces.get(value)
+        pitch, first = (channels, 0) if piece is None else (shape_of(piece.whole)[-1], piece.first)
+        return mma.Elements(dtype, 8, dtype == "int8", pitch, first)
+
+
+def convolution(
+    problem: Problem,
+    x: ir.Value,
+    output: ir.Value,
+    finish: Finish,
+    device: Device,
+    layout: Layout,
+    tile: mma.MmaTile | None = None,
+) -> Kernel:
+    """Any convolution or fully connected layer of 8-bit activations. `finish` turns sums into the output.
+
+    tile: of tensor cores; None leaves the choice to an estimate.
+    """
+    if problem.is_depthwise:
+        return _depthwise(problem, x, finish)
+    if (work := tensor_core_work(problem, x, device)) is not None:
+        return _mma_product(problem, x, work, output, finish, device, layout, tile)
+    return _product(problem, x, finish, device)
 
 
 # --- where windows lie in the image ------------------------------------------------------------------------
@@ -189,8 +231,6 @@ def _product(problem: Problem, x: ir.Value, finish: Finish, device: Device) -> K
     groups, m, length = problem.group, problem.x_shape[0] * element_count(problem.out_size), element_count(window)
     image = _image(problem, as_words=window[-1] % WORD == 0, zero_point=folded.x_zero_point)
     sizes = _Sizes(groups, m, out_channels // groups, -(-length // WORD))
-    if "mma" in device.features and folded.w_zero_point == 0 and min(m, sizes.n) >= mma.FRAGMENT:
-        return _mma_product(problem, x, image, sizes, folded, finish, device)
     tile = schedule.product_tile(groups, m, sizes.n, sizes.k, device.local_memory)
     filled = tile.filled(m, sizes.n, sizes.k)
     # [group, block of columns, step, word, column]
@@ -252,59 +292,79 @@ def _unpacked(word: Expr, folded: Operands) -> Expr:
     return from_nibbles(word.astype("int32")) if folded.bits <= 4 else word
 
 
+def tensor_core_work(problem: Problem, x: ir.Value, device: Device) -> mma.Work | None:
+    """A product as tensor cores see it, or None where there are none or they are of no use."""
+    out_channels, *window = problem.weights.shape
+    n = out_channels // problem.group
+    if "mma" not in device.features or problem.is_depthwise or n < mma.FEWEST_COLUMNS:
+        return None
+    folded = fold_zero_points(problem, problem.x_dtype)
+    if folded.w_zero_point != 0:
+        return None
+    m, k = problem.x_shape[0] * element_count(problem.out_size), element_count(window)
+    few = four_bit_type(x) if "mma_s4" in device.features and folded.bits <= 4 else None
+    if few is not None and FOUR_BITS[few][0] <= problem.x_zero_point <= FOUR_BITS[few][1]:
+        return mma.Work(problem.group, m, n, -(-k // 2), 4, 4, signed=few == "int4")
+    weight_bits = 4 if folded.bits <= 4 and _has_room(folded) else 8
+    return mma.Work(problem.group, m, n, k, 8, weight_bits, signed=problem.x_dtype == "int8")
+
+
+def _has_room(folded: Operands) -> bool:
+    """Whether sums are the same after sixteen times the weights have been added up."""
+    highest = 255 if folded.x_dtype == "uint8" else 128
+    sums = np.abs(folded.weights.astype(np.int64)).sum(axis=(1, 2, 3))
+    return int(sums.max(initial=0)) * highest * 16 < 1 << 31
+
+
 def _mma_product(
     problem: Problem,
     x: ir.Value,
-    image: _Image,
-    sizes: _Sizes,
-    folded: Operands,
+    work: mma.Work,
+    output: ir.Value,
     finish: Finish,
     device: Device,
+    layout: Layout,
+    tile: mma.MmaTile | None,
 ) -> Kernel:
-    """The product on tensor cores, which take 16 bytes of the reduction at a time."""
-    tile = mma.mma_tile(sizes.groups, sizes.m, sizes.n, sizes.k, device.local_memory)
-    filled = tile.filled(sizes.m, sizes.n, sizes.k)
-    steps, in_tile = filled.k // mma.STEP_WORDS, tile.k // mma.STEP_WORDS
-    # [group, block of columns, tile along K, step, column, word]
-    words = _weight_words(folded, sizes, filled)
-    tiles = words.reshape(sizes.groups, -1, tile.n, steps // in_tile, in_tile, mma.STEP_WORDS)
-    array = np.ascontiguousarray(tiles.transpose(0, 1, 3, 4, 2, 5))
-    stored = te.placeholder(array.shape, str(array.dtype), "weights")
-    _, _, kw, depth = problem.weights.shape
-    whole_steps = depth % mma.FRAGMENT == 0
-    gathered = _gathered(image, sizes, filled)
+    """The product on tensor cores."""
+    folded = fold_zero_points(problem, problem.x_dtype)
+    packs = any(value in layout.packed for value in (output, *finish.maps))
+    if tile is None:
+        tile = mma.mma_tile(work, device.units, asynchronous=device.copies_ahead, fewest_columns=8 if packs else 4)
+    filled = tile.filled(work.m, work.n, work.k)
+    matrix = np.zeros((work.groups, filled.n, filled.k * 8 // work.bits), np.int8)
+    rows = folded.weights.reshape(work.groups, work.n, -1)
+    matrix[:, : work.n, : rows.shape[-1]] = rows
+    weights = np.ascontiguousarray(mma.arranged(matrix, tile, work)).reshape(-1)
+    image = _mma_image(flattened(problem), work, layout.elements(x).bits)
+    channels = tuple(_by_tile(array, work, filled) for array in (folded.bias, *finish.channels))
+    maps = tuple(layout.elements(value) for value in finish.maps)
+    ending = mma.Ending(channels, maps, layout.elements(output), finish.expression)
+    function = mma.product(work, tile, image, ending)
+    scratch = 4 * mma.scratch_words(work, tile)
+    return GpuKernel(function, (x, *finish.maps), (weights, image.padding, *channels), scratch=scratch)
 
-    def left(g: Expr, step: Expr, row: Expr, r: Expr) -> Expr:
-        if not whole_steps:
-            return gathered(g, step * mma.STEP_WORDS + r, row)
-        # Where a step is inside is asked of the step, so that its four words can be one load.
-        per_pixel = depth // mma.FRAGMENT
-        tap, word = step // per_pixel, step % per_pixel * mma.STEP_WORDS + r
-        also = [row < sizes.m] if filled.m > sizes.m else []
-        also += [step < sizes.k // mma.STEP_WORDS] if filled.k > sizes.k else []
-        return image.element(row, tap // kw, tap % kw, g * (depth // WORD) + word, *also)
 
-    def right(g: Expr, step: Expr, column: Expr, r: Expr) -> Expr:
-        return _unpacked(stored[g, column // tile.n, step // in_tile, step % in_tile, column % tile.n, r], folded)
+def _mma_image(problem: Problem, work: mma.Work, bits: int) -> mma.Image:
+    """bits: of an element in memory."""
+    (_, height, width, channels), depth = problem.x_shape, problem.weights.shape[-1]
+    pixel, group = channels * bits // 8, depth * bits // 8
+    window = (
+        height, width, pixel, group, *problem.out_size, *problem.weights.shape[1:3], *problem.strides,
+        *problem.dilations, *problem.pad, *problem.dilate,
+    )  # fmt: skip
+    # Eight bytes make a word of four bits each.
+    sizes = (16, 8, 4, 1) if bits == work.bits else (8, 1)
+    word = next(size for size in sizes if group % size == 0 and pixel % size == 0)
+    shape = (element_count(problem.x_shape) * bits // 8,)
+    return mma.Image(shape, problem.x_dtype, window, word, bits, problem.x_zero_point)
 
-    lefts = te.compute((sizes.groups, steps, filled.m, mma.STEP_WORDS), left, "left")
-    rights = te.compute((sizes.groups, steps, filled.n, mma.STEP_WORDS), right, "right")
-    k, r = te.reduce_axis(steps, "k"), te.reduce_axis(mma.STEP_WORDS, "r")
-    accumulator = te.compute(
-        (sizes.groups, filled.m, filled.n),
-        lambda g, i, j: te.reduce_sum(dot4(lefts[g, k, i, r], rights[g, k, j, r], te.const(0, "int32")), axis=[k, r]),
-        "accumulator",
-    )
-    sums = te.compute(te.shape_of(accumulator), lambda g, i, j: accumulator[g, i, j], "sums")
-    store = _store(finish, folded.bias, (sizes.m, sizes.groups, sizes.n), 2)
-    output = te.compute(
-        store.stored_shape,
-        lambda i, g, j: store.element(lambda column: sums[g, i, column], [i], [g, j]),
-        "output",
-    )
-    kernel = _kernel(image, x, stored, array, store, output)
-    vectors = (whole_steps, folded.bits > 4)
-    return replace(kernel, function=mma.schedule_mma(kernel.function, tile, store.lanes, vectors=vectors))
+
+def _by_tile(array: np.ndarray, work: mma.Work, filled: schedule.Filled) -> np.ndarray:
+    """Numbers of channels as [groups, N of whole tiles]."""
+    whole = np.zeros((work.groups, filled.n), array.dtype)
+    whole[:, : work.n] = array.reshape(work.groups, work.n)
+    return whole
 
 
 def _accumulated(

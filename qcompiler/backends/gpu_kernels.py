@@ -1,6 +1,6 @@
 """Which kernel runs which operators on a GPU, and what is fused into one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,20 +13,24 @@ from qcompiler.backends.cpu_elementwise import constant_input
 from qcompiler.backends.cpu_packed import Finish
 from qcompiler.backends.elementwise import Formula
 from qcompiler.backends.gpu_code import Device
+from qcompiler.backends.gpu_conv import Layout, Piece
 from qcompiler.backends.gpu_elementwise import elementwise
 from qcompiler.backends.schedules.gpu import schedule_each, schedule_rows
 from qcompiler.graph import (
     QCOMPILER_DOMAIN,
+    Shape,
     const_of,
     data_input,
     dtype_of,
     element_count,
     input_of,
     integer,
+    ints,
     is_op,
     only_user,
     shape_of,
 )
+from qcompiler.integer.used import four_bit_type
 
 _PRODUCTS = ("QConv", "QConvTranspose", "QGemm")
 _FORMULAS: Mapping[str, Callable[[ir.Node], Formula]] = {
@@ -61,6 +65,8 @@ class Group:
 
 def refusal(node: ir.Node) -> str | None:
     """Why there is no kernel for a node, or None if there is one."""
+    if is_op(node, "QuantizeLinear", "DequantizeLinear"):
+        return _border_refusal(node)
     values = [value for value in (*node.inputs[:1], *node.outputs) if value is not None]
     if any(dtype_of(value) not in (np.int8, np.uint8) for value in values):
         return "the GPU's kernels take 8-bit activations"
@@ -70,6 +76,18 @@ def refusal(node: ir.Node) -> str | None:
     return None if node.op_type in (*movement.LOWERINGS, "Clip") else f"no GPU kernel for {node.op_type}"
 
 
+def _border_refusal(node: ir.Node) -> str | None:
+    """Of a QuantizeLinear or DequantizeLinear."""
+    dtypes = {dtype_of(data_input(node)), dtype_of(node.outputs[0])}
+    eight_bits = (
+        len(dtypes) == 2 and np.dtype(np.float32) in dtypes and dtypes & {np.dtype(np.int8), np.dtype(np.uint8)}
+    )
+    if not eight_bits or integer(node, "block_size", 0):
+        return "the GPU's kernels convert between float32 and eight bits"
+    constant = all(value is None or const_of(value) is not None for value in node.inputs[1:])
+    return None if constant else "the GPU's kernels take scales that are constants"
+
+
 # --- fusing ------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +95,7 @@ def grouped(nodes: Sequence[ir.Node]) -> list[Group]:
     """The nodes of a region as kernels, in execution order.
 
     An addition goes into the product before it if nobody else reads that, and its other operand, of the same shape,
-    is there by then.
+    is there by then. The change of layout behind the quantizing of the network's input goes with that.
     """
     groups: list[Group] = []
     pending = dict.fromkeys(nodes)
@@ -85,8 +103,10 @@ def grouped(nodes: Sequence[ir.Node]) -> list[Group]:
         if node not in pending:
             continue
         del pending[node]
-        after = only_user(node.outputs[0]) if node.op_type in _PRODUCTS else None
-        if after in pending and _joins(after, node, pending):
+        after = only_user(node.outputs[0]) if node.op_type in (*_PRODUCTS, "QuantizeLinear") else None
+        if after in pending and (
+            _joins(after, node, pending) if node.op_type in _PRODUCTS else is_op(after, "Transpose")
+        ):
             del pending[after]
             groups.append(Group((node, after), tuple(after.outputs)))
         elif is_op(node, "Split"):
@@ -96,10 +116,12 @@ def grouped(nodes: Sequence[ir.Node]) -> list[Group]:
     return groups
 
 
-def _joins(after: ir.Node, product: ir.Node, pending: Mapping[ir.Node, None]) -> bool:
-    if not is_op(after, "QAdd", domain=QCOMPILER_DOMAIN):
+def _joins(after: ir.Node, node: ir.Node, pending: Mapping[ir.Node, None]) -> bool:
+    if is_op(node, "QuantizeLinear"):
+        return is_op(after, "Transpose")
+    if node.op_type not in _PRODUCTS or not is_op(after, "QAdd", domain=QCOMPILER_DOMAIN):
         return False
-    result = product.outputs[0]
+    result = node.outputs[0]
     others = [value for value in after.inputs[:2] if value is not result]
     return all(
         value is not None
@@ -110,20 +132,84 @@ def _joins(after: ir.Node, product: ir.Node, pending: Mapping[ir.Node, None]) ->
     )
 
 
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+_NIBBLES = 8
+"""Of a word."""
+
+
+def layout_of(groups: Sequence[Group], outputs: Collection[ir.Value], device: Device) -> Layout:
+    """Which tensors are packed, and which are made in place. outputs: of the region, which others read."""
+    products = {group.nodes[0]: group for group in groups if _on_tensor_cores(group.nodes[0], device)}
+    made = [value for group in products.values() for value in group.outputs if value not in outputs]
+    members = {node: group for group in products.values() for node in group.nodes}
+    packed = frozenset(
+        value for value in made if "mma_s4" in device.features and _can_be_packed(value, members, device)
+    )
+    pieces: dict[ir.Value, Piece] = {}
+    for group in groups:
+        parts = _joined_in_place(group.nodes[0])
+        if parts and all(value in made and value not in packed and len(value.uses()) == 1 for value in parts):
+            pieces |= parts
+    return Layout(packed, pieces)
+
+
+def _can_be_packed(value: ir.Value, members: Mapping[ir.Node, Group], device: Device) -> bool:
+    """Whether a tensor can lie there as two numbers of four bits in a byte: products on tensor cores alone read it."""
+    maker = value.producer()
+    assert maker is not None
+    n = shape_of(value)[-1] // cpu_conv.problem_of(members[maker].nodes[0]).group
+    if four_bit_type(value) is None or n % _NIBBLES or not value.uses():
+        return False
+    return all(
+        node in members and (node is not members[node].nodes[0] or _multiplies_four_bits(node, device))
+        for node, _ in value.uses()
+    )
+
+
+def _multiplies_four_bits(node: ir.Node, device: Device) -> bool:
+    """Whether it does so, and reads whole words."""
+    problem = cpu_conv.problem_of(node)
+    work = gpu_conv.tensor_core_work(problem, data_input(node), device)
+    return work is not None and work.bits == 4 and problem.weights.shape[-1] % _NIBBLES == 0
+
+
+def _joined_in_place(node: ir.Node) -> dict[ir.Value, Piece]:
+    """The inputs of a Concat of channels, as pieces of its output; nothing of another node."""
+    if not is_op(node, "Concat") or integer(node, "axis", 0) % len(shape_of(node.outputs[0])) != (
+        len(shape_of(node.outputs[0])) - 1
+    ):
+        return {}
+    pieces: dict[ir.Value, Piece] = {}
+    first = 0
+    for value in node.inputs:
+        assert value is not None
+        pieces[value] = Piece(node.outputs[0], first)
+        first += shape_of(value)[-1]
+    return pieces if len(pieces) == len(node.inputs) else {}
+
+
+def _on_tensor_cores(node: ir.Node, device: Device) -> bool:
+    if node.domain != QCOMPILER_DOMAIN or node.op_type not in _PRODUCTS:
+        return False
+    return gpu_conv.tensor_core_work(cpu_conv.problem_of(node), data_input(node), device) is not None
+
+
 # --- lowering ----------------------------------------------------------------------------------------------
 
 
-def lower(group: Group, device: Device) -> Lowering:
+def lower(group: Group, device: Device, layout: Layout = Layout()) -> Lowering:  # noqa: B008 (it is immutable)
     """The scheduled kernel of a group, or a view. The outputs are the group's."""
     node = group.nodes[0]
     if node.domain != QCOMPILER_DOMAIN:
-        return _standard(node, group.outputs)
+        return _standard(group)
     if node.op_type in _PRODUCTS:
         problem = cpu_conv.problem_of(node)
         finish = cpu_conv.finish(problem)
         for after in group.nodes[1:]:
             finish = finish.then(_addition(after, node.outputs[0]))
-        return gpu_conv.convolution(problem, data_input(node), finish, device)
+        return gpu_conv.convolution(problem, data_input(node), group.outputs[0], finish, device, layout)
     if node.op_type == "QMatMul":
         return gpu_conv.matmul(node, device)
     if node.op_type == "QLookup":
@@ -156,7 +242,13 @@ def _addition(node: ir.Node, result: ir.Value) -> Finish:
     return Finish(str(dtype_of(node.outputs[0])), (), others, expression)
 
 
-def _standard(node: ir.Node, outputs: Sequence[ir.Value]) -> Lowering:
+def _standard(group: Group) -> Lowering:
+    node, outputs = group.nodes[0], group.outputs
+    if is_op(node, "QuantizeLinear"):
+        return _quantized(group)
+    if is_op(node, "DequantizeLinear"):
+        formula = cpu_elementwise.dequantize_formula(node)
+        return elementwise(formula.operands, outputs[0], formula.expression)
     if is_op(node, "Split"):
         return _piece(node, outputs[0])
     if is_op(node, "Clip"):
@@ -167,6 +259,32 @@ def _standard(node: ir.Node, outputs: Sequence[ir.Value]) -> Lowering:
         return elementwise([data_input(node)], outputs[0], lambda x: te.clamp(x.astype("int32"), *limits).astype(dtype))
     lowering = movement.LOWERINGS[node.op_type](node, _ANY_HOST)
     return lowering if isinstance(lowering, View) else replace(lowering, function=schedule_each(lowering.function))
+
+
+def _quantized(group: Group) -> Kernel:
+    """A QuantizeLinear, whose output may be transposed."""
+    node, shape = group.nodes[0], shape_of(group.outputs[0])
+    formula = cpu_elementwise.quantize_formula(node)
+    if len(group.nodes) == 1:
+        return elementwise(formula.operands, group.outputs[0], formula.expression)
+    order = ints(group.nodes[1], "perm", tuple(reversed(range(len(shape)))))
+    x, scale, zero_point = formula.operands
+    assert isinstance(x, ir.Value) and isinstance(scale, np.ndarray) and isinstance(zero_point, np.ndarray)
+    source = te.placeholder(shape_of(x), "float32", "x")
+    constants = [te.placeholder(array.shape, str(array.dtype), f"c{i}") for i, array in enumerate((scale, zero_point))]
+
+    def element(*index: te.Expr) -> te.Expr:
+        before = tuple(index[order.index(axis)] for axis in range(len(order)))
+        loads = [tensor[_broadcast(before, te.shape_of(tensor))] for tensor in constants]
+        return formula.expression(source[before], *loads)
+
+    result = te.compute(shape, element, "output")
+    return Kernel(schedule_each(te.prim_func([source, *constants, result])), (x,), (scale, zero_point))
+
+
+def _broadcast(index: Sequence[te.Expr], shape: Shape) -> tuple[te.Expr | int, ...]:
+    own = index[len(index) - len(shape) :]
+    return tuple(0 if dim == 1 else position for position, dim in zip(own, shape, strict=True))
 
 
 def _piece(node: ir.Node, output: ir.Value) -> Kernel:

@@ -63,6 +63,8 @@ class GpuProgram:
     """uint8 [n]."""
     arena: int
     """Bytes of device memory for everything that is computed."""
+    overlaps: bool = False
+    """Whether a kernel may start before the one before it is done, for which it waits itself."""
 
 
 def encode(program: GpuProgram) -> np.ndarray:
@@ -72,7 +74,7 @@ def encode(program: GpuProgram) -> np.ndarray:
     for step in program.steps:
         words += [positions[step.launch.kernel], *step.launch.grid, *step.launch.block, len(step.arguments)]
         words += [word for span in step.arguments for word in (int(span.is_constant), span.offset, span.bytes)]
-    header = 11
+    header = 12
     parts = [names, program.binary + b"\0", program.constants.tobytes()]
     offsets: list[int] = []
     end = 8 * (header + len(words))
@@ -83,7 +85,7 @@ def encode(program: GpuProgram) -> np.ndarray:
     identity = int.from_bytes(sha256(b"".join((np.array(words, "<i8").tobytes(), *parts))).digest()[:7], "little")
     table = [
         _MAGIC, identity, program.arena, offsets[2], len(parts[2]), offsets[1], len(program.binary), offsets[0],
-        len(program.inputs), len(program.outputs), len(program.steps), *words,
+        len(program.inputs), len(program.outputs), len(program.steps), int(program.overlaps), *words,
     ]  # fmt: skip
     blob = np.zeros(end, np.uint8)
     blob[: 8 * len(table)] = np.array(table, "<i8").view(np.uint8)

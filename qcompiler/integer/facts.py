@@ -25,6 +25,7 @@ from qcompiler.graph import (
     string,
 )
 from qcompiler.integer import ops
+from qcompiler.integer.used import four_bit_type
 from qcompiler.integer.weight_types import stored_type
 from qcompiler.target import FactValue, OpFacts
 
@@ -281,7 +282,7 @@ _DESCRIBE: Mapping[str, Callable[[ir.Node], Facts]] = {
 
 
 def _integer_op_facts(node: ir.Node) -> OpFacts:
-    op = _INTEGER_NAMES.get(node.op_type, "Add")
+    op, narrow = _INTEGER_NAMES.get(node.op_type, "Add"), None
     ifm, ofm = shape_of(data_input(node)), shape_of(node.outputs[0])
     facts = _sizes(node.outputs[0])
     precision = str(dtype_of(data_input(node)))
@@ -348,5 +349,8 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
     if op in _WEIGHTS_AT:
         second = data_input(node, _WEIGHTS_AT[op])
         weights = const_of(second)
-        precision = f"{precision}*{dtype_of(second) if weights is None else stored_type(weights)}"
-    return OpFacts(op, precision, facts)
+        second_type = str(dtype_of(second)) if weights is None else stored_type(weights)
+        precision, eight = f"{precision}*{second_type}", precision in ("int8", "uint8")
+        if weights is not None and eight and (few := four_bit_type(data_input(node))) is not None:
+            narrow = f"{few}*{second_type}"
+    return OpFacts(op, precision, facts, narrow)

@@ -25,6 +25,10 @@ int32_t qgpu_run(void);
 int32_t qgpu_read(int32_t output, void *data);
 int32_t qgpu_close(void);
 
+/* For the region opened last, when it has run: microseconds of each launch by itself, repeated, and of all of them
+ * together, without copies. `each` has room for as many as there are launches. 0 if that could be measured. */
+int32_t qgpu_measure(int32_t repeat, float *each, float *all);
+
 /* Why no region can run on this machine, naming the package that is missing; NULL if one can. */
 const char *qgpu_problem(void);
 /* The device that regions run on, for people to read; empty if there is none. */

@@ -53,6 +53,8 @@ enum {
     F(cl_int, clEnqueueNDRangeKernel,                                                                                  \
       (cl_command_queue, cl_kernel, cl_uint, const size_t *, const size_t *, const size_t *, cl_uint, const void *,    \
        void *))                                                                                                        \
+    F(cl_int, clEnqueueFillBuffer,                                                                                     \
+      (cl_command_queue, cl_mem, const void *, size_t, size_t, size_t, cl_uint, const void *, void *))                 \
     F(cl_int, clEnqueueWriteBuffer,                                                                                    \
       (cl_command_queue, cl_mem, cl_uint, size_t, size_t, const void *, cl_uint, const void *, void *))                \
     F(cl_int, clEnqueueReadBuffer,                                                                                     \
@@ -120,6 +122,8 @@ typedef struct {
 struct qgpu_program {
     cl_program code;
     cl_mem arena, constants;
+    int64_t inputs;
+    const qgpu_port *ports;
     int64_t launches, views;
     step *steps;
     cl_mem *view; /* every kernel argument is a part of the arena or the constants */
@@ -159,33 +163,37 @@ static int prepare(qgpu_program *program, step *step, const qgpu_launch *launch)
     return 0;
 }
 
-static int fill(qgpu_program *program, const void *code, int64_t code_bytes, const void *constants,
-                int64_t constants_bytes, int64_t arena_bytes, const qgpu_launch *launch) {
+static int fill(qgpu_program *program, const qgpu_source *source) {
     cl_int status;
-    if (build(program, code, (size_t)code_bytes)) return 1;
-    program->arena = clCreateBuffer(context, CL_MEM_READ_WRITE, (size_t)arena_bytes, NULL, &status);
-    if (program->arena == NULL) return qgpu_fail("%s has no %lld bytes left", name, (long long)arena_bytes);
-    program->constants = clCreateBuffer(context, CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR, (size_t)constants_bytes,
-                                        (void *)(uintptr_t)constants, &status);
-    if (program->constants == NULL) return qgpu_fail("%s has no %lld bytes left", name, (long long)constants_bytes);
+    const char zero = 0;
+    if (build(program, source->code, (size_t)source->code_bytes)) return 1;
+    program->arena = clCreateBuffer(context, CL_MEM_READ_WRITE, (size_t)source->arena_bytes, NULL, &status);
+    if (program->arena == NULL) return qgpu_fail("%s has no %lld bytes left", name, (long long)source->arena_bytes);
+    status = clEnqueueFillBuffer(queue, program->arena, &zero, sizeof zero, 0, (size_t)source->arena_bytes, 0, NULL, NULL);
+    if (status != 0) return qgpu_fail("clearing memory of %s failed (OpenCL error %d)", name, (int)status);
+    program->constants = clCreateBuffer(context, CL_MEM_READ_ONLY | CL_MEM_COPY_HOST_PTR,
+                                        (size_t)source->constants_bytes, (void *)(uintptr_t)source->constants, &status);
+    if (program->constants == NULL)
+        return qgpu_fail("%s has no %lld bytes left", name, (long long)source->constants_bytes);
     for (int64_t i = 0; i < program->launches; ++i)
-        if (prepare(program, &program->steps[i], &launch[i])) return 1;
+        if (prepare(program, &program->steps[i], &source->launch[i])) return 1;
     return 0;
 }
 
-qgpu_program *qgpu_device_load(const void *code, int64_t code_bytes, const void *constants, int64_t constants_bytes,
-                               int64_t arena_bytes, int64_t launches, const qgpu_launch *launch) {
+qgpu_program *qgpu_device_load(const qgpu_source *source) {
     qgpu_program *program = calloc(1, sizeof *program);
     size_t arguments = 0;
-    for (int64_t i = 0; i < launches; ++i) arguments += (size_t)launch[i].count;
+    for (int64_t i = 0; i < source->launches; ++i) arguments += (size_t)source->launch[i].count;
     if (program != NULL) {
-        program->launches = launches;
-        program->steps = calloc((size_t)launches + 1, sizeof *program->steps);
+        program->launches = source->launches;
+        program->inputs = source->inputs;
+        program->ports = source->ports;
+        program->steps = calloc((size_t)source->launches + 1, sizeof *program->steps);
         program->view = calloc(arguments + 1, sizeof *program->view);
     }
     if (program == NULL || program->steps == NULL || program->view == NULL) {
         qgpu_fail("out of memory");
-    } else if (fill(program, code, code_bytes, constants, constants_bytes, arena_bytes, launch) == 0) {
+    } else if (fill(program, source) == 0) {
         return program;
     }
     qgpu_device_free(program);
@@ -205,9 +213,10 @@ void qgpu_device_free(qgpu_program *program) {
     free(program);
 }
 
-int qgpu_device_write(qgpu_program *program, int64_t offset, const void *data, int64_t bytes) {
-    cl_int status =
-        clEnqueueWriteBuffer(queue, program->arena, 1, (size_t)offset, (size_t)bytes, data, 0, NULL, NULL);
+int qgpu_device_write(qgpu_program *program, int64_t input, const void *data) {
+    const qgpu_port *port = &program->ports[input];
+    cl_int status = clEnqueueWriteBuffer(queue, program->arena, 1, (size_t)port->offset, (size_t)port->bytes, data, 0,
+                                         NULL, NULL);
     return status == 0 ? 0 : qgpu_fail("copying to %s failed (OpenCL error %d)", name, (int)status);
 }
 
@@ -221,8 +230,15 @@ int qgpu_device_run(qgpu_program *program) {
     return 0;
 }
 
-int qgpu_device_read(qgpu_program *program, int64_t offset, void *data, int64_t bytes) {
+int qgpu_device_read(qgpu_program *program, int64_t output, void *data) {
+    const qgpu_port *port = &program->ports[program->inputs + output];
     /* Blocking, in a queue that keeps its order: all launches before it are complete. */
-    cl_int status = clEnqueueReadBuffer(queue, program->arena, 1, (size_t)offset, (size_t)bytes, data, 0, NULL, NULL);
+    cl_int status = clEnqueueReadBuffer(queue, program->arena, 1, (size_t)port->offset, (size_t)port->bytes, data, 0,
+                                        NULL, NULL);
     return status == 0 ? 0 : qgpu_fail("copying from %s failed (OpenCL error %d)", name, (int)status);
+}
+
+int qgpu_device_measure(qgpu_program *program, int32_t repeat, float *each, float *all) {
+    (void)program, (void)repeat, (void)each, (void)all;
+    return qgpu_fail("launches are not measured through OpenCL");
 }

@@ -29,6 +29,21 @@ typedef struct {
     const qgpu_argument *arguments;
 } qgpu_launch;
 
+/* An input or output: so many bytes of the arena. */
+typedef struct {
+    int64_t offset, bytes;
+} qgpu_port;
+
+/* What a program is made of. Valid while it is loaded; ports, inputs first, as long as the program. */
+typedef struct {
+    const void *code, *constants;
+    int64_t code_bytes, constants_bytes, arena_bytes;
+    int64_t overlaps; /* whether kernels may start before the one before is done, for which they wait themselves */
+    int64_t inputs, outputs, launches;
+    const qgpu_port *ports;
+    const qgpu_launch *launch;
+} qgpu_source;
+
 /* Keep a message for `qgpu_error`; returns 1. */
 QGPU_INTERNAL int qgpu_fail(const char *format, ...);
 
@@ -36,12 +51,13 @@ QGPU_INTERNAL int qgpu_fail(const char *format, ...);
 QGPU_INTERNAL int qgpu_device_open(void);
 QGPU_INTERNAL const char *qgpu_device_name(void);
 
-QGPU_INTERNAL qgpu_program *qgpu_device_load(const void *code, int64_t code_bytes, const void *constants,
-                                             int64_t constants_bytes, int64_t arena_bytes, int64_t launches,
-                                             const qgpu_launch *launch);
+/* The arena is to be all zeros at first. */
+QGPU_INTERNAL qgpu_program *qgpu_device_load(const qgpu_source *source);
 QGPU_INTERNAL void qgpu_device_free(qgpu_program *program);
-QGPU_INTERNAL int qgpu_device_write(qgpu_program *program, int64_t offset, const void *data, int64_t bytes);
-QGPU_INTERNAL int qgpu_device_read(qgpu_program *program, int64_t offset, void *data, int64_t bytes);
+QGPU_INTERNAL int qgpu_device_write(qgpu_program *program, int64_t input, const void *data);
 QGPU_INTERNAL int qgpu_device_run(qgpu_program *program);
+QGPU_INTERNAL int qgpu_device_read(qgpu_program *program, int64_t output, void *data);
+/* As `qgpu_measure`. */
+QGPU_INTERNAL int qgpu_device_measure(qgpu_program *program, int32_t repeat, float *each, float *all);
 
 #endif

@@ -3,15 +3,11 @@
 The cases are those of the CPU backend (test_cpu.py), each test's graph as one region.
 """
 
-import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -21,18 +17,15 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.backends.base import AcceleratorFunction, Kernel
-from qcompiler.backends.gpu import RUNTIMES, compile_region, driver, region_function
-from qcompiler.backends.gpu_binary import binary, cubin, ptx
-from qcompiler.backends.gpu_code import Device, device_of
+from qcompiler.backends.gpu import compile_region, driver, region_function
+from qcompiler.backends.gpu_code import Device
 from qcompiler.backends.gpu_kernels import grouped, lower, refusal
 from qcompiler.backends.gpu_program import GpuProgram, describe, encode
 from qcompiler.backends.relax import build
 from qcompiler.backends.relax import lower as lower_model
-from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
-from qcompiler.options import Options
 from qcompiler.partition import Partition
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
@@ -42,9 +35,6 @@ from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
 OPENCL = Device("opencl", (), frozenset(), 32 * 1024)
-DP4A = Device("cuda", ("sm_75",), frozenset({"dp4a"}), 48 * 1024)
-MMA = Device("cuda", ("sm_75", "sm_80", "sm_90"), frozenset({"dp4a", "mma"}), 48 * 1024)
-EMULATOR = Path(__file__).with_name("cuda_emulator")
 
 
 def _cases() -> ModuleType:
@@ -56,48 +46,6 @@ def _cases() -> ModuleType:
 
 
 CASES = _cases()
-
-
-def emulated(source: str, device: Device) -> bytes:
-    """Kernels for cuda_emulator: the path of a library, which is what its `cuModuleLoadData` takes."""
-    folder = Path(tempfile.mkdtemp(prefix="qcompiler-"))
-    # GCC wants the attribute first.
-    text = source.replace("__shared__ alignas(64)", "alignas(64) __shared__")
-    (folder / "kernels.cpp").write_text(text, "utf-8")
-    _cxx(folder / "kernels.cpp", folder / "kernels.so")
-    return str(folder / "kernels.so").encode()
-
-
-def _cxx(source: Path, library: Path, *options: str) -> None:
-    flags = ("-std=c++17", "-w", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
-    command = ["g++", *flags, f"-I{EMULATOR}", *options, "-o", str(library), str(source), "-ldl"]
-    subprocess.run(command, check=True)
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory) -> None:
-    """A libcuda.so.1 for this process, before anybody loads another: who asks for that name gets it."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ (the package g++)")
-    library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
-    _cxx(EMULATOR / "libcuda.cpp", library, "-Wl,-soname,libcuda.so.1")
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def on_the_emulator(device: Device) -> Callable[[ir.Model, Target, dict[str, np.ndarray], Path], list[np.ndarray]]:
-    def run(model: ir.Model, target: Target, feeds: dict[str, np.ndarray], folder: Path) -> list[np.ndarray]:
-        gpu = load_target("cuda-gpu")
-        region = whole(model)
-        program = compile_region(region, device, emulated)
-        blob = encode(program)
-        code = AcceleratorFunction(driver(program, blob, 0), blob, 1, RUNTIMES["cuda"])
-        lowered = lower_model(model, Partition((region,), ()), gpu, lambda _: code)
-        library = folder / "model.so"
-        build(lowered, gpu.host, library)
-        assert gpu_device(library) == "CUDA emulator"
-        return Executable(library, lowered.parameters).run([feeds[spec.name] for spec in lowered.inputs])
-
-    return run
 
 
 def whole(model: ir.Model) -> Region:
@@ -280,130 +228,7 @@ def test_a_failing_device_is_a_user_error(workbench, tmp_path) -> None:
         Executable(library, lowered.parameters).run(list(bench.feeds.values()))
 
 
-# --- CUDA --------------------------------------------------------------------------------------------------
-
-Layer = tuple[int, int, int, int, int, int, int, str, str]
-"""Batch, size, input and output channels, kernel, stride, groups, dtypes of activations and weights."""
-
-LAYERS: tuple[Layer, ...] = (
-    (1, 14, 64, 64, 3, 1, 1, "int8", "int8"),
-    (1, 9, 32, 48, 3, 2, 1, "uint8", "int8"),
-    (2, 10, 24, 40, 1, 1, 1, "int8", "int8"),  # steps of 16 bytes that cross pixels
-    (1, 12, 64, 128, 3, 1, 2, "int8", "int4"),
-    (1, 17, 16, 16, 3, 1, 1, "uint8", "int4"),
-    (1, 16, 3, 32, 3, 2, 1, "uint8", "int8"),  # words put together from bytes
-    (1, 16, 128, 250, 1, 1, 1, "int8", "int8"),  # columns that do not fill words
-    (1, 11, 32, 32, 3, 1, 32, "int8", "int8"),
-)
-
-
-def add_layer(bench, layer: Layer, variant: RequantizeVariant) -> None:
-    rng = bench.rng
-    n, size, channels, outs, kernel, stride, group, x_dtype, w_dtype = layer
-    pad = kernel // 2
-    out = (size + 2 * pad - kernel) // stride + 1
-    info = ml_dtypes.iinfo(w_dtype)
-    weights = rng.integers(info.min, info.max + 1, (outs, kernel, kernel, channels // group)).astype(w_dtype)
-    bias = rng.integers(-30000, 30000, outs).astype(np.int32)
-    scale = CASES.factors(rng, outs, variant, weights[0].size)
-    x_zero = CASES.zero_point(rng, x_dtype)
-    two, four = (kernel, kernel), (pad, pad, pad, pad)
-    op = ops.QConv(two, (stride, stride), four, (1, 1), group, x_zero, 0, 3, -128, 127, variant)
-    inputs = [bench.random((n, size, size, channels), x_dtype), *map(bench.constant, (weights, bias, *scale))]
-    bench.integer(op, inputs, (n, out, out, outs), "int8")
-
-
-@pytest.mark.parametrize("device", [DP4A, MMA], ids=["dp4a", "mma"])
-def test_cuda_layers_in_emulation(workbench, emulator, tmp_path, device: Device) -> None:
-    bench = workbench(seed=200)
-    for number, layer in enumerate(LAYERS):
-        add_layer(bench, layer, REQUANTIZE_VARIANTS[number % 4])
-    CASES.check(bench, on_the_emulator(device), tmp_path)
-
-
-def test_cuda_convolutions_in_emulation(workbench, emulator, tmp_path) -> None:
-    bench = workbench(seed=210)
-    for number in range(8):
-        variant = REQUANTIZE_VARIANTS[number % 4]
-        CASES.add_conv(bench, variant, transposed=number % 3 == 2, w_dtypes=("int8", "uint8", "int4"))
-    residual_network(bench, "float32", 16)
-    CASES.check(bench, on_the_emulator(MMA), tmp_path)
-
-
-@pytest.mark.parametrize("case", ["pools", "lookup_softmax_and_resize"])
-def test_other_cuda_operators_in_emulation(workbench, emulator, tmp_path, case: str) -> None:
-    getattr(CASES, f"test_{case}")(workbench, on_the_emulator(MMA), tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["kws_dscnn", "resnet20_cifar10", "mobilenet_v1_025_128"])
-def test_cuda_networks_in_emulation(zoo: Path, emulator, tmp_path: Path, name: str) -> None:
-    """Whole networks with tensor cores, through the CUDA launcher."""
-    costless = ("launch=0 us", "crossing.sync=0 us", "crossing.bandwidth=100000 GB/s", "memory.bandwidth=100000 GB/s")
-    overrides = tuple(f"gpu.{change}" for change in costless)
-    done = place(zoo / "models" / f"{name}.onnx", "cuda-gpu", Options(overrides=overrides))
-    assert done.target.gpu is not None
-    device = device_of(done.target.gpu)
-
-    def code(region: Region) -> AcceleratorFunction:
-        program = compile_region(region, device, emulated)
-        assert "qmma<" in program.source
-        return AcceleratorFunction(driver(program, encode(program), 0), encode(program), 1, RUNTIMES["cuda"])
-
-    lowered = lower_model(done.integer, done.partition, done.target, code)
-    library = tmp_path / "model.so"
-    build(lowered, done.target.host, library)
-    executable = Executable(library, lowered.parameters)
-    rng = np.random.default_rng(7)
-    for _ in range(3):
-        feeds = {spec.name: rng.standard_normal(spec.shape).astype(spec.dtype) for spec in lowered.inputs}
-        outputs = executable.run([feeds[spec.name] for spec in lowered.inputs])
-        for spec, array in zip(lowered.outputs, outputs, strict=True):
-            assert np.array_equal(array, execute(done.integer, feeds)[spec.name])
-
-
-def layers_program(workbench, device: Device, layers: Sequence[Layer]) -> GpuProgram:
-    bench = workbench(seed=220)
-    for layer in layers:
-        add_layer(bench, layer, "float32")
-    return compile_region(whole(bench.model()), device, lambda source, _: source.encode())
-
-
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc (the package nvidia-cuda-toolkit)")
-
-
-@needs_nvcc
-@pytest.mark.parametrize("architecture", MMA.architectures)
-def test_tensor_cores_and_dp4a_are_used(workbench, architecture: str) -> None:
-    """Counted in PTX, which every nvcc writes; and both assemble to machine code."""
-    for device, instruction in ((DP4A, "dp4a.s32.s32"), (MMA, "wmma.mma.sync")):
-        source = layers_program(workbench, device, (LAYERS[0], LAYERS[3], LAYERS[5], LAYERS[-1])).source
-        text = ptx(source, architecture)
-        kernels = text.split(".entry ")[1:]
-        used = [instruction in kernel for kernel in kernels]
-        # All but the depthwise layer, the last.
-        assert used == [True, True, True, False]
-        assert "fma.rn" not in text and ".local" not in text  # nothing contracted, nothing spilled into memory
-        assert cubin(source, architecture)[:4] == b"\x7fELF"
-
-
-@needs_nvcc
-def test_fat_binaries_are_reproducible(workbench) -> None:
-    source = layers_program(workbench, MMA, LAYERS[:1]).source
-    assert binary(source, MMA) == binary(source, MMA)
-
-
-@needs_nvcc
-def test_an_architecture_nvcc_does_not_know(workbench) -> None:
-    source = layers_program(workbench, DP4A, LAYERS[:1]).source
-    with pytest.raises(QCompilerError, match=r"nvcc could not compile.*sm_30"):
-        binary(source, replace(DP4A, architectures=("sm_30",)))
-
-
-def test_without_nvcc(monkeypatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(QCompilerError, match="nvidia-cuda-toolkit"):
-        binary("", MMA)
 
 
 # --- without a device --------------------------------------------------------------------------------------

@@ -16,14 +16,33 @@
 struct Index3 {
     unsigned x, y, z;
 };
-extern "C" Index3 threadIdx, blockIdx;
+extern "C" Index3 threadIdx, blockIdx, gridDim;
 extern "C" void emulator_barrier();
 
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) int4 {
     int x, y, z, w;
 };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+// Blocks run one after the other.
+inline void __threadfence() {}
+inline int atomicAdd(int *sum, int term) {
+    int before = *sum;
+    *sum = int(unsigned(before) + unsigned(term));
+    return before;
+}
+inline int __ldcg(const int *word) { return *word; }
 
 inline void __syncthreads() { emulator_barrier(); }
 
@@ -54,3 +73,5 @@ template <typename A, typename B>
 std::common_type_t<A, B> max(A a, B b) {
     return a < b ? b : a;
 }
+
+#include "instructions.h"
