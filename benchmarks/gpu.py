@@ -1,18 +1,16 @@
-"""GPUs: what the kernels are made of, whether they are right, and, where there is an NVIDIA GPU, how fast they are.
+"""GPUs: what the kernels are made of, and whether they are right. gpu_device.py is for machines with an NVIDIA GPU.
 
     python benchmarks/gpu.py -o benchmarks/results/gpu.md [--samples 20]
 
-Instructions are counted with cuobjdump where it is on PATH, else in the PTX; both need nvcc. Right means: bit for bit
-what the numpy reference gives, run through OpenCL (by PoCL where there is no GPU). With an NVIDIA GPU the same networks
-run there, beside PyTorch and ONNX Runtime in fp16, each in a process of its own (gpu_engines.py says what they need).
-Needs the model zoo (QCOMPILER_ZOO).
+Instructions, registers and shared memory are read off machine code (nvcc, and cuobjdump on PATH). Right means: bit for
+bit what the numpy reference gives, run through OpenCL (by PoCL where there is no GPU). Needs the model zoo
+(QCOMPILER_ZOO).
 """
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,9 @@ from networks import resnet_50
 
 import qcompiler
 from qcompiler.backends.gpu import compile_region
-from qcompiler.backends.gpu_binary import cubin, ptx
+from qcompiler.backends.gpu_binary import cubin, unassembled
 from qcompiler.backends.gpu_code import device_of
+from qcompiler.backends.gpu_program import GpuProgram
 from qcompiler.bundle import Bundle
 from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
@@ -42,7 +41,12 @@ CHECKED = (
     "mobilenet_v1_025_128_tflite_qat_qdq", "fastestdet_352",
 )  # fmt: skip
 """All of the zoo but a network that ends in floats on the CPU."""
-ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+TARGETS = (("cuda-gpu", "sm_75", 40), ("cuda-sm80", "sm_80", 108), ("cuda-sm90", "sm_90", 132))
+"""With an architecture and the multiprocessors of its chip."""
+PATTERNS = {
+    "IMMA": r"\bIMMA\.", "dp4a": r"\bIDP\.4A\.", "ldmatrix": r"\bLDSM\.", "cp.async": r"\bLDGSTS\.",
+    "128-bit loads": r"\bLD[GS]\.(E\.)?(BYPASS\.)?128", "spills": r"\b(STL|LDL)\b",
+}  # fmt: skip
 FOR_NOTHING = (
     "gpu.launch=0 us", "gpu.crossing.sync=0 us", "gpu.crossing.bandwidth=100000 GB/s",
     "gpu.memory.bandwidth=100000 GB/s",
@@ -51,59 +55,72 @@ FOR_NOTHING = (
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Instructions in the machine code of one architecture, or in PTX."""
+class Code:
+    """What the kernels of a network are in machine code."""
 
-    tensor: int
-    dot: int
-    wide_loads: int
+    counts: dict[str, int]
+    """Instructions, by the name in `PATTERNS`."""
+    registers: int
+    """Of the thread that needs most."""
+    shared: int
+    """Bytes of the block that needs most."""
     size: int
-    """Bytes of machine code."""
+    """Bytes."""
 
 
 def model_file(name: str, folder: Path) -> Path:
     return resnet_50(folder / "resnet_50.onnx") if name == "resnet_50" else ZOO / "models" / f"{name}.onnx"
 
 
-def count(source: str, architecture: str, folder: Path) -> Counts:
-    code = cubin(source, architecture)
-    if shutil.which("cuobjdump") is None:
-        text = ptx(source, architecture)
-        patterns = (r"wmma\.mma\.sync", r"\bdp4a\.", r"ld\.global(\.nc)?\.v4")
-    else:
-        file = folder / "kernels.cubin"
-        file.write_bytes(code)
-        command = ["cuobjdump", "-sass", str(file)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        patterns = (r"\bIMMA\.", r"\bIDP\.4A\.", r"\bLDG\.E\.128")
-    tensor, dot, wide = (len(re.findall(pattern, text)) for pattern in patterns)
-    return Counts(tensor, dot, wide, len(code))
+def inspect(source: str, architecture: str, folder: Path) -> Code:
+    file = folder / "kernels.cubin"
+    file.write_bytes(cubin(source, architecture))
+
+    def listed(option: str) -> str:
+        return subprocess.run(["cuobjdump", option, str(file)], capture_output=True, text=True, check=True).stdout
+
+    text, usage = listed("-sass"), listed("-res-usage")
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in PATTERNS.items()}
+    registers, shared = (max(map(int, re.findall(rf"{key}:(\d+)", usage)), default=0) for key in ("REG", "SHARED"))
+    return Code(counts, registers, shared, file.stat().st_size)
+
+
+def programs_of(name: str, target: str, features: str | None, folder: Path) -> list[GpuProgram]:
+    overrides = FOR_NOTHING if features is None else (*FOR_NOTHING, f"gpu.features={features}")
+    done = place(model_file(name, folder), target, Options(overrides=overrides))
+    assert done.target.gpu is not None
+    regions = [region for region in done.partition.regions if region.backend == "gpu"]
+    return [compile_region(region, device_of(done.target.gpu), unassembled) for region in regions]
 
 
 def instructions(folder: Path) -> list[str]:
-    where = "machine code (cuobjdump)" if shutil.which("cuobjdump") else "PTX"
+    title = ["## CUDA: what the kernels are made of", ""]
+    if shutil.which("nvcc") is None or shutil.which("cuobjdump") is None:
+        return [*title, "Not counted: there is no nvcc, or no cuobjdump, on this machine."]
+    names = list(PATTERNS)
+    columns = ["launches", "kernels", *names, "registers", "shared", "blocks", "KiB"]
+    chips = ", ".join(f"{units} ({architecture})" for _, architecture, units in TARGETS)
     lines = [
-        "## CUDA: what the kernels are made of", "",
-        f"`cuda-gpu`, INT8, batch 1. Static counts in {where}; each network's kernels as one cubin.", "",
-        "| network | features | architecture | launches | kernels | tensor core | dp4a | 128-bit loads | KiB |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+        *title, "INT8, batch 1, the whole network on the GPU. Static counts in machine code, each network's kernels as",
+        "one cubin. Registers and shared memory (bytes): of the kernel that needs most. Blocks: of the products'",
+        f"launches, the median; multiprocessors: {chips}.", "",
+        f"| network | features | architecture | {' | '.join(columns)} |", f"|---|---|---|{'--:|' * len(columns)}",
     ]  # fmt: skip
-    if shutil.which("nvcc") is None:
-        return [*lines[:2], "Not counted: there is no nvcc on this machine."]
     for name in COUNTED:
-        for features in ("[dp4a]", "[dp4a, mma]"):
-            overrides = (*FOR_NOTHING, f"gpu.features={features}")
-            done = place(model_file(name, folder), "cuda-gpu", Options(overrides=overrides))
-            assert done.target.gpu is not None
-            regions = [region for region in done.partition.regions if region.backend == "gpu"]
-            programs = [compile_region(region, device_of(done.target.gpu), lambda _, __: b"") for region in regions]
-            kernels = len({step.launch.kernel for program in programs for step in program.steps})
-            launches = sum(len(program.steps) for program in programs)
-            for architecture in ARCHITECTURES:
-                found = [count(program.source, architecture, folder) for program in programs]
-                totals = [sum(getattr(item, key) for item in found) for key in ("tensor", "dot", "wide_loads", "size")]
-                figures = " | ".join(f"{figure:,}" for figure in (*totals[:3], totals[3] // 1024))
-                lines.append(f"| {name} | `{features}` | {architecture} | {launches} | {kernels} | {figures} |")
+        for target, architecture, _ in TARGETS:
+            for features in ("[dp4a]", None):
+                programs = programs_of(name, target, features, folder)
+                steps = [step for program in programs for step in program.steps]
+                blocks = [
+                    int(np.prod(step.launch.grid)) for step in steps if step.operators.startswith(("QConv", "QGemm"))
+                ]
+                found = [inspect(program.source, architecture, folder) for program in programs]
+                cells = [len(steps), len({step.launch.kernel for step in steps})]
+                cells += [sum(code.counts[key] for code in found) for key in names]
+                cells += [max(code.registers for code in found), max(code.shared for code in found)]
+                cells += [int(np.median(blocks)), sum(code.size for code in found) // 1024]
+                label = features or "all"
+                lines.append(f"| {name} | {label} | {architecture} | {' | '.join(f'{cell:,}' for cell in cells)} |")
                 print(lines[-1], flush=True)
     return lines
 
@@ -143,46 +160,12 @@ def correctness(folder: Path, samples: int) -> list[str]:
     return [title, "", f"`opencl-gpu`, executed on: {device}.", "", *head, *rows]
 
 
-def engine(name: str, path: Path) -> float | str:
-    """Seconds, or why there are none."""
-    command = [sys.executable, str(Path(__file__).with_name("gpu_engines.py")), name, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return done.stderr.strip().splitlines()[-1]
-    return float(done.stdout.split()[-1])
-
-
-def timings(folder: Path, samples: int) -> list[str]:
-    title, rows, device = "## CUDA: on a device", list[str](), ""
-    if shutil.which("nvcc") is None:
-        return [title, "", "Not run: there is no nvcc on this machine."]
-    for name in COUNTED:
-        bundle = compiled(name, "cuda-gpu", folder)
-        library = bundle.path / "model.so"
-        if (problem := gpu_problem(library)) is not None:
-            return [title, "", f"**Not run: {problem}.** {NEVER_RUN}"]
-        device = gpu_device(library)
-        ours = engine("ours", bundle.path)
-        others = [_time(engine(other, model_file(name, folder)), ours) for other in ("torch", "onnxruntime")]
-        rows.append(f"| {name} | {differing(bundle, samples)} of {samples} | {_time(ours)} | {' | '.join(others)} |")
-        print(rows[-1], flush=True)
-    about = f"{device}, batch 1, copies of inputs and outputs included. In brackets: times ours."
-    head = [
-        "| network | wrong | ours, INT8 | PyTorch, fp16 in a graph | ONNX Runtime, fp16 |",
-        "|---|---|--:|--:|--:|",
-    ]
-    return [title, "", about, "", *head, *rows]
-
-
-NEVER_RUN = """The CUDA code has not run on a device yet. The tests run it on a CPU, in emulation of threads, barriers
-and tensor core fragments (`tests/backends/cuda_emulator`), bit for bit."""
-
-
-def _time(seconds: float | str, ours: float | str | None = None) -> str:
-    if isinstance(seconds, str):
-        return seconds
-    ratio = f" ({seconds / ours:.2f}×)" if isinstance(ours, float) else ""
-    return f"{seconds * 1e6:,.0f} µs{ratio}"
+def on_a_device() -> list[str]:
+    return [
+        "## CUDA: on a device", "",
+        "Not run yet. `gpu_device.py` prepares what is to be run (docs/gpu.md). The tests run the kernels on a CPU, in",
+        "emulation of threads, barriers, copies and fragments (`tests/backends/cuda_emulator`), bit for bit.",
+    ]  # fmt: skip
 
 
 def main(
@@ -193,7 +176,7 @@ def main(
         raise QCompilerError(f"no model zoo in {ZOO}; set QCOMPILER_ZOO to its folder.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parts = [instructions(folder), correctness(folder, samples), timings(folder, samples)]
+        parts = [instructions(folder), correctness(folder, samples), on_a_device()]
     title = ["# GPUs", "", "`python benchmarks/gpu.py -o benchmarks/results/gpu.md`", ""]
     text = "\n".join([*title, *("\n".join([*part, ""]) for part in parts)])
     output.write_text(text, "utf-8", newline="\n")
