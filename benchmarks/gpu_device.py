@@ -39,6 +39,7 @@ from qcompiler.graph import QCOMPILER_DOMAIN, data_input, shape_of, value_name
 from qcompiler.integer.reference import Executor
 from qcompiler.options import Options
 from qcompiler.regions import Region
+from qcompiler.target_loader import load_target
 
 ZOO = Path(os.environ.get("QCOMPILER_ZOO", Path(__file__).resolve().parents[2] / "shared" / "zoo"))
 HERE = Path(__file__).resolve().parent
@@ -142,8 +143,9 @@ def add_network(
     target: str,
     versions: Mapping[str, Device],
     assemble: Assemble,
+    samples: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Model:
-    """A network in several versions, and its float form; returns its integer graph."""
+    """A network in several versions, and its float form; returns its integer graph. Samples: random ones if None."""
     prepared = prepare(file, target, Options(overrides=FOR_NOTHING))
     strip(ir.to_proto(prepared.graph), folder.path / f"{name}.onnx")
     placed = place_prepared(prepared)
@@ -152,9 +154,9 @@ def add_network(
         raise QCompilerError(f"{name}: {refused[0].node} does not run on the GPU: {refused[0].reason}.")
     region = one_region(placed.integer, name)
     random = np.random.default_rng(0)
-    feeds = {value_name(x): _sample(random, x) for x in region.inputs}
-    executor = Executor(placed.integer)
-    runs = [executor.run({key: array[i : i + 1] for key, array in feeds.items()}) for i in range(SAMPLES)]
+    feeds = samples or {value_name(x): _sample(random, x) for x in region.inputs}
+    executor, count = Executor(placed.integer), len(next(iter(feeds.values())))
+    runs = [executor.run({key: array[i : i + 1] for key, array in feeds.items()}) for i in range(count)]
     wanted = [np.concatenate([run[value_name(y)] for run in runs]) for y in region.outputs]
     first: bytes | None = None
     for version, device in versions.items():
@@ -279,14 +281,14 @@ def main(
     shutil.rmtree(folder, ignore_errors=True)
     made = Folder(folder)
     target = f"cuda-{architecture.replace('_', '')}"
+    gpu = load_target(target).gpu
+    assert gpu is not None
+    device = device_of(gpu)
+    versions = {version: replace(device, features=features) for version, features in VERSIONS.items()}
     models: list[ir.Model] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in networks.split(","):
             file = model_file(name, Path(temporary))
-            placed = prepare(file, target, Options(overrides=FOR_NOTHING))
-            assert placed.target.gpu is not None
-            device = device_of(placed.target.gpu)
-            versions = {version: replace(device, features=features) for version, features in VERSIONS.items()}
             models.append(add_network(made, name, file, target, versions, lambda s, d: cubin(s, d.architectures[-1])))
         if sweep:
             add_sweep(made, models, replace(device, features=VERSIONS["no overlap"]))

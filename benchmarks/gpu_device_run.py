@@ -85,6 +85,7 @@ def run_case(number: int, repeat: int) -> dict[str, Any]:
     result: dict[str, Any] = {"device": library.qgpu_device().decode(errors="replace")}
     samples = len(inputs[0]) if inputs else 0
     wrong = worst = 0
+    feeds, outputs = list[np.ndarray](), list[np.ndarray]()
     for turn in range(2 * samples):  # twice: what one inference leaves behind must not matter to the next
         feeds = [np.ascontiguousarray(array[turn % samples]) for array in inputs]
         outputs = [np.full_like(array[0], 77) for array in wanted]

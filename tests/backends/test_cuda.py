@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +47,6 @@ DP4A = Device("cuda", ("sm_75",), frozenset({"dp4a"}), 48 * 1024)
 MMA = Device("cuda", ("sm_75", "sm_80", "sm_90"), frozenset({"dp4a", "mma"}), 48 * 1024)
 INT4 = Device("cuda", ("sm_75", "sm_80"), frozenset({"dp4a", "mma", "mma_s4", "cp_async"}), 48 * 1024, 40)
 HOPPER = Device("cuda", ("sm_90",), frozenset({"dp4a", "mma", "cp_async", "dependent_launch"}), 48 * 1024, 132)
-EMULATOR = Path(__file__).with_name("cuda_emulator")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -66,26 +64,9 @@ def module(file: Path) -> ModuleType:
     return loaded
 
 
+EMULATOR = module(Path(__file__).with_name("cuda_emulator") / "emulator.py")
 GPU = module(Path(__file__).with_name("test_gpu.py"))
 CASES, whole, residual_network = GPU.CASES, GPU.whole, GPU.residual_network
-
-
-def emulated(source: str, device: Device) -> bytes:
-    """Kernels for cuda_emulator: the path of a library, which is what its `cuModuleLoadData` takes."""
-    folder = Path(tempfile.mkdtemp(prefix="qcompiler-"))
-    # GCC wants the attribute first.
-    text = source.replace("__shared__ alignas(64)", "alignas(64) __shared__")
-    (folder / "kernels.cpp").write_text(text, "utf-8")
-    _cxx(folder / "kernels.cpp", folder / "kernels.so")
-    return str(folder / "kernels.so").encode()
-
-
-def _cxx(source: Path, library: Path, *options: str) -> None:
-    flags = ("-std=c++17", "-w", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
-    # Like a device, which refuses words at odd addresses.
-    flags = (*flags, "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
-    command = ["g++", *flags, f"-I{EMULATOR}", *options, "-o", str(library), str(source), "-ldl"]
-    subprocess.run(command, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +74,7 @@ def emulator(tmp_path_factory) -> Path:
     """A libcuda.so.1 for this process, before anybody loads another: who asks for that name gets it."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++ (the package g++)")
-    library = tmp_path_factory.mktemp("cuda") / "libcuda.so.1"
-    _cxx(EMULATOR / "libcuda.cpp", library, "-Wl,-soname,libcuda.so.1")
+    library = EMULATOR.build(tmp_path_factory.mktemp("cuda"))
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return library
 
@@ -103,7 +83,7 @@ def on_the_emulator(device: Device) -> Callable[[ir.Model, Target, dict[str, np.
     def run(model: ir.Model, target: Target, feeds: dict[str, np.ndarray], folder: Path) -> list[np.ndarray]:
         gpu = load_target("cuda-gpu")
         region = whole(model)
-        program = compile_region(region, device, emulated)
+        program = compile_region(region, device, EMULATOR.assemble)
         blob = encode(program)
         code = AcceleratorFunction(driver(program, blob, 0), blob, 1, RUNTIMES["cuda"])
         lowered = lower_model(model, Partition((region,), ()), gpu, lambda _: code)
@@ -198,7 +178,7 @@ def test_networks(zoo: Path, emulator, tmp_path: Path, name: str) -> None:
     device = device_of(done.target.gpu)
 
     def code(region: Region) -> AcceleratorFunction:
-        program = compile_region(region, device, emulated)
+        program = compile_region(region, device, EMULATOR.assemble)
         assert "(qgpu_product<" in program.source
         return AcceleratorFunction(driver(program, encode(program), 0), encode(program), 1, RUNTIMES["cuda"])
 
@@ -333,7 +313,12 @@ def test_what_is_carried_to_a_device(emulator: Path, zoo: Path, tmp_path: Path) 
     script = module(BENCHMARKS / "gpu_device.py")
     folder = script.Folder(tmp_path / "carried")
     script.add_network(
-        folder, "mnist_cnn", zoo / "models" / "mnist_cnn.onnx", "cuda-sm90", {"all": HOPPER, "plain": MMA}, emulated
+        folder,
+        "mnist_cnn",
+        zoo / "models" / "mnist_cnn.onnx",
+        "cuda-sm90",
+        {"all": HOPPER, "plain": MMA},
+        EMULATOR.assemble,
     )
     script.build_launcher(folder.path)
     folder.finish()
