@@ -79,7 +79,21 @@ class Case:
     outputs: tuple[str, ...]
     launches: tuple[str, ...]
     """For people: what each computes, and how it starts."""
-    macs: tuple[int, ...]
+    layer: "Layer | None" = None
+    """Of a sweep: the product, for rivals."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, or a fully connected layer as one of 1x1."""
+
+    x: tuple[int, ...]
+    """[N, H, W, C]."""
+    weights: tuple[int, ...]
+    """[O, KH, KW, C / group]."""
+    strides: tuple[int, int]
+    pad: tuple[int, int]
+    group: int
 
 
 class Folder:
@@ -101,12 +115,11 @@ class Folder:
         name: str,
         version: str,
         program: GpuProgram,
-        macs: Sequence[int],
         feeds: Sequence[np.ndarray] = (),
         wanted: Sequence[np.ndarray] = (),
-        *,
-        random_constants: bool = False,
+        layer: Layer | None = None,
     ) -> None:
+        """A program. That of a layer is only timed: its constants are not stored."""
         blob = encode(program)
         start = int(blob[:96].view(np.int64)[3])
         size = len(program.constants)
@@ -114,8 +127,8 @@ class Folder:
         launches = tuple(f"{step.operators} {step.launch.grid} {step.launch.block}" for step in program.steps)
         self.cases.append(
             Case(
-                name, version, self.store(head), "" if random_constants else self.store(program.constants), start, size,
-                tuple(map(self.store, feeds)), tuple(map(self.store, wanted)), launches, tuple(macs),
+                name, version, self.store(head), self.store(program.constants) if layer is None else "", start, size,
+                tuple(map(self.store, feeds)), tuple(map(self.store, wanted)), launches, layer,
             )
         )  # fmt: skip
 
@@ -165,8 +178,7 @@ def add_network(
         if first is not None and len(first) > LARGE and constants != first:
             continue
         first = first or constants
-        macs = [0] * len(program.steps)
-        folder.add(name, version, program, macs, [feeds[value_name(x)] for x in region.inputs], wanted)
+        folder.add(name, version, program, [feeds[value_name(x)] for x in region.inputs], wanted)
         print(f"{name}, {version}: {len(program.steps)} launches", flush=True)
     return placed.integer
 
@@ -189,7 +201,7 @@ def strip(model: onnx.ModelProto, file: Path) -> None:
 # --- the sweep ---------------------------------------------------------------------------------------------
 
 
-def add_sweep(folder: Folder, models: Sequence[ir.Model], device: Device) -> None:
+def add_sweep(folder: Folder, models: Sequence[ir.Model], device: Device, assemble: Assemble) -> None:
     """For each distinct product of the networks all candidate tiles, as launches of one program."""
     seen: set[tuple[object, ...]] = set()
     for model in models:
@@ -201,10 +213,10 @@ def add_sweep(folder: Folder, models: Sequence[ir.Model], device: Device) -> Non
             key = (work, problem.x_shape, problem.weights.shape, problem.strides, problem.pad)
             if work is not None and key not in seen:
                 seen.add(key)
-                _sweep_layer(folder, node, work, device)
+                _sweep_layer(folder, node, work, device, assemble)
 
 
-def _sweep_layer(folder: Folder, node: ir.Node, work: mma.Work, device: Device) -> None:
+def _sweep_layer(folder: Folder, node: ir.Node, work: mma.Work, device: Device, assemble: Assemble) -> None:
     tiles = mma.candidates(work, device.units)
     chosen = mma.mma_tile(work, device.units, asynchronous=device.copies_ahead)
     tiles = tiles if chosen in tiles else (*tiles, chosen)
@@ -233,12 +245,12 @@ def _sweep_layer(folder: Folder, node: ir.Node, work: mma.Work, device: Device) 
     program = GpuProgram(
         "sweep", (Port("x", shape, "int8", Span(False, 0, x_bytes)),),
         (Port("y", out, "int8", Span(False, place["y"], y_bytes)),), tuple(steps), code.source,
-        cubin(code.source, device.architectures[-1]), np.zeros(constants, np.uint8), place["scratch"] + _up(scratch),
+        assemble(code.source, device), np.zeros(constants, np.uint8), place["scratch"] + _up(scratch),
     )  # fmt: skip
-    kernel_size = "x".join(map(str, problem.weights.shape[1:3]))
-    name = f"{kernel_size} {shape[1]}x{shape[2]}x{shape[3]} to {out[-1]}, stride {problem.strides[0]}"
-    macs = work.groups * work.m * work.n * work.k
-    folder.add(name, "sweep", program, [macs] * len(steps), random_constants=True)
+    (_, height, width, channels), (outs, *window) = problem.x_shape, problem.weights.shape
+    name = f"{window[0]}x{window[1]} {height}x{width}x{channels} to {outs}, stride {problem.strides[0]}"
+    layer = Layer(problem.x_shape, problem.weights.shape, problem.strides, problem.pad, problem.group)
+    folder.add(name, "sweep", program, layer=layer)
     print(f"sweep: {name}: {len(tiles)} tiles", flush=True)
 
 
@@ -270,6 +282,11 @@ def build_launcher(folder: Path) -> None:
     shutil.copy(HERE / "gpu_engines.py", folder / "gpu_engines.py")
 
 
+def newest(source: str, device: Device) -> bytes:
+    """Machine code of the last architecture."""
+    return cubin(source, device.architectures[-1])
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Where everything goes; made anew.")],
     architecture: Annotated[str, typer.Option(help="Of the GPU there.")] = "sm_90",
@@ -289,9 +306,9 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         for name in networks.split(","):
             file = model_file(name, Path(temporary))
-            models.append(add_network(made, name, file, target, versions, lambda s, d: cubin(s, d.architectures[-1])))
+            models.append(add_network(made, name, file, target, versions, newest))
         if sweep:
-            add_sweep(made, models, replace(device, features=VERSIONS["no overlap"]))
+            add_sweep(made, models, replace(device, features=VERSIONS["no overlap"]), newest)
     build_launcher(folder)
     made.finish()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

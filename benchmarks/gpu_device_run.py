@@ -140,11 +140,25 @@ def races(name: str, limit: float) -> dict[str, Any]:
     return found
 
 
+def layer_races(limit: float) -> dict[str, dict[str, float | str]]:
+    """Microseconds of the sweep's layers in other libraries, by layer and library."""
+    text, problem = in_process([str(FOLDER / "gpu_engines.py"), "layers", str(FOLDER / "cases.json")], limit)
+    if problem is not None:
+        print(f"layers: {problem}", flush=True)
+        return {}
+    return {item.pop("name"): item for item in json.loads(text.splitlines()[-1])}
+
+
 def micro(seconds: Any) -> str:
     return f"{seconds * 1e6:,.1f} µs" if isinstance(seconds, float) else str(seconds)
 
 
-def tables(cases: list[dict[str, Any]], results: list[dict[str, Any]], rivals: dict[str, dict[str, Any]]) -> list[str]:
+def tables(
+    cases: list[dict[str, Any]],
+    results: list[dict[str, Any]],
+    rivals: dict[str, dict[str, Any]],
+    layers: dict[str, dict[str, float | str]],
+) -> list[str]:
     device = next((item["device"] for item in results if "device" in item), "no device")
     lines = [f"Executed on: {device}. Batch 1. Times are the least of {ROUNDS} rounds of {RUNS}.", ""]
     lines += ["| network | version | launches | wrong | with copies | on the device |", "|---|---|--:|--:|--:|--:|"]
@@ -173,14 +187,18 @@ def tables(cases: list[dict[str, Any]], results: list[dict[str, Any]], rivals: d
             lines += [f"| {label} | {spent:.2f} |" for label, spent in zip(case["launches"], item["each"], strict=True)]
     sweeps = [pair for pair in zip(cases, results, strict=True) if pair[0]["version"] == "sweep"]
     if sweeps:
-        lines += ["", "### Tiles", "", "| product | chosen | µs | best | µs |", "|---|---|--:|---|--:|"]
+        lines += ["", "### Layers", "", "| product | chosen | µs | best | µs | cuDNN fp16 | cuBLASLt INT8 |"]
+        lines.append("|---|---|--:|---|--:|--:|--:|")
     for case, item in sweeps:
         if "each" not in item:
-            lines.append(f"| {case['name']} | {item.get('problem', item.get('not_measured'))} | | | |")
+            lines.append(f"| {case['name']} | {item.get('problem', item.get('not_measured'))} | | | | | |")
             continue
         timed = sorted(zip(item["each"], case["launches"], strict=True))
         chosen = next(pair for pair in timed if pair[1].startswith("* "))
-        lines.append(f"| {case['name']} | {chosen[1][2:]} | {chosen[0]:.2f} | {timed[0][1]} | {timed[0][0]:.2f} |")
+        other = [layers.get(case["name"], {}).get(name, "") for name in ("cuDNN fp16", "cuBLASLt INT8")]
+        cells = [chosen[1][2:], f"{chosen[0]:.2f}", timed[0][1], f"{timed[0][0]:.2f}"]
+        cells += [f"{number:.2f}" if isinstance(number, float) else number for number in other]
+        lines.append(f"| {case['name']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -215,9 +233,11 @@ def main() -> None:
         print(f"{cases[number]['name']}, {cases[number]['version']}: {short}", flush=True)
     if not rivals and not options.no_rivals:
         rivals = {name: races(name, LIMIT) for name in names}
-    lines = tables(cases, results, rivals)
+    sweeps = any(case["version"] == "sweep" for case in cases)
+    layers = layer_races(2 * LIMIT) if sweeps and not options.no_rivals else {}
+    lines = tables(cases, results, rivals, layers)
     options.output.with_suffix(".md").write_text("\n".join(lines) + "\n", "utf-8")
-    everything = {"cases": cases, "results": results, "rivals": rivals}
+    everything = {"cases": cases, "results": results, "rivals": rivals, "layers": layers}
     options.output.with_suffix(".json").write_text(json.dumps(everything), "utf-8")
     print("\n".join(lines))
     print(f"{time.perf_counter() - started:.0f} s")

@@ -3,13 +3,16 @@ with copies of input and output, then without.
 
     python benchmarks/gpu_engines.py torch MODEL.onnx    # fp16, channels last, in a CUDA graph
     python benchmarks/gpu_engines.py onnxruntime MODEL.onnx    # fp16 through the CUDA execution provider
+    python benchmarks/gpu_engines.py layers cases.json    # JSON: microseconds of each layer in gpu_device.py's sweep
 
 Needs for torch: torch with CUDA; for onnxruntime: onnxruntime-gpu and onnxconverter-common. Weights that were left out
 (gpu_device.py) are random numbers: times do not depend on them.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
@@ -102,6 +105,51 @@ def with_torch(path: Path) -> tuple[float, float]:
             y.cpu()
 
         return best(run), replayed(torch, graph)
+
+
+def layers(path: Path) -> list[dict[str, float | str]]:
+    """cuDNN in fp16, and where a layer is a plain matrix product cuBLASLt in INT8 (without an epilogue), in a graph."""
+    torch: Any = import_module("torch")
+    if not torch.cuda.is_available():
+        raise SystemExit("torch has no CUDA")
+    torch.backends.cudnn.benchmark = True
+    found: list[dict[str, float | str]] = []
+    for case in json.loads(path.read_text("utf-8")):
+        if case["layer"] is None:
+            continue
+        (n, height, width, channels), (outs, kernel, _, depth) = case["layer"]["x"], case["layer"]["weights"]
+        last = torch.channels_last
+        x = torch.randn(n, channels, height, width).half().cuda().to(memory_format=last)
+        weights = torch.randn(outs, depth, kernel, case["layer"]["weights"][2]).half().cuda().to(memory_format=last)
+        bias = torch.randn(outs).half().cuda()
+        settings = (case["layer"]["strides"], case["layer"]["pad"], 1, case["layer"]["group"])
+        times: dict[str, float | str] = {"name": case["name"]}
+        conv = torch.nn.functional.conv2d
+        times["cuDNN fp16"] = captured(torch, partial(conv, x, weights, bias, *settings))
+        if kernel == 1 and settings[0] == [1, 1] and n * height * width > 16:
+            a = torch.randint(-128, 128, (n * height * width, depth), dtype=torch.int8).cuda()
+            b = torch.randint(-128, 128, (outs, depth), dtype=torch.int8).cuda().t()
+            try:
+                times["cuBLASLt INT8"] = captured(torch, partial(torch._int_mm, a, b))
+            except RuntimeError as error:
+                times["cuBLASLt INT8"] = str(error).splitlines()[0]
+        found.append(times)
+    return found
+
+
+def captured(torch: Any, run: Callable[[], object], copies: int = 20) -> float:
+    """Microseconds of a function, recorded several times over in a graph."""
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(copies):
+                run()
+        return replayed(torch, graph) / copies * 1e6
 
 
 def replayed(torch: Any, graph: Any) -> float:
@@ -205,4 +253,5 @@ class TorchNetwork:
 ENGINES: dict[str, Callable[[Path], tuple[float, float]]] = {"torch": with_torch, "onnxruntime": with_onnxruntime}
 
 if __name__ == "__main__":
-    print(*ENGINES[sys.argv[1]](Path(sys.argv[2])))
+    engine, file = sys.argv[1], Path(sys.argv[2])
+    print(json.dumps(layers(file)) if engine == "layers" else " ".join(map(str, ENGINES[engine](file))))

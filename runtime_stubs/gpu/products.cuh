@@ -312,7 +312,6 @@ __device__ __forceinline__ bool qgpu_product(int *result, const void *image, con
     if (SPLITS == 1) return true;
 
     // Whole numbers add up to the same in any order. Who comes last finishes, and leaves zeros behind.
-    __shared__ int order;
     unsigned tile = (group * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     int *counter = scratch + tile;
     int *own = scratch + (gridDim.z / SPLITS * gridDim.y * gridDim.x + 31) / 32 * 32 +
@@ -325,9 +324,11 @@ __device__ __forceinline__ bool qgpu_product(int *result, const void *image, con
                 atomicAdd(own + (i * T::COLUMNS + c) * 32, result[i * T::COLUMNS + c]);
     __threadfence();
     __syncthreads();
-    if (thread == 0) order = atomicAdd(counter, 1);
+    // The stages are no longer needed: their first word tells the others how many came before.
+    int *before = reinterpret_cast<int *>(memory);
+    if (thread == 0) *before = atomicAdd(counter, 1);
     __syncthreads();
-    if (order != SPLITS - 1) return false;
+    if (*before != SPLITS - 1) return false;
     __threadfence();
     if (thread == 0) *counter = 0;
 #pragma unroll

@@ -145,6 +145,7 @@ def test_convolutions(workbench, emulator, tmp_path) -> None:
     CASES.check(bench, on_the_emulator(MMA), tmp_path)
 
 
+@pytest.mark.slow
 def test_every_tile(workbench, emulator, tmp_path, monkeypatch) -> None:
     """And every way to split the reduction, on shapes that fill none of them."""
     work = mma.Work(1, 50, 40, 9 * 48, 8, 8, signed=True)
@@ -307,19 +308,17 @@ def test_four_bits(workbench, emulator, tmp_path, channels: int, x_dtype: str, l
 # --- what goes to a device ---------------------------------------------------------------------------------
 
 
-def test_what_is_carried_to_a_device(emulator: Path, zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_is_carried_to_a_device(emulator: Path, zoo: Path, tmp_path: Path, monkeypatch) -> None:
     """benchmarks/gpu_device.py, and its half that runs without qcompiler, beside the emulated driver."""
     sys.path.insert(0, str(BENCHMARKS))
     script = module(BENCHMARKS / "gpu_device.py")
     folder = script.Folder(tmp_path / "carried")
-    script.add_network(
-        folder,
-        "mnist_cnn",
-        zoo / "models" / "mnist_cnn.onnx",
-        "cuda-sm90",
-        {"all": HOPPER, "plain": MMA},
-        EMULATOR.assemble,
-    )
+    file, versions = zoo / "models" / "mnist_cnn.onnx", {"all": HOPPER, "plain": MMA}
+    integer = script.add_network(folder, "mnist_cnn", file, "cuda-sm90", versions, EMULATOR.assemble)
+    few = mma.candidates(mma.Work(1, 196, 16, 200, 8, 8, signed=True), 132)[-2:]
+    monkeypatch.setattr(script.mma, "candidates", lambda *_: few)
+    script.add_sweep(folder, [integer], MMA, EMULATOR.assemble)
     script.build_launcher(folder.path)
     folder.finish()
     environment = {**os.environ, "LD_LIBRARY_PATH": str(emulator.parent)}
@@ -327,5 +326,8 @@ def test_what_is_carried_to_a_device(emulator: Path, zoo: Path, tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((folder.path / "results.json").read_text("utf-8"))["results"]
-    assert [(item["device"], item["wrong"], item["samples"]) for item in results] == [("CUDA emulator", 0, 6)] * 2
-    assert "mnist_cnn | plain" in (folder.path / "results.md").read_text("utf-8")
+    compared = [(item["device"], item["wrong"], item["samples"]) for item in results]
+    assert compared == [("CUDA emulator", 0, 6)] * 2 + [("CUDA emulator", 0, 0)] * 3
+    assert all(len(item["each"]) in (2, 3) for item in results[2:])
+    text = (folder.path / "results.md").read_text("utf-8")
+    assert "mnist_cnn | plain" in text and "5x5 14x14x8 to 16, stride 1" in text
