@@ -103,6 +103,7 @@ struct QProduct {
 
     static_assert(T::THREADS % COPIES == 0, "a thread copies one column of a stage");
     static_assert(8 % CHUNKS == 0, "rows of 128 bytes at most");
+    static_assert(T::STEPS % T::WARPS_K == 0, "every warp has as many steps");
 
     const unsigned char *image, *padding, *weights;
     unsigned char *shared;
@@ -197,12 +198,12 @@ struct QProduct {
         const unsigned char *rows = shared + slot * STAGE_BYTES, *columns = rows + IMAGE_BYTES + warp_n * WEIGHTS;
         unsigned lane = thread % 32;
 #pragma unroll
-        for (int step = 0; step < T::STEPS; ++step) {
-            if (T::WARPS_K > 1 && step % T::WARPS_K != warp_k) continue;
+        for (int i = 0; i < T::STEPS / T::WARPS_K; ++i) {
+            unsigned step = i * T::WARPS_K + warp_k;
             unsigned a[T::FRAGMENTS_M][4], b[T::FRAGMENTS_N][2];
 #pragma unroll
-            for (int i = 0; i < T::FRAGMENTS_M; ++i)
-                qgpu_load_matrices(a[i], rows + place(warp_m * T::WARP_M + i * 16 + lane % 16, step * 32 + lane / 16 * 16));
+            for (int m = 0; m < T::FRAGMENTS_M; ++m)
+                qgpu_load_matrices(a[m], rows + place(warp_m * T::WARP_M + m * 16 + lane % 16, step * 32 + lane / 16 * 16));
 #pragma unroll
             for (int j = 0; j < T::FRAGMENTS_N; j += 2) {
                 unsigned at = (step * T::FRAGMENTS_N / 2 + j / 2) * 32 + lane;
@@ -222,10 +223,10 @@ struct QProduct {
                 }
             }
 #pragma unroll
-            for (int i = 0; i < T::FRAGMENTS_M; ++i)
+            for (int m = 0; m < T::FRAGMENTS_M; ++m)
 #pragma unroll
                 for (int j = 0; j < T::FRAGMENTS_N; ++j)
-                    qgpu_mma<O::BITS, O::SIGNED>(sums[i][j][0], sums[i][j][1], a[i], b[j][0], b[j][1]);
+                    qgpu_mma<O::BITS, O::SIGNED>(sums[m][j][0], sums[m][j][1], a[m], b[j][0], b[j][1]);
         }
     }
 };
