@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.backends.relax import build, lower
+from qcompiler.backends.schedules import loops
 from qcompiler.graph import Attribute, make_node, value_name
 from qcompiler.integer.ops import DOMAIN_VERSION, IntegerOp
 from qcompiler.partition import Partition, Region
@@ -115,6 +116,17 @@ def workbench() -> type[Workbench]:
 
 
 @pytest.fixture
-def run_on_cpu():
-    """compile_and_run(model, target, feeds, folder) -> outputs."""
-    return compile_and_run
+def run_on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """compile_and_run(model, target, feeds, folder) -> outputs.
+
+    With the parameter "shared", two threads share every operator, small as those of tests are.
+    """
+    if getattr(request, "param", "") != "shared":
+        return compile_and_run
+    monkeypatch.setattr(loops, "MIN_PARALLEL", 0)
+
+    def run(model: ir.Model, target: Target, feeds: dict[str, np.ndarray], folder: Path) -> list[np.ndarray]:
+        host = target.host.model_copy(update={"threads": 2})
+        return compile_and_run(model, target.model_copy(update={"host": host}), feeds, folder)
+
+    return run

@@ -163,6 +163,7 @@ def test_threads(workbench, run_on_cpu, tmp_path) -> None:
     compare(bench, run_on_cpu, tmp_path, two)
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_transposed_convolution(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=10)
     for variant in REQUANTIZE_VARIANTS * 2:
@@ -206,6 +207,7 @@ def test_four_bit_weights_take_half_the_memory(workbench) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_gemm_and_matmul(workbench, run_on_cpu, tmp_path, target: str) -> None:
     bench = workbench(seed=20)
     rng = bench.rng
@@ -241,6 +243,7 @@ BROADCASTS: tuple[tuple[Sequence[int], Sequence[int]], ...] = (
 )
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_addition(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=30)
     rng = bench.rng
@@ -264,6 +267,7 @@ def test_addition(workbench, run_on_cpu, tmp_path) -> None:
     check(bench, run_on_cpu, tmp_path)
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_multiplication_and_requantize(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=40)
     rng = bench.rng
@@ -281,6 +285,7 @@ def test_multiplication_and_requantize(workbench, run_on_cpu, tmp_path) -> None:
     check(bench, run_on_cpu, tmp_path)
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_pools(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=50)
     rng = bench.rng
@@ -320,6 +325,7 @@ def test_pools(workbench, run_on_cpu, tmp_path) -> None:
     check(bench, run_on_cpu, tmp_path)
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_lookup_softmax_and_resize(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=60)
     rng = bench.rng

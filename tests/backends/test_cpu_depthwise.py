@@ -29,6 +29,7 @@ CASES: tuple[tuple[str, int, Pair, Pair, Pair, Pair], ...] = (
 
 
 @pytest.mark.parametrize("name", ["x86-cpu", "x86-avx2", "x86-plain"])
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_agrees_with_the_reference(workbench, run_on_cpu, tmp_path, name: str) -> None:
     bench = workbench(seed=len(name))
     rng: np.random.Generator = bench.rng

@@ -53,6 +53,7 @@ def add_gemm(bench, x_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["x86-cpu", "x86-avx2", "x86-plain"])
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_sums_are_exact(workbench, run_on_cpu, tmp_path, target: str) -> None:
     bench = workbench(len(target))
     for _ in range(3):
@@ -92,6 +93,7 @@ def test_scales_biases_and_clamps(workbench, run_on_cpu, tmp_path) -> None:
     assert wanted.min() == -0.5 and wanted.max() == 6.0
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_dynamic_quantize_linear(workbench, run_on_cpu, tmp_path) -> None:
     """Whole vectors and rests, ranges on one side of zero, nothing but zeros, ties."""
     bench = workbench(11)

@@ -60,6 +60,7 @@ def add_conv(bench, variant: RequantizeVariant, *, heavy: bool = False) -> None:
 
 
 @pytest.mark.parametrize("target", ["x86-cpu", "x86-plain"])
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_products(workbench, run_on_cpu, tmp_path, target: str) -> None:
     bench = workbench(seed=3)
     for variant in REQUANTIZE_VARIANTS:
@@ -80,6 +81,7 @@ def test_products(workbench, run_on_cpu, tmp_path, target: str) -> None:
     check(bench, run_on_cpu, tmp_path, target)
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_other_operators(workbench, run_on_cpu, tmp_path) -> None:
     bench = workbench(seed=4)
     rng = bench.rng

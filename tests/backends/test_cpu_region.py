@@ -83,6 +83,7 @@ def check_float(net: Net, shapes, outputs, run, folder: Path, target: Target = H
 
 
 @pytest.mark.parametrize("target", ["x86-cpu", "x86-avx2"])
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_residual_network_in_float(run_on_cpu, tmp_path, target: str) -> None:
     net, shapes = Net(0), [(2, 3, 19, 23)]
     first = net.add("Relu", net.conv("x0", 3, 32, 3, strides=[2, 2]))
@@ -97,6 +98,7 @@ def test_residual_network_in_float(run_on_cpu, tmp_path, target: str) -> None:
     assert names.count("Transpose") == 1  # of the input; the mean has one pixel
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_every_kind_of_product_and_map_in_float(run_on_cpu, tmp_path) -> None:
     net, shapes = Net(1), [(1, 5, 11, 13), (1, 24, 11, 13)]
     wide = net.conv("x0", 5, 24, 3)
@@ -197,6 +199,7 @@ def test_a_float_layer_among_integers_costs_no_transpose(run_on_cpu, tmp_path) -
     assert np.abs(output - expected).max() < 0.05 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_gates_on_maps_of_integers_are_exact(run_on_cpu, tmp_path) -> None:
     net, shapes = Net(7), [(1, 16, 8, 8)]
     wide = net.conv("x0", 16, 32, 3)

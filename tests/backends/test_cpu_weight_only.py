@@ -38,6 +38,7 @@ def add_case(bench, rows: int, depth: int, outputs: int, group: int, dtype, comp
 
 
 @pytest.mark.parametrize("target", ["x86-cpu", "x86-avx2", "x86-plain"])
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_matches_the_reference(workbench, run_on_cpu, tmp_path: Path, target: str) -> None:
     bench = workbench(seed=31)
     rng, largest = bench.rng, 0.0

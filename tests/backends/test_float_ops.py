@@ -251,6 +251,7 @@ def add_case(bench, case: Case) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=["elementwise", "reductions", "neural", "movement", "quantizing"])
+@pytest.mark.parametrize("run_on_cpu", ["alone", "shared"], indirect=True)
 def test_agrees_with_onnxruntime(workbench, run_on_cpu, tmp_path, family: tuple[Case, ...]) -> None:
     bench = workbench(seed=len(family))
     for case in family:

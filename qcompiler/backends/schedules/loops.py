@@ -90,9 +90,10 @@ def schedule_matmul(function: tirx.PrimFunc, host: HostCode) -> tirx.PrimFunc:
         s.vectorize(at_lane)
         s.vectorize(vector)
     s.unroll(at_row)
-    s.decompose_reduction(accumulator, k)
+    # Before the reduction is taken apart: of the two blocks that makes, TVM does not see that strips are independent.
     if threads > 1:
         s.parallel(s.fuse(*batch, strip))
+    s.decompose_reduction(accumulator, k)
     return s.mod["main"]
 
 
@@ -115,9 +116,9 @@ def schedule_float_conv(function: tirx.PrimFunc, host: HostCode, *, rank: int) -
         s.vectorize(at_lane)
         s.vectorize(vector)
     s.unroll(at_channel)
-    s.decompose_reduction(accumulator, reduced[0])
-    if threads > 1:
+    if threads > 1:  # before the reduction is taken apart, as above
         s.parallel(s.fuse(batch, channels))
+    s.decompose_reduction(accumulator, reduced[0])
     return s.mod["main"]
 
 
