@@ -186,6 +186,9 @@ class Dma(Spec):
     bandwidth: Bandwidth
     setup: Duration
 
+    def writes(self, memory: str) -> bool:
+        return any(path.destination == memory or (path.both_ways and path.source == memory) for path in self.paths)
+
 
 class MicroBlock(Spec):
     """A micro-block that an array may work in, and for which operators."""

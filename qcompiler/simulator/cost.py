@@ -513,12 +513,14 @@ class _Pricer:
         )
 
     def _dma(self, source: str | None, destination: str) -> str:
-        """The DMA for a copy; fills and copies within one memory use the first that reaches it."""
-        if source is not None and source != destination:
-            found = self.npu.path_between(source, destination)
-        else:
-            found = next((name for memory in self.npu.memories
-                          if (name := self.npu.path_between(memory, destination)) is not None), None)  # fmt: skip
+        """The DMA for a copy.
+
+        Fills, copies within one memory, and copies without a path of their own (constants that go straight to external
+        memory) use the first that writes the destination.
+        """
+        found = None if source is None else self.npu.path_between(source, destination)
+        if found is None:
+            found = next((name for name, dma in self.npu.dma.items() if dma.writes(destination)), None)
         assert found is not None, f"{self.target.name} has no DMA from {source} to {destination}"
         return found
 

@@ -303,6 +303,15 @@ def test_fills_touch_one_memory() -> None:
     assert command.end == 40 + 4 + ceil(1000 / 16)
 
 
+def test_constants_may_be_copied_past_the_scratchpad() -> None:
+    """The Ethos-U55 has paths from flash and to DRAM, but none from one to the other."""
+    copied = price(word(isa.DMA, OUT, 0, 0, 0, WEIGHTS, 0, 0, 0, 1, 1, 4096), ARM, {WEIGHTS: "flash"})
+    assert [(moved.read, moved.written) for moved in only(copied).traffic] == [(4096, 0), (0, 4096)]
+    assert [moved.memory for moved in only(copied).traffic] == ["flash", "dram"]
+    brought = price(load(4096, WEIGHTS), ARM, {WEIGHTS: "flash"})
+    assert only(copied).unit == only(brought).unit == "dma" and copied.cycles >= brought.cycles
+
+
 def test_weights_come_from_the_memory_their_base_names() -> None:
     words = load(1024, WEIGHTS)
     flash, dram = price(words, ARM, {WEIGHTS: "flash"}), price(words, ARM)
