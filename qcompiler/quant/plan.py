@@ -263,16 +263,26 @@ class _Planner:
             return "it moves data for operators that stay in float"
         if self._in_tail(node) and (any(from_float) if is_op(node, "Concat") else all(from_float)):
             return "it follows operators that stay in float"
-        if not self.target.accelerators and self._is_read_in_float(node):
-            if is_op(node, "Add", "Sub") and node not in self.regions:
+        if self._is_read_in_float(node):
+            on_cpu = not self.target.accelerators
+            if is_op(node, "Add", "Sub") and node not in self.regions and (on_cpu or self._is_normalized(node)):
                 return SUM_REASON
-            if moves and all(is_op(maker, "Gemm") for maker in makers) and self._is_read_by_sums(node.outputs[0]):
+            if (
+                on_cpu
+                and moves
+                and all(is_op(maker, "Gemm") for maker in makers)
+                and self._is_read_by_sums(node.outputs[0])
+            ):
                 return "it moves data for operators that stay in float"
         return None
 
     def _is_read_in_float(self, node: ir.Node) -> bool:
         readers = [reader for value in node.outputs for reader in users(value)]
         return bool(readers) and all(reader in self.float_reasons for reader in readers)
+
+    def _is_normalized(self, node: ir.Node) -> bool:
+        """Whether a sum goes into layer normalization, which scales its outliers down."""
+        return any(is_op(reader, "LayerNormalization") for value in node.outputs for reader in users(value))
 
     def _is_read_by_sums(self, value: ir.Value) -> bool:
         """Whether sums that stay in float are all that reads a value, perhaps after data movement."""

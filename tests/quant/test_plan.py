@@ -5,7 +5,7 @@ import pytest
 
 from qcompiler.calibrate import calibrate
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.plan import ON_REQUEST, plan
+from qcompiler.quant.plan import ON_REQUEST, SUM_REASON, plan
 from qcompiler.quant.types import Range, Ranges
 from qcompiler.target_loader import load_target
 
@@ -188,6 +188,20 @@ def test_operators_without_an_integer_form_are_named(make, npu):
     )
     assert set(made.float_nodes) == {"n"} and "LayerNormalization" in made.float_nodes["n"]
     assert {"c", "n", "r", "y"} <= set(made.activations)
+
+
+def test_residual_sums_before_normalization_stay_in_float(make, npu):
+    """Two blocks of a transformer: what the branches add is quantized, the stream they add to is not."""
+    made = make(
+        "g (float[1,4,8,8] x) => (y)"
+        "{ a = Conv(x, w)  b = Add(x, a)  m = LayerNormalization(b, s)  c = Conv(m, w)  d = Add(b, c)"
+        "  n = LayerNormalization(d, s)  e = Conv(n, w)  f = Conv(m, w)  y = Add(e, f) }",
+        CONV | {"s": (8,)},
+        npu,
+    )
+    assert made.float_nodes["b"] == made.float_nodes["d"] == SUM_REASON
+    assert {"a", "c", "m", "n", "e", "f"} <= set(made.activations)
+    assert not {"b", "d"} & set(made.activations)
 
 
 def test_islands_between_float_operators_stay_in_float(make, npu):
