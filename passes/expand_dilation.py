@@ -1,5 +1,7 @@
 """Dilated convolutions for targets without dilation."""
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -9,13 +11,19 @@ from qcompiler.passes.rewriting import Rewrite, is_weight, map_weight, no_auto_p
 from qcompiler.passes.split_grouped_conv import admits_ungrouped, zero_is_zero
 from qcompiler.target import Target
 
+FEW_ZEROS = 4.0
+"""Times the kernel: 3 x 3 with dilation 2 takes 2.8 times the multiplications, which is less than moving maps costs."""
+MANY_ZEROS = 16.0
+"""Times the kernel: beyond, the CPU is the better place."""
+
 
 class ExpandDilation(ir.passes.InPlacePass):
     """Conv with dilation, which the target refuses => the same kernel with zeros written out, if that is taken.
 
-    Otherwise, for stride 1: space to batch (every d-th row and column becomes an image of its own), a Conv without
-    dilation, and back, if the target takes that batch. Else the Conv stays. Quantized weights with zero points other
-    than 0 are left alone. Runs before `SplitGroupedConv`, which will see to the groups.
+    Where zeros would multiply the kernel by more than `FEW_ZEROS`, for stride 1 rather: space to batch (every d-th row
+    and column becomes an image of its own), a Conv without dilation, and back, if the target takes that batch. Where it
+    does not, up to `MANY_ZEROS`. Else the Conv stays. Quantized weights with zero points other than 0 are left alone.
+    Runs before `SplitGroupedConv`, which will see to the groups.
     """
 
     def __init__(self, target: Target) -> None:
@@ -35,11 +43,15 @@ class ExpandDilation(ir.passes.InPlacePass):
         height, width = ((size - 1) * step + 1 for size, step in zip(shape_of(weight)[2:], dilations, strict=True))
         plain = {"dilation_h": 1, "dilation_w": 1}
         written_out = plain | {"kernel_h": height, "kernel_w": width, "kernel_area": height * width}
-        if zero_is_zero(weight) and admits_ungrouped(self.target, facts, written_out):
+        growth = height * width / math.prod(shape_of(weight)[2:])
+        takes_zeros = zero_is_zero(weight) and admits_ungrouped(self.target, facts, written_out)
+        if takes_zeros and growth <= FEW_ZEROS:
             return _write_out(node, dilations)
         batch = {"batch": shape_of(data_input(node))[0] * dilations[0] * dilations[1], "padded": False}
         no_stride = ints(node, "strides", (1, 1)) == (1, 1)
-        return no_stride and admits_ungrouped(self.target, facts, plain | batch) and _space_to_batch(node, dilations)
+        if no_stride and admits_ungrouped(self.target, facts, plain | batch):
+            return _space_to_batch(node, dilations)
+        return takes_zeros and growth <= MANY_ZEROS and _write_out(node, dilations)
 
 
 def _write_out(node: ir.Node, dilations: tuple[int, ...]) -> bool:

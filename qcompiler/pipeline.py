@@ -11,6 +11,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.passes.cancel_layout_transposes import CancelLayoutTransposes
 from qcompiler.passes.cancel_transposes import CancelTransposes
 from qcompiler.passes.center_weights import CenterWeights
+from qcompiler.passes.crop_kernel import CropKernel
 from qcompiler.passes.expand_dilation import ExpandDilation
 from qcompiler.passes.expand_hard_sigmoid import ExpandHardSigmoid
 from qcompiler.passes.fold_affine import FoldAffine
@@ -50,6 +51,7 @@ SIMPLIFY: Passes = (
     # One spelling for each operation; then the Reshapes these leave merge, and what does nothing goes.
     FoldAutoPad(),
     FoldPad(),
+    CropKernel(),
     NormalizeConv1d(),
     NormalizePool(),
     NormalizeMatMul(),

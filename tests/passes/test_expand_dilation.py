@@ -56,6 +56,18 @@ def test_numerics_over_sizes(net, target_with, apply, seed):
     assert apply(model, ExpandDilation(target_with(SMALL_KERNEL))).largest_error() < 1e-6
 
 
+def test_many_zeros_are_not_written_out(net, target_with, apply, assert_refused):
+    n = net()
+    x = n.input(1, 2, 31, 31)
+    model = n.model(n.op("Conv", x, n.weight(3, 2, 3, 3), dilations=[6, 6], pads=[6] * 4))
+    after = apply(model, ExpandDilation(target_with(ANY_KERNEL)))
+    assert shape_of(after.the("Conv").inputs[0])[0] == 36 and after.largest_error() < 1e-6
+    one_image = target_with(ANY_KERNEL | {"where": NO_DILATION | {"batch": 1}})
+    assert_refused(model, ExpandDilation(one_image))  # 13 x 13 for 3 x 3
+    mild = n.model(n.op("Conv", x, n.weight(3, 2, 3, 3), dilations=[4, 4], pads=[4] * 4))
+    assert apply(mild, ExpandDilation(one_image)).op_types[-1] == "Conv"
+
+
 def test_fixpoint(dilated, quantized, target_with, assert_settled):
     assert_settled(dilated, ExpandDilation(target_with(SMALL_KERNEL)))
     assert_settled(quantized, ExpandDilation(target_with(ANY_KERNEL)))
