@@ -27,7 +27,7 @@ import onnx_ir as ir
 import typer
 from networks import resnet_50
 
-from qcompiler.backends import cpu_conv, gpu_conv
+from qcompiler.backends import cpu_conv, gpu_conv, gpu_tensor_cores
 from qcompiler.backends.gpu import RUNTIMES, compile_region
 from qcompiler.backends.gpu_binary import cubin
 from qcompiler.backends.gpu_code import Device, device_of, generate
@@ -209,7 +209,7 @@ def add_sweep(folder: Folder, models: Sequence[ir.Model], device: Device, assemb
             if node.domain != QCOMPILER_DOMAIN or node.op_type not in ("QConv", "QGemm"):
                 continue
             problem = cpu_conv.problem_of(node)
-            work = gpu_conv.tensor_core_work(problem, data_input(node), device)
+            work = gpu_tensor_cores.work_of(problem, data_input(node), device)
             key = (work, problem.x_shape, problem.weights.shape, problem.strides, problem.pad)
             if work is not None and key not in seen:
                 seen.add(key)
@@ -223,7 +223,7 @@ def _sweep_layer(folder: Folder, node: ir.Node, work: mma.Work, device: Device, 
     problem, x = cpu_conv.problem_of(node), data_input(node)
     kernels = [
         gpu_conv.convolution(
-            problem, x, node.outputs[0], cpu_conv.finish(problem), device, gpu_conv.Layout(), tile=tile
+            problem, x, node.outputs[0], cpu_conv.finish(problem), device, gpu_tensor_cores.Layout(), tile=tile
         )
         for tile in tiles
     ]

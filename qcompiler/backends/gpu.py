@@ -19,9 +19,9 @@ from tvm.script.ir_builder import tirx as _builder
 from qcompiler.backends.base import AcceleratorFunction, Document, GpuKernel, Kernel, View
 from qcompiler.backends.gpu_binary import binary
 from qcompiler.backends.gpu_code import Device, Launch, device_of, generate
-from qcompiler.backends.gpu_conv import Layout
 from qcompiler.backends.gpu_kernels import Group, grouped, layout_of, lower, refusal
 from qcompiler.backends.gpu_program import ALIGNMENT, GpuProgram, Port, Span, Step, describe, encode
+from qcompiler.backends.gpu_tensor_cores import Layout
 from qcompiler.backends.workspace import Lifetime, plan
 from qcompiler.c_code import CSource, stub
 from qcompiler.graph import const_of, dtype_of, element_count, shape_of, value_name

@@ -7,14 +7,14 @@ import numpy as np
 import onnx_ir as ir
 from tvm.target import Target as TvmTarget
 
-from qcompiler.backends import cpu_conv, cpu_elementwise, cpu_pool, gpu_conv, movement, te
+from qcompiler.backends import cpu_conv, cpu_elementwise, cpu_pool, gpu_conv, gpu_tensor_cores, movement, te
 from qcompiler.backends.base import HostCode, Kernel, Lowering, View
 from qcompiler.backends.cpu_elementwise import constant_input
 from qcompiler.backends.cpu_packed import Finish
 from qcompiler.backends.elementwise import Formula
 from qcompiler.backends.gpu_code import Device
-from qcompiler.backends.gpu_conv import Layout, Piece
 from qcompiler.backends.gpu_elementwise import elementwise
+from qcompiler.backends.gpu_tensor_cores import Layout, Piece
 from qcompiler.backends.schedules.gpu import schedule_each, schedule_rows
 from qcompiler.graph import (
     QCOMPILER_DOMAIN,
@@ -171,7 +171,7 @@ def _can_be_packed(value: ir.Value, members: Mapping[ir.Node, Group], device: De
 def _multiplies_four_bits(node: ir.Node, device: Device) -> bool:
     """Whether it does so, and reads whole words."""
     problem = cpu_conv.problem_of(node)
-    work = gpu_conv.tensor_core_work(problem, data_input(node), device)
+    work = gpu_tensor_cores.work_of(problem, data_input(node), device)
     return work is not None and work.bits == 4 and problem.weights.shape[-1] % _NIBBLES == 0
 
 
@@ -193,7 +193,7 @@ def _joined_in_place(node: ir.Node) -> dict[ir.Value, Piece]:
 def _on_tensor_cores(node: ir.Node, device: Device) -> bool:
     if node.domain != QCOMPILER_DOMAIN or node.op_type not in _PRODUCTS:
         return False
-    return gpu_conv.tensor_core_work(cpu_conv.problem_of(node), data_input(node), device) is not None
+    return gpu_tensor_cores.work_of(cpu_conv.problem_of(node), data_input(node), device) is not None
 
 
 # --- lowering ----------------------------------------------------------------------------------------------
