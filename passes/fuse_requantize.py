@@ -65,7 +65,8 @@ def _compose(second: ir.Node) -> bool:
     if first is None or not _is_unary(first) or only_user(first.outputs[0]) is not second:
         return False
     tables = [node for node in (first, second) if is_op(node, "QLookup", domain=QCOMPILER_DOMAIN)]
-    if not tables:
+    ends = (data_input(first), second.outputs[0])
+    if not tables or any(dtype_of(value).itemsize > 1 for value in ends):
         return False
     info = np.iinfo(dtype_of(data_input(first)))
     codes = np.arange(info.min, info.max + 1).astype(info.dtype)

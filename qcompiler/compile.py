@@ -317,6 +317,7 @@ def prepare(
     from qcompiler.quant.plan import plan
     from qcompiler.quant.prune import prune as prune_weights
     from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
+    from qcompiler.quant.weight_bits import activation_dtype
     from qcompiler.quant.weight_only import has_grouped_weights, is_weight_only, note_compute, weight_only
     from qcompiler.target_loader import load_target
 
@@ -333,7 +334,7 @@ def prepare(
         data = _open_data(options, input_specs(graph))
         progress.stage("simplify")
         graph = run(graph, SIMPLIFY, stage="simplify")
-        graph = run(graph, legalize(chip), stage="legalize")
+        graph = run(graph, legalize(chip.preferring(activation_dtype(chip, options.formats))), stage="legalize")
         _refuse_unsupported(source, graph)
         progress.stage("read samples")
         warnings.messages += [f"calibration data, {warning}" for warning in lint(data)]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -313,11 +313,11 @@ class MacPrecision(Spec):
 
 
 DTYPES: tuple[str, ...] = ("int1", "int2", "int4", "uint4", "int8", "uint8", "int16", "int32", "float32")
-"""The types a precision is written with, as in "int8" or "uint8*int8"; int1 is for weights of -1 and 1."""
+"""The types a precision is written with, as in "int8", "uint8*int8" or "int16->int8"; int1: weights of -1 and 1."""
 
 
 def check_precision(precision: str, *at: str | int) -> None:
-    for dtype in precision.split("*"):
+    for dtype in precision.replace("->", "*").split("*"):
         if dtype not in DTYPES:
             raise spec_error(f"{dtype!r} is not a type{did_you_mean(dtype, DTYPES)}", *at)
 
@@ -355,13 +355,21 @@ class Engine(Spec):
 # --- quantization ---------------------------------------------------------------------------------------
 
 
+ActivationType = Literal["int8", "uint8", "int16"]
+ACTIVATION_TYPES: tuple[str, ...] = get_args(ActivationType)
+
+
 class ActivationFormat(Spec):
-    dtypes: tuple[Literal["int8", "uint8", "int16"], ...]
+    dtypes: tuple[ActivationType, ...]
     symmetric: bool = False
 
 
+StoredWeightType = Literal["int8", "uint8", "int4", "int2", "int1"]
+WEIGHT_TYPES: tuple[str, ...] = get_args(StoredWeightType)
+
+
 class WeightFormat(Spec):
-    dtypes: tuple[Literal["int8", "uint8", "int4", "int2", "int1"], ...]
+    dtypes: tuple[StoredWeightType, ...]
     symmetric: bool = True
     per_channel: bool = True
     narrow_range: bool = True
@@ -382,6 +390,20 @@ class Quantization(Spec):
         "Pad",
     )
     """Operators whose inputs and outputs must have one scale and zero point."""
+
+    def lacks(self, facts: "OpFacts") -> str | None:
+        """The first type of an operator that is not listed here, though it might be, or None.
+
+        A chip that extends another may have fewer types and the same rules.
+        """
+        inputs, _, result = facts.asked.partition("->")
+        activation, _, weights = inputs.partition("*")
+        for dtype in (activation, result):
+            if dtype in ACTIVATION_TYPES and dtype not in self.activations.dtypes:
+                return f"{dtype} activations"
+        computed = facts.facts.get("constant_weights") is False
+        known, listed = (ACTIVATION_TYPES, self.activations.dtypes) if computed else (WEIGHT_TYPES, self.weights.dtypes)
+        return f"{weights} weights" if weights in known and weights not in listed else None
 
 
 # --- operator rules --------------------------------------------------------------------------------------
@@ -474,7 +496,8 @@ class OpRule(Spec):
     ops: tuple[str, ...]
     engine: str
     precisions: tuple[str, ...] = ("int8",)
-    """Admitted precisions: "int8*int8" for operators with weights, "int8" otherwise."""
+    """Admitted precisions: "int8*int8" for operators with weights, "int8" otherwise; "int8->int16", "int16*int8->int8"
+    where the output is of another width than the input."""
     where: Mapping[str, Bound] = {}
     note: str = ""
 
@@ -499,13 +522,26 @@ class OpFacts:
 
     op: str
     precision: str
+    """Of the inputs."""
     facts: Mapping[str, FactValue]
     narrow: str | None = None
     """The precision with an activation of four bits, of a product whose 8-bit activation uses no more."""
+    result: str = ""
+    """The output's type, if it is of another width than the input's."""
+
+    @property
+    def asked(self) -> str:
+        """The precision as a rule has to list it."""
+        return f"{self.precision}->{self.result}" if self.result else self.precision
 
     def among(self, precisions: Collection[str]) -> str | None:
-        """The precision under which the operator is admitted or priced: the narrow one if there is a choice."""
+        """The precision under which the operator is priced: the narrow one if there is a choice."""
         return next((name for name in (self.narrow, self.precision) if name in precisions), None)
+
+    def admitted(self, precisions: Collection[str]) -> bool:
+        """Whether a rule that lists these takes the operator."""
+        narrow = f"{self.narrow}->{self.result}" if self.result else self.narrow
+        return self.asked in precisions or narrow in precisions
 
 
 AcceleratorName = Literal["npu", "dsp", "gpu"]
@@ -711,7 +747,7 @@ class Npu(Accelerator):
                     )
                 continue
             for place, precision in enumerate(rule.precisions):
-                if precision not in engine.precisions:
+                if precision.partition("->")[0] not in engine.precisions:
                     raise spec_error(
                         f"the engine {rule.engine!r} has no rate for {precision!r}", "rules", index, "precisions", place
                     )
@@ -790,7 +826,7 @@ class Gpu(Accelerator):
                 )
             rates = self.engines[rule.engine].precisions
             for place, precision in enumerate(rule.precisions):
-                if precision not in rates and any(op in WEIGHTED_OPS for op in rule.ops):
+                if precision.partition("->")[0] not in rates and any(op in WEIGHTED_OPS for op in rule.ops):
                     raise spec_error(
                         f"the engine {rule.engine!r} has no rate for {precision!r}", "rules", index, "precisions", place
                     )
@@ -841,6 +877,14 @@ class Target(Spec):
         assert isinstance(unit, Npu), f"{name} has no scratchpad"
         return self.model_copy(update={"npu": unit, "dsp": None, "gpu": None})
 
+    def preferring(self, dtype: ActivationType) -> "Target":
+        """The chip for a network whose activations are of a type that it has: the first of its list."""
+        activations = self.quantization.activations
+        assert dtype in activations.dtypes, f"{self.name} has no {dtype} activations"
+        others = tuple(other for other in activations.dtypes if other != dtype)
+        first = activations.model_copy(update={"dtypes": (dtype, *others)})
+        return self.model_copy(update={"quantization": self.quantization.model_copy(update={"activations": first})})
+
     def match(self, facts: OpFacts) -> Match | Refusal:
         """Which accelerator's rule takes an operator first, or why none does."""
         reasons: dict[AcceleratorName, str] = {}
@@ -854,7 +898,10 @@ class Target(Spec):
     def match_on(self, name: AcceleratorName, facts: OpFacts) -> Match | Refusal:
         """Which rule of one accelerator takes an operator, or why none does."""
         rule = self.accelerators[name].match(facts, self.name)
-        return rule if isinstance(rule, Refusal) else Match(rule, rule.engine, name)
+        if isinstance(rule, Refusal):
+            return rule
+        lacking = self.quantization.lacks(facts)
+        return Match(rule, rule.engine, name) if lacking is None else Refusal(f"{self.name} has no {lacking}")
 
 
 def joined_reasons(reasons: Mapping[AcceleratorName, str]) -> str:
@@ -865,8 +912,8 @@ def joined_reasons(reasons: Mapping[AcceleratorName, str]) -> str:
 
 
 def _refusal(rule: OpRule, facts: OpFacts) -> str | None:
-    if facts.among(rule.precisions) is None:
-        return f"{facts.op} in {facts.precision} is not among {', '.join(rule.precisions)}"
+    if not facts.admitted(rule.precisions):
+        return f"{facts.op} in {facts.asked} is not among {', '.join(rule.precisions)}"
     for field, bound in rule.where.items():
         value = facts.facts.get(field)
         if value is not None and not bound.admits(value):

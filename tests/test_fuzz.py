@@ -12,18 +12,22 @@ import tvm
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.backends import accelerators, npu
-from qcompiler.compile import place
+from qcompiler.compile import EIGHT_BITS, place
 from qcompiler.graph import value_name
 from qcompiler.integer.reference import Executor
 from qcompiler.options import Options
 from qcompiler.partition import partition
+from qcompiler.quant.types import WeightRequest
 from qcompiler.simulator.machine import Log, compile_simulator
 from qcompiler.target import Target
+from qcompiler.target_loader import load_target
 
 GRAPHS, BLOCK = 500, 25
 TARGETS = ("arm-npu", "systolic-npu", "ethos-u65-256", "nvdla-small", "gemmini", "vta")
 SCRATCHPADS = (None, 64 * 1024, 32 * 1024, 8 * 1024)
 """Bytes, or the chip's own; what has no tile so small goes to the CPU."""
+FORMATS = (EIGHT_BITS, WeightRequest(activations="int16"), WeightRequest("int4"), WeightRequest("int4", {}, "int16"))
+"""In turn, where the chip has them."""
 
 Shape = tuple[int, ...]
 Tensor = tuple[str, Shape]
@@ -208,6 +212,17 @@ def shrunk(target: Target, size: int | None) -> Target:
     return target.model_copy(update={"npu": target.npu.model_copy(update={"memories": memories})})
 
 
+def formats_for(chip: str, seed: int) -> WeightRequest:
+    offered = load_target(chip).quantization
+    having = [
+        formats
+        for formats in FORMATS
+        if (formats.activations != "int16" or "int16" in offered.activations.dtypes)
+        and (formats.default != "int4" or "int4" in offered.weights.dtypes)
+    ]
+    return having[seed // (len(TARGETS) * len(SCRATCHPADS)) % len(having)]
+
+
 def cases(seed: int, folder: Path) -> Iterator[Case]:
     model, shape = Writer(seed).model()
     file = folder / f"{seed}.onnx"
@@ -215,7 +230,7 @@ def cases(seed: int, folder: Path) -> Iterator[Case]:
     rng = np.random.default_rng(seed)
     data = rng.normal(size=(3, *shape[1:])).astype(np.float32)
     chip = TARGETS[seed % len(TARGETS)]
-    placed = place(file, chip, Options(calibration={"x": data}))
+    placed = place(file, chip, Options(calibration={"x": data}, formats=formats_for(chip, seed)))
     target = shrunk(placed.target, SCRATCHPADS[seed // len(TARGETS) % len(SCRATCHPADS)])
     parts = partition(placed.integer, target, can_run=partial(accelerators.can_run, target=target), keep_islands=True)
     reference = Executor(placed.integer)

@@ -114,10 +114,15 @@ def test_noise_of_activations_is_gone(tmp_path: Path) -> None:
     assert signal[0] < 50 and signal[1] > 85
 
 
-def test_a_bundle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["x86-cpu", "arm-npu", "systolic-npu"])
+def test_a_bundle(tmp_path: Path, target: str) -> None:
     bundle = qcompiler.compile(
-        DIGITS, "x86-cpu", calibration=CALIBRATION, samples=16, activations="int16", output=tmp_path / "b.qc"
+        DIGITS, target, calibration=CALIBRATION, samples=16, activations="int16", output=tmp_path / "b.qc"
     )
+    placements = bundle.report.placements
+    assert {item.backend for item in placements if item.precision.startswith("int16")} == {
+        "cpu" if target == "x86-cpu" else "npu"
+    }
     with np.load(EXAMPLES / "digits_test.npz") as data:
         images = data["image"][:60]
     session = ort.InferenceSession(DIGITS, providers=["CPUExecutionProvider"])
@@ -129,8 +134,8 @@ def test_a_bundle(tmp_path: Path) -> None:
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(QCompilerError, match="arm-npu has no int16 activations: its spec lists int8, uint8"):
-        place(DIGITS, "arm-npu", Options(formats=SIXTEEN))
+    with pytest.raises(QCompilerError, match="gemmini has no int16 activations: its spec lists int8"):
+        place(DIGITS, "gemmini", Options(formats=SIXTEEN))
     with pytest.raises(SystemExit) as leaving:
         cli.main(["explain", str(DIGITS), "-t", "x86-cpu", "--activations", "int16", "--json"])
     assert not leaving.value.code

@@ -110,12 +110,39 @@ def test_the_first_rule_that_holds_wins() -> None:
                          "rule for Conv admits yes"),
         (OpFacts("Conv", "float32*float32", {}), "Conv in float32*float32 is not among int8*int8, uint8*int8,"),
         (OpFacts("LSTM", "int8", {}), "arm-npu has no rule for LSTM"),
+        (OpFacts("MaxPool", "int8", {}, result="int16"), "MaxPool in int8->int16 is not among int8, uint8, int16"),
+        (OpFacts("Softmax", "int16", {}), "Softmax in int16 is not among int8, uint8"),
     ],
 )  # fmt: skip
 def test_refusals_say_why(facts: OpFacts, reason: str) -> None:
     refusal = ARM.match(facts)
     assert isinstance(refusal, Refusal)
     assert reason in refusal.reason
+
+
+def test_a_rule_lists_outputs_of_another_width() -> None:
+    assert isinstance(ARM.match(OpFacts("Requantize", "int8", {}, result="int16")), Match)
+    assert isinstance(ARM.match(OpFacts("Conv", "int16*int8", {}, result="int8")), Match)
+
+
+@pytest.mark.parametrize(
+    ("chip", "facts", "lacking"),
+    [
+        ("gemmini", OpFacts("Add", "int16", {}), "int16 activations"),
+        ("gemmini", OpFacts("Requantize", "int8", {}, result="int16"), "int16 activations"),
+        ("vta", OpFacts("Conv", "int8*int4", {"group": 1}), "int4 weights"),
+        ("edge-tpu", OpFacts("Gemm", "int16*int8", {}), "int16 activations"),
+    ],
+)
+def test_inherited_rules_bring_no_types(chip: str, facts: OpFacts, lacking: str) -> None:
+    refusal = load_target(chip).match(facts)
+    assert isinstance(refusal, Refusal) and refusal.reason == f"{chip} has no {lacking}"
+
+
+def test_a_chip_prefers_a_type_it_has() -> None:
+    wide = ARM.preferring("int16")
+    assert wide.quantization.activations.dtypes == ("int16", "int8", "uint8")
+    assert wide.npu == ARM.npu and ARM.preferring("int8") == ARM
 
 
 def test_an_absent_fact_constrains_nothing() -> None:

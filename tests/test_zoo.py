@@ -144,9 +144,18 @@ def test_four_bit_weights(zoo: Path, tmp_path: Path, name: str, target: str) -> 
 
 
 @pytest.mark.slow
-def test_sixteen_bit_activations(zoo: Path, tmp_path: Path) -> None:
-    done, samples = placed(zoo, "mobilenet_v1_025_128", "x86-cpu", WeightRequest(activations="int16"))
-    assert "int16*int8" in {item.precision for item in done.partition.placements}
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("mobilenet_v1_025_128", "x86-cpu"), ("mobilenet_v1_025_128", "arm-npu"), ("kws_dscnn", "ethos-u85-256"),
+        ("resnet20_cifar10", "arm-npu"), ("resnet8_cifar10", "systolic-npu"), ("squeezenet11", "systolic-npu"),
+    ],
+)  # fmt: skip
+def test_sixteen_bit_activations(zoo: Path, tmp_path: Path, name: str, target: str) -> None:
+    """Every product on the accelerator, where there is one."""
+    done, samples = placed(zoo, name, target, WeightRequest(activations="int16"))
+    products = {(item.precision, item.backend) for item in done.partition.placements if item.op in ("Conv", "Gemm")}
+    assert products == {("int16*int8", "cpu" if done.target.npu is None else "npu")}
     check_agreement(done, samples, tmp_path)
 
 

@@ -18,7 +18,7 @@ from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.backends.npu_emit import Emitter, TirEmitter, WordEmitter, builder, tirx
 from qcompiler.backends.npu_layers import recipe_of
 from qcompiler.backends.npu_layout import plan_layout
-from qcompiler.backends.npu_loops import emit_fill, emit_streams, emit_transfer, emit_work
+from qcompiler.backends.npu_loops import Fill, emit_fill, emit_streams, emit_transfer, emit_work
 from qcompiler.backends.npu_memory import MemoryPlan
 from qcompiler.backends.npu_schedule import Bases, Step, bases_of, schedule
 from qcompiler.backends.npu_tiling import Work, smallest_need
@@ -201,11 +201,11 @@ def _emit_step(emit: Emitter, program: NpuProgram, index: int) -> None:
 
     if step.work is not None:
         emit_work(emit, step.work, prefetched=step.prefetched, meanwhile=fetch_for_next)
-    if step.fill is not None:
-        emit_fill(emit, step.fill)
-        emit.call(isa.BARRIER)
-    for transfers in (step.copies, step.exports):
-        for transfer in transfers:
-            emit_transfer(emit, transfer)
-        if transfers:
+    for moves in (step.fills, step.copies, step.exports):
+        for move in moves:
+            if isinstance(move, Fill):
+                emit_fill(emit, move)
+            else:
+                emit_transfer(emit, move)
+        if moves:
             emit.call(isa.BARRIER)

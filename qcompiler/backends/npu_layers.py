@@ -81,10 +81,10 @@ class Copy:
 
 @dataclass(frozen=True)
 class Moves:
-    """Pure data movement: fill output 0 with a value, then copy."""
+    """Pure data movement: fill output 0 with one element, then copy."""
 
     copies: tuple[Copy, ...]
-    fill: int | None = None
+    fill: bytes | None = None
 
 
 Recipe = Work | Moves
@@ -96,8 +96,8 @@ def recipe_of(node: ir.Node, target: Target) -> Recipe | str:
     Covers every operator; whether the smallest tile fits the scratchpad is not asked here.
     """
     for value in (node.inputs[0], *node.outputs):
-        if value is None or value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-            return f"{node.op_type} works on 8-bit tensors only"
+        if value is None or value.dtype not in _types_of(node):
+            return _refused_type(node)
         if element_count(shape_of(value)) == 0:
             return "the tensor is empty"
     if node.domain == QCOMPILER_DOMAIN:
@@ -113,6 +113,19 @@ def recipe_of(node: ir.Node, target: Target) -> Recipe | str:
         return _slice(node, target)
     make_moves = _MOVES.get(node.op_type) if is_op(node, node.op_type) else None
     return make_moves(node) if make_moves is not None else f"the NPU's driver has no {node.op_type}"
+
+
+_EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+_EIGHT_BITS_ONLY = ("QLookup", "QSoftmax", "QResizeLinear")
+
+
+def _types_of(node: ir.Node) -> tuple[ir.DataType, ...]:
+    """Of the feature maps an operator reads and writes."""
+    return _EIGHT_BITS if node.op_type in _EIGHT_BITS_ONLY else (*_EIGHT_BITS, ir.DataType.INT16)
+
+
+def _refused_type(node: ir.Node) -> str:
+    return f"{node.op_type} works on {'8-bit' if node.op_type in _EIGHT_BITS_ONLY else '8- and 16-bit'} tensors only"
 
 
 # --- shapes ----------------------------------------------------------------------------------------------
@@ -390,10 +403,12 @@ def _pair(node: ir.Node, zero_points: tuple[int, int]) -> tuple[Dims4, tuple[Map
     views = _broadcast_views((shape_of(values[0]), shape_of(values[1])), shape_of(node.outputs[0]))
     if views is None:
         return "it broadcasts along more axes than the NPU has"
+    if dtype_of(values[0]).itemsize != dtype_of(values[1]).itemsize:
+        return "its operands are of different widths"
     operands: list[MapOperand] = []
     for index, (value, shape, zero_point) in enumerate(zip(values, views[0], zero_points, strict=True)):
-        if value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-            return f"{node.op_type} works on 8-bit tensors only"
+        if value.dtype not in _types_of(node):
+            return _refused_type(node)
         y, x, c = (
             Repeated() if size == 1 and full > 1 else Same() for size, full in zip(shape[1:], views[1][1:], strict=True)
         )
@@ -720,8 +735,9 @@ def _pad(node: ir.Node) -> Recipe | str:
     for index, axis in enumerate(chosen):
         start[axis] = int(pads[index])
     copy = Copy(0, source, tuple(range(rank)), _zeros(rank), _ones(rank), 0, shape, tuple(start), source)
-    fill = int(value.ravel()[0]) & 255 if value is not None and value.size else 0
-    return Moves((copy,), fill if source != shape else None)
+    dtype = dtype_of(data_input(node))
+    fill = value.ravel()[:1].astype(dtype) if value is not None and value.size else np.zeros(1, dtype)
+    return Moves((copy,), fill.tobytes() if source != shape else None)
 
 
 _MOVES: Mapping[str, Callable[[ir.Node], Recipe | str]] = {

@@ -48,7 +48,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Fill:
-    """Set `size` bytes from an address on."""
+    """Set `size` bytes from an address on to one value."""
 
     base: int
     offset: int

@@ -41,7 +41,8 @@ class Step:
     node: str
     op: str
     work: TiledWork | None
-    fill: Fill | None
+    fills: tuple[Fill | Transfer, ...]
+    """What comes before the copies, which write over parts of it."""
     copies: tuple[Transfer, ...]
     exports: tuple[Transfer, ...]
     """Region outputs to copy out once this node is done."""
@@ -127,6 +128,9 @@ class _Fit:
     plan: MemoryPlan
     evicted: frozenset[ir.Value]
 
+
+_PATTERN = 256
+"""Bytes of a constant that fills are copied from."""
 
 _EVICTION_TRIALS = 24
 
@@ -391,7 +395,9 @@ class _Scheduler:
         offsets: dict[str, int],
     ) -> Step:
         node, recipe = self.region.nodes[index], self.recipes[index]
-        fill, copies, work = None, (), None
+        work: TiledWork | None = None
+        fills: tuple[Fill | Transfer, ...] = ()
+        copies: tuple[Transfer, ...] = ()
         if isinstance(recipe, Work):
             tiling = draft.tilings[index]
             assert tiling is not None
@@ -407,8 +413,7 @@ class _Scheduler:
         else:
             copies = tuple(self._transfer(node, copy, homes) for copy in self.layout.copies[index])
             if recipe.fill is not None:
-                base, offset = self._address(node.outputs[0], homes)
-                fill = Fill(base, offset, self._size(node.outputs[0]), recipe.fill)
+                fills = self._fills(node.outputs[0], recipe.fill, homes)
         spans = [
             (buffer, (offset, aligned(buffer.size, self.alignment)))
             for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
@@ -418,7 +423,7 @@ class _Scheduler:
             node.name or value_name(node.outputs[0]),
             node.op_type,
             work,
-            fill,
+            fills,
             copies,
             self._exports(index, homes),
             tuple(span for buffer, span in spans if buffer.first == index),
@@ -467,6 +472,21 @@ class _Scheduler:
             tuple(src[axis] * copy.src_step[axis] for axis in copy.src_axes),
             copy.box,
         )
+
+    def _fills(
+        self, value: ir.Value, element: bytes, homes: dict[ir.Value, tuple[int, int]]
+    ) -> tuple[Fill | Transfer, ...]:
+        """Every element of a value set to one: by a fill, or from a constant where its bytes differ."""
+        base, offset = self._address(value, homes)
+        size = self._size(value)
+        if len(set(element)) == 1:
+            return (Fill(base, offset, size, element[0]),)
+        run = min(size, _PATTERN)
+        source = self.blob.add(element * (run // len(element)))
+        whole, rest = divmod(size, run)
+        repeated = Transfer(base, offset, (run, 1), self.bases.blob, source, (0, 1), (whole, run))
+        last = Transfer(base, offset + whole * run, (1,), self.bases.blob, source, (1,), (rest,))
+        return (repeated, last) if rest else (repeated,)
 
     def _exports(self, index: int, homes: dict[ir.Value, tuple[int, int]]) -> tuple[Transfer, ...]:
         exports: list[Transfer] = []

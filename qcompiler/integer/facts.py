@@ -100,6 +100,12 @@ def facts_of_integer(node: ir.Node) -> OpFacts:
     return OpFacts(node.op_type, precision, _float_facts(node, node.op_type))
 
 
+def _result(node: ir.Node) -> str:
+    """The output's type, if it is of another width than the input's."""
+    before, after = dtype_of(data_input(node)), dtype_of(node.outputs[0])
+    return str(after) if after.itemsize != before.itemsize else ""
+
+
 def _float_name(node: ir.Node) -> str:
     if node.op_type in LOOKUP_FUNCTIONS:
         return "Lookup"
@@ -353,4 +359,4 @@ def _integer_op_facts(node: ir.Node) -> OpFacts:
         precision, eight = f"{precision}*{second_type}", precision in ("int8", "uint8")
         if weights is not None and eight and (few := four_bit_type(data_input(node))) is not None:
             narrow = f"{few}*{second_type}"
-    return OpFacts(op, precision, facts, narrow)
+    return OpFacts(op, precision, facts, narrow, _result(node))

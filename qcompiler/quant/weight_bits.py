@@ -11,7 +11,7 @@ from qcompiler.graph import data_input, value_name
 from qcompiler.integer.facts import facts_of_float
 from qcompiler.layer_names import JOINT
 from qcompiler.quant.types import DTypeName, WeightRequest, WeightType
-from qcompiler.target import Match, Target
+from qcompiler.target import ActivationType, Match, Target
 
 
 def weight_dtypes(
@@ -64,7 +64,7 @@ FEW_BITS: Mapping[WeightType, DTypeName] = {"int4": "int4", "int2": "int2", "bin
 """What weights of less than 8 bits are stored as."""
 
 
-def activation_dtype(target: Target, wanted: WeightRequest) -> DTypeName:
+def activation_dtype(target: Target, wanted: WeightRequest) -> ActivationType:
     """The type of activations.
 
     Raises:

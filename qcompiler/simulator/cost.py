@@ -550,7 +550,8 @@ class _Pricer:
         else:
             depthwise, op = False, _CLASSES[code]
         transposed = code == isa.CONV_TRANSPOSE.code
-        unit = self._engine(code, precision, kernel, groups, depthwise=depthwise)
+        result = isa.DTYPES[ofm_dtype] if isa.BITS[ofm_dtype] != isa.BITS[ifm_dtype] else ""
+        unit = self._engine(code, precision, result, kernel, groups, depthwise=depthwise)
         engine = self.npu.engines[unit]
         if engine.sparsity is not None and code == isa.CONV.code and groups == 1 and ifm_shape[2] <= KEPT:
             sparse = precision in engine.sparsity.precisions  # filled up with channels of zeros
@@ -610,7 +611,7 @@ class _Pricer:
             mac_cycles=shape.macs / (priced.rate * speedup) if priced else 0,
         )
 
-    def _engine(self, code: int, precision: str, kernel: Words, groups: int, *, depthwise: bool) -> str:
+    def _engine(self, code: int, precision: str, result: str, kernel: Words, groups: int, *, depthwise: bool) -> str:
         """The engine of the first rule that takes the operator, judged by what a command still tells."""
         facts: dict[str, int | bool | str] = {}
         if code in _WINDOWED:
@@ -619,7 +620,7 @@ class _Pricer:
         if code in _CONVOLUTIONS:
             facts |= {"group": groups, "depthwise": depthwise}
         for op in _OPERATORS[code]:
-            match = self.target.match(OpFacts(op, precision, facts))
+            match = self.target.match(OpFacts(op, precision, facts, result=result))
             if isinstance(match, Match):
                 return match.engine
         # Lowering may use a command for something else (a requantize as a copy, say).

@@ -95,13 +95,17 @@ _SIMD_CLASS: dict[str, str] = {
 
 
 def simd(shape: Shape, unit: Simd, mac_rate: float | None) -> Work:
-    """Elements, window elements for pools or MACs, at the unit's rate; a class without a rate runs one lane each."""
+    """Elements, window elements for pools or MACs, at the unit's rate; a class without a rate runs one lane each.
+
+    Rates of elements are those of 8 bits: of wider ones a vector holds fewer.
+    """
     if shape.has_weights:
         assert mac_rate is not None
         amount, rate = shape.macs, mac_rate
     else:
         kind = _SIMD_CLASS[shape.op]
-        amount = shape.ofm_elements * (shape.window if kind == "pool" else 1)
+        width = max(shape.ifm_bits, shape.ofm_bits) / 8
+        amount = shape.ofm_elements * (shape.window if kind == "pool" else 1) * width
         rate = unit.element_rate.get(kind, unit.lanes)
     read = shape.ofm_elements * shape.window if shape.op in ("max_pool", "average_pool") else shape.ifm_elements
     if shape.has_weights:

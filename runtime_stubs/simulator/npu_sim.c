@@ -23,7 +23,7 @@ enum {
     CONV = 20, CONV_TRANSPOSE = 21, MAX_POOL = 22, AVERAGE_POOL = 23, ADD = 24, MUL = 25, REQUANTIZE = 26,
     LOOKUP = 27, SOFTMAX = 28, RESIZE_NEAREST = 29, RESIZE_LINEAR = 30
 };
-enum { INT8 = 0, UINT8 = 1, INT4 = 4, INT2 = 5, INT1 = 6, INT8_2OF4 = 7 };
+enum { INT8 = 0, UINT8 = 1, INT16 = 2, INT4 = 4, INT2 = 5, INT1 = 6, INT8_2OF4 = 7 };
 enum { SCRATCHPAD = 0 };
 enum { RECORD_BYTES = 12, POISON = 0xA5 };
 
@@ -42,7 +42,7 @@ typedef struct {
     int32_t base, offset, height, width, depth, stride_y, stride_x, stride_c, dtype, zero_point;
     int32_t first_rows, wrapped; /* rows from first_rows on begin at the offset `wrapped` */
     uint8_t *data;               /* of its base, once touched */
-} feature_map; /* an OFM's stride_c is 1 */
+} feature_map; /* an OFM's stride_c is its element's size */
 typedef struct { int32_t height, width, stride_y, stride_x, dilation_y, dilation_x, pad_top, pad_left; } window;
 typedef struct { int32_t base, offset, dtype, zero_point; } weight_block;
 typedef struct { int32_t base, offset, variant; } scale_block;
@@ -189,14 +189,23 @@ static uint8_t *touch_run(const char *what, int32_t base, int64_t offset, int64_
     return touch(what, (box){base, offset, 0, 0, 1, 1, bytes}, 0);
 }
 
+static int32_t element_bytes(int32_t dtype) { return dtype == INT16 ? 2 : 1; }
+
 static void touch_map(const char *what, feature_map *m, int write) {
-    if (m->dtype != INT8 && m->dtype != UINT8) fail("%s has dtype %d; only 8-bit maps are implemented", what, m->dtype);
-    if (m->stride_c != 0 && m->stride_c != 1) fail("%s has a depth stride of %d", what, m->stride_c);
-    int64_t depth = m->stride_c == 0 && m->depth > 0 ? 1 : m->depth;
+    int32_t element = element_bytes(m->dtype);
+    if (m->dtype < INT8 || m->dtype > INT16) fail("%s has dtype %d; maps have 8 or 16 bits", what, m->dtype);
+    if (m->dtype == INT16 && m->zero_point) fail("%s has the zero point %d; 16-bit maps have 0", what, m->zero_point);
+    if (m->stride_c != 0 && m->stride_c != element) fail("%s has a depth stride of %d", what, m->stride_c);
+    int64_t depth = element * (int64_t)(m->stride_c == 0 && m->depth > 0 ? 1 : m->depth);
     int64_t first = m->first_rows < m->height ? m->first_rows : m->height;
     m->data = memory_of(m->base)->data;
     touch(what, (box){m->base, m->offset, m->stride_y, m->stride_x, first, m->width, depth}, write);
     touch(what, (box){m->base, m->wrapped, m->stride_y, m->stride_x, m->height - first, m->width, depth}, write);
+}
+
+/* For operations that take maps of 8 bits only. */
+static void check_bytes(const feature_map *m) {
+    if (m->dtype == INT16) fail("16-bit maps are not implemented here");
 }
 
 /* Pixel (y, x) of a map; a stride of 0 repeats it. */
@@ -347,7 +356,8 @@ int32_t qrt_ifm(int32_t slot, int32_t base, int32_t offset, int32_t height, int3
 int32_t qrt_ofm(int32_t base, int32_t offset, int32_t height, int32_t width, int32_t depth, int32_t stride_y,
                 int32_t stride_x, int32_t dtype, int32_t zero_point, int32_t low, int32_t high) {
     BEGIN(OFM, "ofm", base, offset, height, width, depth, stride_y, stride_x, dtype, zero_point, low, high);
-    ofm = (feature_map){base, offset, height, width, depth, stride_y, stride_x, 1, dtype, zero_point, INT32_MAX, 0, NULL};
+    ofm = (feature_map){base, offset, height, width, depth, stride_y, stride_x, element_bytes(dtype), dtype, zero_point,
+                        INT32_MAX, 0, NULL};
     clamp_min = low;
     clamp_max = high;
     return 0;
@@ -398,12 +408,28 @@ static const record *read_records(int32_t count) {
     return copy;
 }
 
-static int32_t load(const uint8_t *address, int32_t dtype) { return dtype == INT8 ? (int8_t)*address : *address; }
+static int32_t load(const uint8_t *address, int32_t dtype) {
+    int16_t wide;
+    if (dtype != INT16) return dtype == INT8 ? (int8_t)*address : *address;
+    memcpy(&wide, address, sizeof wide);
+    return wide;
+}
+
+/* out[i] of the OFM's type. */
+static void put(uint8_t *out, int32_t i, int32_t value) {
+    int16_t wide = (int16_t)value;
+    if (ofm.dtype == INT16)
+        memcpy(out + 2 * (int64_t)i, &wide, sizeof wide);
+    else
+        out[i] = (uint8_t)value;
+}
 
 /* out[i] = in[i] - zero_point */
 static void widen(const uint8_t *in, int16_t *out, int64_t count, int32_t dtype, int32_t zero_point) {
     int16_t zero = (int16_t)zero_point;
-    if (dtype == INT8) {
+    if (dtype == INT16) {
+        memcpy(out, in, (size_t)count * sizeof *out);
+    } else if (dtype == INT8) {
         const int8_t *narrow = (const int8_t *)in;
         for (int64_t i = 0; i < count; ++i) out[i] = (int16_t)(narrow[i] - zero);
     } else {
@@ -429,7 +455,7 @@ static int16_t *padded_ifm(int32_t height, int32_t width, int32_t top, int32_t l
         memset(out, 0, (size_t)first * m->depth * sizeof *out);
         memset(out + (int64_t)last * m->depth, 0, (size_t)(width - last) * m->depth * sizeof *out);
         const uint8_t *in = pixel_of(m, in_y, first - left);
-        if (m->stride_x == m->depth)
+        if (m->stride_x == m->depth * m->stride_c)
             widen(in, out + (int64_t)first * m->depth, (int64_t)(last - first) * m->depth, m->dtype, m->zero_point);
         else
             for (int32_t x = first; x < last; ++x, in += m->stride_x)
@@ -476,31 +502,42 @@ static int16_t *wide_weights(int64_t outputs, int64_t taps) {
     return wide;
 }
 
-static uint8_t finish(int64_t rescaled) {
-    return (uint8_t)qarith_clamp(rescaled + ofm.zero_point, clamp_min, clamp_max);
-}
+static int32_t finish(int64_t rescaled) { return qarith_clamp(rescaled + ofm.zero_point, clamp_min, clamp_max); }
 
-/* One pixel of the output stage; `step` 1: a record a channel, 0: one record for all. */
-static void write_pixel(uint8_t *out, const int32_t *sums, int32_t depth, const record *records, int32_t step) {
+/* One pixel of the output stage, of sums that wrap to 32 bits; `step` 1: a record a channel, 0: one record for all. */
+static void write_pixel(uint8_t *out, const int64_t *sums, int32_t depth, const record *records, int32_t step) {
     float real;
     switch (scales.variant) {
     case QARITH_FLOAT32:
         for (int32_t c = 0; c < depth; ++c) {
             memcpy(&real, &records[c * step].multiplier, sizeof real);
-            out[c] = finish(qarith_rescale_float32(sums[c], real));
+            put(out, c, finish(qarith_rescale_float32(qarith_wrap_int32(sums[c]), real)));
         }
         break;
     case QARITH_TFLITE:
         for (int32_t c = 0; c < depth; ++c)
-            out[c] = finish(qarith_rescale_tflite(sums[c], records[c * step].multiplier, records[c * step].shift));
+            put(out, c, finish(qarith_rescale_tflite(qarith_wrap_int32(sums[c]), records[c * step].multiplier,
+                                                     records[c * step].shift)));
         break;
     case QARITH_TOSA:
         for (int32_t c = 0; c < depth; ++c)
-            out[c] = finish(qarith_rescale_tosa(sums[c], records[c * step].multiplier, records[c * step].shift));
+            put(out, c, finish(qarith_rescale_tosa(qarith_wrap_int32(sums[c]), records[c * step].multiplier,
+                                                   records[c * step].shift)));
         break;
     default:
-        for (int32_t c = 0; c < depth; ++c) out[c] = finish(qarith_rescale_shift(sums[c], records[c * step].shift));
+        for (int32_t c = 0; c < depth; ++c)
+            put(out, c, finish(qarith_rescale_shift(qarith_wrap_int32(sums[c]), records[c * step].shift)));
     }
+}
+
+/* The output stage of a product with weights, whose sums have 48 bits if the IFM has 16. */
+static void write_product(uint8_t *out, const int64_t *sums, const record *records) {
+    if (ifm[0].dtype != INT16) {
+        write_pixel(out, sums, ofm.depth, records, 1);
+        return;
+    }
+    for (int32_t c = 0; c < ofm.depth; ++c)
+        put(out, c, finish(qarith_rescale_wide(sums[c], records[c].multiplier, records[c].shift, scales.variant)));
 }
 
 static int is_nothing(const feature_map *m) { return m->height == 0 || m->width == 0 || m->depth == 0; }
@@ -512,15 +549,23 @@ static int32_t covered(int32_t outputs, int32_t stride, int32_t taps, int32_t di
 
 /* --- convolution --- */
 
-static int32_t dot(const int16_t *a, const int16_t *b, int64_t count) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += (int32_t)a[i] * b[i];
-    return sum;
+enum { EXACT_PRODUCTS = 256 }; /* so many of 16 by 9 bits, signed, add up in 32 */
+
+static int64_t dot(const int16_t *a, const int16_t *b, int64_t count) {
+    int64_t total = 0;
+    for (int64_t first = 0; first < count; first += EXACT_PRODUCTS) {
+        int64_t last = first + EXACT_PRODUCTS < count ? first + EXACT_PRODUCTS : count;
+        int32_t sum = 0;
+        for (int64_t i = first; i < last; ++i) sum += (int32_t)a[i] * b[i];
+        total += sum;
+    }
+    return total;
 }
 
-static void dot4(const int16_t *a, const int16_t *b, int64_t count, int32_t *sums) {
+/* sums[k] += a · filter k for four filters `stride` apart; at most EXACT_PRODUCTS products each. */
+static void dot4(const int16_t *a, const int16_t *b, int64_t stride, int64_t count, int64_t *sums) {
     int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    const int16_t *b1 = b + count, *b2 = b1 + count, *b3 = b2 + count;
+    const int16_t *b1 = b + stride, *b2 = b1 + stride, *b3 = b2 + stride;
     for (int64_t i = 0; i < count; ++i) {
         s0 += (int32_t)a[i] * b[i];
         s1 += (int32_t)a[i] * b1[i];
@@ -534,9 +579,12 @@ static void dot4(const int16_t *a, const int16_t *b, int64_t count, int32_t *sum
 }
 
 /* sums[o] += patch · filters[o] for `outputs` filters of `count` taps. */
-static void multiply(const int16_t *patch, const int16_t *filters, int64_t count, int32_t outputs, int32_t *sums) {
+static void multiply(const int16_t *patch, const int16_t *filters, int64_t count, int32_t outputs, int64_t *sums) {
     int32_t o = 0;
-    for (; o + 4 <= outputs; o += 4) dot4(patch, filters + o * count, count, sums + o);
+    for (; o + 4 <= outputs; o += 4)
+        for (int64_t first = 0; first < count; first += EXACT_PRODUCTS)
+            dot4(patch + first, filters + o * count + first, count,
+                 first + EXACT_PRODUCTS < count ? EXACT_PRODUCTS : count - first, sums + o);
     for (; o < outputs; ++o) sums[o] += dot(patch, filters + o * count, count);
 }
 
@@ -549,7 +597,7 @@ static int32_t group_count(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     return ofm.depth / ofm_group_depth;
 }
 
-static void depthwise_pixel(const int16_t *padded, int64_t row, const int16_t *by_tap, int32_t *sums) {
+static void depthwise_pixel(const int16_t *padded, int64_t row, const int16_t *by_tap, int64_t *sums) {
     int32_t depth = ofm.depth;
     for (int32_t ky = 0; ky < kernel.height; ++ky)
         for (int32_t kx = 0; kx < kernel.width; ++kx) {
@@ -560,7 +608,7 @@ static void depthwise_pixel(const int16_t *padded, int64_t row, const int16_t *b
 }
 
 static void grouped_pixel(const int16_t *padded, int64_t row, const int16_t *filters, int32_t groups, int32_t in_depth,
-                          int32_t out_depth, int16_t *patch, int32_t *sums) {
+                          int32_t out_depth, int16_t *patch, int64_t *sums) {
     int64_t taps = (int64_t)kernel.height * kernel.width * in_depth;
     for (int32_t group = 0; group < groups; ++group) {
         const int16_t *source = padded + (int64_t)group * in_depth;
@@ -596,7 +644,7 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     if (depthwise) /* one row of channels per tap */
         for (int32_t c = 0; c < ofm.depth; ++c)
             for (int64_t tap = 0; tap < taps; ++tap) patch[tap * ofm.depth + c] = filters[c * taps + tap];
-    int32_t *sums = arena(SUMS, ofm.depth * (int64_t)sizeof(int32_t));
+    int64_t *sums = arena(SUMS, ofm.depth * (int64_t)sizeof *sums);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
             const int16_t *corner = padded + y * kernel.stride_y * row + (int64_t)x * kernel.stride_x * ifm[0].depth;
@@ -605,7 +653,7 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                 depthwise_pixel(corner, row, patch, sums);
             else
                 grouped_pixel(corner, row, filters, groups, ifm_group_depth, ofm_group_depth, patch, sums);
-            write_pixel(pixel_of(&ofm, y, x), sums, ofm.depth, records, 1);
+            write_product(pixel_of(&ofm, y, x), sums, records);
         }
     return 0;
 }
@@ -620,7 +668,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     const record *records = read_records(ofm.depth);
     const int16_t *filters = wide_weights(ofm.depth, taps);
     const int16_t *wide = padded_ifm(ifm[0].height, ifm[0].width, 0, 0);
-    int32_t *sums = arena(SUMS, (int64_t)ofm.height * ofm.width * ofm.depth * (int64_t)sizeof(int32_t));
+    int64_t *sums = arena(SUMS, (int64_t)ofm.height * ofm.width * ofm.depth * (int64_t)sizeof *sums);
     for (int64_t pixel = 0; pixel < (int64_t)ofm.height * ofm.width; ++pixel)
         for (int32_t c = 0; c < ofm.depth; ++c) sums[pixel * ofm.depth + c] = records[c].bias;
     for (int32_t y = 0; y < ifm[0].height; ++y)
@@ -631,7 +679,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                     int32_t ox = x * kernel.stride_x + kx * kernel.dilation_x - kernel.pad_left;
                     if (oy < 0 || oy >= ofm.height || ox < 0 || ox >= ofm.width) continue;
                     const int16_t *pixel = wide + ((int64_t)y * ifm[0].width + x) * ifm[0].depth;
-                    int32_t *sum = sums + ((int64_t)oy * ofm.width + ox) * ofm.depth;
+                    int64_t *sum = sums + ((int64_t)oy * ofm.width + ox) * ofm.depth;
                     const int16_t *tap = filters + (int64_t)(ky * kernel.width + kx) * ifm_group_depth;
                     for (int32_t group = 0; group < groups; ++group)
                         for (int32_t o = group * ofm_group_depth; o < (group + 1) * ofm_group_depth; ++o)
@@ -639,7 +687,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                 }
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x)
-            write_pixel(pixel_of(&ofm, y, x), sums + ((int64_t)y * ofm.width + x) * ofm.depth, ofm.depth, records, 1);
+            write_product(pixel_of(&ofm, y, x), sums + ((int64_t)y * ofm.width + x) * ofm.depth, records);
     return 0;
 }
 
@@ -672,7 +720,7 @@ int32_t qrt_max_pool(void) {
                     for (int32_t c = 0; c < ofm.depth; ++c) best[c] = pixel[c] > best[c] ? pixel[c] : best[c];
                 }
             uint8_t *to = pixel_of(&ofm, y, x);
-            for (int32_t c = 0; c < ofm.depth; ++c) to[c] = (uint8_t)qarith_clamp(best[c], clamp_min, clamp_max);
+            for (int32_t c = 0; c < ofm.depth; ++c) put(to, c, qarith_clamp(best[c], clamp_min, clamp_max));
         }
     return 0;
 }
@@ -685,7 +733,7 @@ int32_t qrt_average_pool(int32_t count_include_pad) {
     check_same_depth();
     const record *records = read_records(count_include_pad ? 1 : kernel.height * kernel.width);
     const int16_t *wide = padded_ifm(ifm[0].height, ifm[0].width, 0, 0);
-    int32_t *sums = arena(SUMS, ofm.depth * (int64_t)sizeof(int32_t));
+    int64_t *sums = arena(SUMS, ofm.depth * (int64_t)sizeof *sums);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
             int32_t count = 0;
@@ -722,6 +770,8 @@ int32_t qrt_add(int32_t subtract, int32_t multiplier_a, int32_t shift_a, int32_t
     touch_map("the OFM", &ofm, 1);
     check_same_size(0);
     check_same_size(1);
+    int32_t bits = 8 * element_bytes(ifm[0].dtype);
+    if (element_bytes(ifm[1].dtype) * 8 != bits) fail("the operands have different widths");
     const qarith_add_factors factors = {multiplier_a, shift_a, multiplier_b, shift_b, multiplier_y, shift_y};
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
@@ -730,7 +780,7 @@ int32_t qrt_add(int32_t subtract, int32_t multiplier_a, int32_t shift_a, int32_t
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int32_t va = load(pa + (int64_t)c * ifm[0].stride_c, ifm[0].dtype) - ifm[0].zero_point;
                 int32_t vb = load(pb + (int64_t)c * ifm[1].stride_c, ifm[1].dtype) - ifm[1].zero_point;
-                to[c] = finish(qarith_add(va, vb, &factors, variant, subtract));
+                put(to, c, finish(qarith_add(va, vb, bits, &factors, variant, subtract)));
             }
         }
     return 0;
@@ -744,12 +794,12 @@ int32_t qrt_mul(void) {
     check_same_size(0);
     check_same_size(1);
     const record *records = read_records(1);
-    int32_t *products = arena(SUMS, ofm.depth * (int64_t)sizeof(int32_t));
+    int64_t *products = arena(SUMS, ofm.depth * (int64_t)sizeof *products);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
             const uint8_t *pa = pixel_of(&ifm[0], y, x), *pb = pixel_of(&ifm[1], y, x);
             for (int32_t c = 0; c < ofm.depth; ++c)
-                products[c] = (load(pa + (int64_t)c * ifm[0].stride_c, ifm[0].dtype) - ifm[0].zero_point) *
+                products[c] = (int64_t)(load(pa + (int64_t)c * ifm[0].stride_c, ifm[0].dtype) - ifm[0].zero_point) *
                               (load(pb + (int64_t)c * ifm[1].stride_c, ifm[1].dtype) - ifm[1].zero_point);
             write_pixel(pixel_of(&ofm, y, x), products, ofm.depth, records, 0);
         }
@@ -757,13 +807,13 @@ int32_t qrt_mul(void) {
 }
 
 /* OFM = table[IFM's byte] */
-static void map_bytes(const uint8_t *table) {
+static void map_bytes(const int32_t *table) {
     check_same_size(0);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x) {
             const uint8_t *from = pixel_of(&ifm[0], y, x);
             uint8_t *to = pixel_of(&ofm, y, x);
-            for (int32_t c = 0; c < ofm.depth; ++c) to[c] = table[from[(int64_t)c * ifm[0].stride_c]];
+            for (int32_t c = 0; c < ofm.depth; ++c) put(to, c, table[from[(int64_t)c * ifm[0].stride_c]]);
         }
 }
 
@@ -772,13 +822,26 @@ int32_t qrt_requantize(void) {
     touch_map("the IFM", &ifm[0], 0);
     touch_map("the OFM", &ofm, 1);
     const record *first = read_records(1);
-    uint8_t table[256];
-    for (int32_t byte = 0; byte < 256; ++byte) {
-        uint8_t bits = (uint8_t)byte;
-        int32_t value = load(&bits, ifm[0].dtype) - ifm[0].zero_point;
-        table[byte] = finish(qarith_rescale(value, first->multiplier, first->shift, scales.variant));
+    if (ifm[0].dtype != INT16) {
+        int32_t table[256];
+        for (int32_t byte = 0; byte < 256; ++byte) {
+            uint8_t bits = (uint8_t)byte;
+            int32_t value = load(&bits, ifm[0].dtype) - ifm[0].zero_point;
+            table[byte] = finish(qarith_rescale(value, first->multiplier, first->shift, scales.variant));
+        }
+        map_bytes(table);
+        return 0;
     }
-    map_bytes(table);
+    check_same_size(0);
+    for (int32_t y = 0; y < ofm.height; ++y)
+        for (int32_t x = 0; x < ofm.width; ++x) {
+            const uint8_t *from = pixel_of(&ifm[0], y, x);
+            uint8_t *to = pixel_of(&ofm, y, x);
+            for (int32_t c = 0; c < ofm.depth; ++c) {
+                int32_t value = load(from + (int64_t)c * ifm[0].stride_c, INT16);
+                put(to, c, finish(qarith_rescale(value, first->multiplier, first->shift, scales.variant)));
+            }
+        }
     return 0;
 }
 
@@ -787,8 +850,10 @@ int32_t qrt_lookup(int32_t base, int32_t offset) {
     touch_map("the IFM", &ifm[0], 0);
     touch_map("the OFM", &ofm, 1);
     const uint8_t *bytes = touch_run("the table", base, offset, 256);
+    check_bytes(&ifm[0]);
+    check_bytes(&ofm);
     /* Entry 0 answers the lowest value, which is -128 for int8. */
-    uint8_t table[256];
+    int32_t table[256];
     for (int32_t byte = 0; byte < 256; ++byte) table[byte] = bytes[ifm[0].dtype == INT8 ? byte ^ 128 : byte];
     map_bytes(table);
     return 0;
@@ -799,6 +864,7 @@ int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
     touch_map("the IFM", &ifm[0], 0);
     touch_map("the OFM", &ofm, 1);
     const uint8_t *bytes = touch_run("the table", base, offset, 256 * 4);
+    check_bytes(&ifm[0]);
     check_same_size(0);
     int32_t table[256];
     memcpy(table, bytes, sizeof table);
@@ -823,7 +889,7 @@ int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
                 int32_t exponential = table[largest - load(from + (int64_t)c * ifm[0].stride_c, ifm[0].dtype)];
                 int64_t value = tflite ? qarith_tflite_softmax(exponential, reciprocal, shift, ofm.zero_point)
                                        : qarith_softmax(exponential, total, inverse_scale, ofm.zero_point);
-                to[c] = (uint8_t)qarith_clamp(value, clamp_min, clamp_max);
+                put(to, c, qarith_clamp(value, clamp_min, clamp_max));
             }
         }
     return 0;
@@ -850,13 +916,14 @@ int32_t qrt_resize_nearest(int32_t base, int32_t y_index, int32_t x_index, int32
     touch_map("the OFM", &ofm, 1);
     if (is_nothing(&ofm)) return 0;
     check_same_depth();
+    if (ifm[0].dtype != ofm.dtype) fail("the IFM and the OFM are of different types");
     const uint8_t *ys = touch_run("the table of rows", base, y_index, 4 * (int64_t)ofm.height);
     const uint8_t *xs = touch_run("the table of columns", base, x_index, 4 * (int64_t)ofm.width);
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x)
             memcpy(pixel_of(&ofm, y, x),
                    pixel_of(&ifm[0], position(ys, y, y_origin, ifm[0].height), position(xs, x, 0, ifm[0].width)),
-                   (size_t)ofm.depth);
+                   (size_t)(ofm.depth * ofm.stride_c));
     return 0;
 }
 
@@ -884,8 +951,9 @@ int32_t qrt_resize_linear(int32_t base, int32_t y_index, int32_t y_weight, int32
             uint8_t *to = pixel_of(&ofm, y, x);
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int64_t sum = (int64_t)1 << 21;
-                for (int32_t i = 0; i < 4; ++i) sum += weight[i] * load(corner[i] + c, ifm[0].dtype);
-                to[c] = (uint8_t)qarith_clamp(sum >> 22, clamp_min, clamp_max);
+                for (int32_t i = 0; i < 4; ++i)
+                    sum += weight[i] * load(corner[i] + (int64_t)c * ifm[0].stride_c, ifm[0].dtype);
+                put(to, c, qarith_clamp(sum >> 22, clamp_min, clamp_max));
             }
         }
     return 0;

@@ -12,8 +12,8 @@
 /* Indices of qcompiler.simulator.isa.VARIANTS. */
 enum { QARITH_FLOAT32 = 0, QARITH_TFLITE = 1, QARITH_TOSA = 2, QARITH_SHIFT = 3 };
 
-/* Additions bring both inputs to a common scale with this many extra bits (TFLite add.cc). */
-enum { QARITH_TFLITE_ADD_LEFT_SHIFT = 20 };
+/* Additions bring both inputs, of 8 or 16 bits, to a common scale with this many extra bits (TFLite add.cc). */
+enum { QARITH_TFLITE_ADD_LEFT_SHIFT = 20, QARITH_TFLITE_ADD_LEFT_SHIFT_INT16 = 15 };
 
 /* Two's complement int32 of x. */
 static inline int32_t qarith_wrap_int32(int64_t x) {
@@ -78,6 +78,19 @@ static inline int64_t qarith_rescale(int64_t acc, int32_t multiplier, int32_t sh
     }
 }
 
+/* The upper 16 bits of a multiplier, to nearest, at most 2^15 - 1. */
+static inline int32_t qarith_reduced_multiplier(int32_t multiplier) {
+    int64_t reduced = ((int64_t)multiplier + (1 << 15)) >> 16;
+    return (int32_t)(reduced > 0x7FFF ? 0x7FFF : reduced);
+}
+
+/* arithmetic.rescale_wide: acc has up to 48 bits; shift is at most 14. */
+static inline int64_t qarith_rescale_wide(int64_t acc, int32_t multiplier, int32_t shift, int32_t variant) {
+    if (variant == QARITH_FLOAT32 || variant == QARITH_SHIFT) return qarith_rescale(acc, multiplier, shift, variant);
+    int32_t total = 15 - shift;
+    return (acc * qarith_reduced_multiplier(multiplier) + ((int64_t)1 << (total - 1))) >> total;
+}
+
 static inline int32_t qarith_clamp(int64_t x, int32_t low, int32_t high) {
     return (int32_t)(x < low ? low : x > high ? high : x);
 }
@@ -87,11 +100,12 @@ typedef struct {
     int32_t multiplier_a, shift_a, multiplier_b, shift_b, multiplier_y, shift_y;
 } qarith_add_factors;
 
-/* a ± b without zero points, rescaled to the output; neither zero point nor saturation. */
-static inline int64_t qarith_add(int32_t a, int32_t b, const qarith_add_factors *f, int32_t variant, int subtract) {
+/* a ± b of 8 or 16 bits without zero points, rescaled to the output; neither zero point nor saturation. */
+static inline int64_t qarith_add(int32_t a, int32_t b, int32_t bits, const qarith_add_factors *f, int32_t variant,
+                                 int subtract) {
     int64_t sign = subtract ? -1 : 1;
     if (variant == QARITH_TFLITE) {
-        const int64_t one = (int64_t)1 << QARITH_TFLITE_ADD_LEFT_SHIFT;
+        const int64_t one = (int64_t)1 << (bits == 16 ? QARITH_TFLITE_ADD_LEFT_SHIFT_INT16 : QARITH_TFLITE_ADD_LEFT_SHIFT);
         int64_t scaled_a = qarith_rescale_tflite(a * one, f->multiplier_a, f->shift_a);
         int64_t scaled_b = qarith_rescale_tflite(b * one, f->multiplier_b, f->shift_b);
         return qarith_rescale_tflite(scaled_a + sign * scaled_b, f->multiplier_y, f->shift_y);

@@ -26,7 +26,11 @@ from qcompiler.simulator.machine import Log, compile_simulator
 from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
-INT4, INT8, UINT8 = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT8
+INT4, INT8, UINT8, INT16 = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16
+EIGHT, WIDE = (INT8, UINT8), (INT16, INT16, INT8)
+"""Types of feature maps; the latter mostly of 16 bits, at times a change of width."""
+each_width = pytest.mark.parametrize("maps", [EIGHT, WIDE], ids=["8", "16"])
+Maps = tuple[ir.DataType, ...]
 Shape = tuple[int, ...]
 
 
@@ -48,19 +52,23 @@ class Net:
     """Builds an integer graph node by node."""
 
     def __init__(
-        self, seed: int, variant: RequantizeVariant = "tflite", weights: Sequence[ir.DataType] = (INT8, UINT8)
+        self,
+        seed: int,
+        variant: RequantizeVariant = "tflite",
+        weights: Sequence[ir.DataType] = (INT8, UINT8),
+        maps: Sequence[ir.DataType] = EIGHT,
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.variant: RequantizeVariant = variant
-        self.weights = weights
+        self.weights, self.maps = weights, maps
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": 21, QCOMPILER_DOMAIN: 1}, name="net")
         self._names = count()
 
     def value(self, shape: Shape, dtype: ir.DataType) -> ir.Value:
         return ir.Value(name=f"v{next(self._names)}", shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
-    def input(self, *shape: int, dtype: ir.DataType = INT8) -> ir.Value:
-        value = self.value(shape, dtype)
+    def input(self, *shape: int, dtype: ir.DataType | None = None) -> ir.Value:
+        value = self.value(shape, dtype or self.maps[0])
         self.graph.inputs.append(value)
         return value
 
@@ -68,12 +76,20 @@ class Net:
         return add_initializer(self.graph, f"c{next(self._names)}", array)
 
     def dtype(self) -> ir.DataType:
-        return INT8 if self.rng.integers(2) else UINT8
+        return self.maps[int(self.rng.integers(len(self.maps)))]
 
-    def weight_dtype(self) -> ir.DataType:
-        return self.weights[int(self.rng.integers(len(self.weights)))]
+    def eight(self) -> ir.DataType:
+        return EIGHT[int(self.rng.integers(2))]
 
-    def zero_point(self, dtype: ir.DataType) -> int:
+    def weight_dtype(self, x: ir.Value) -> ir.DataType:
+        """Signed for 16-bit maps."""
+        kinds = self.weights if x.dtype != INT16 else [dtype for dtype in self.weights if dtype != UINT8]
+        return kinds[int(self.rng.integers(len(kinds)))]
+
+    def zero_point(self, dtype: ir.DataType, x: ir.Value | None = None) -> int:
+        """Any; 0 of 16-bit maps, and of the weights they are multiplied by."""
+        if dtype == INT16 or (x is not None and x.dtype == INT16):
+            return 0
         low, high = limits(dtype)
         return int(self.rng.integers(low, high + 1))
 
@@ -159,34 +175,37 @@ class Net:
         dilations: tuple[int, int],
         group: int,
     ) -> ir.Value:
-        depth, w_dtype, y_dtype = shape[-1], self.weight_dtype(), self.dtype()
+        depth, w_dtype, y_dtype = shape[-1], self.weight_dtype(x), self.dtype()
         in_group = shape_of(x)[-1] // group
         weights = self.constant(self.random((depth, *kernel, in_group), w_dtype))
         bias = self.constant(self.rng.integers(-2000, 2000, depth).astype(np.int32))
-        scales = self.scales(depth, 0.5 / (90 * (kernel[0] * kernel[1] * in_group) ** 0.5))
+        typical = 0.5 / (90 * (kernel[0] * kernel[1] * in_group) ** 0.5)
+        scales = self.scales(depth, typical * widening(y_dtype, x))
         assert x.dtype is not None
         op = kind(
-            kernel, strides, pads, dilations, group, self.zero_point(x.dtype), self.zero_point(w_dtype),
+            kernel, strides, pads, dilations, group, self.zero_point(x.dtype), self.zero_point(w_dtype, x),
             self.zero_point(y_dtype), *self.clamp(y_dtype), self.variant,
         )  # fmt: skip
         return self.integer(op, [x, weights, bias, *scales], shape, y_dtype)
 
     def gemm(self, x: ir.Value, depth: int) -> ir.Value:
         m, k = shape_of(x)
-        w_dtype, y_dtype = self.weight_dtype(), self.dtype()
+        w_dtype, y_dtype = self.weight_dtype(x), self.dtype()
         weights = self.constant(self.random((depth, k), w_dtype))
         bias = self.constant(self.rng.integers(-2000, 2000, depth).astype(np.int32))
         assert x.dtype is not None
         op = ops.QGemm(
-            self.zero_point(x.dtype), self.zero_point(w_dtype), self.zero_point(y_dtype), *self.clamp(y_dtype),
+            self.zero_point(x.dtype), self.zero_point(w_dtype, x), self.zero_point(y_dtype), *self.clamp(y_dtype),
             self.variant,
         )  # fmt: skip
-        return self.integer(op, [x, weights, bias, *self.scales(depth, 0.5 / (90 * k**0.5))], (m, depth), y_dtype)
+        scales = self.scales(depth, 0.5 / (90 * k**0.5) * widening(y_dtype, x))
+        return self.integer(op, [x, weights, bias, *scales], (m, depth), y_dtype)
 
     def sum(self, a: ir.Value, b: ir.Value, *, subtract: int = 0) -> ir.Value:
         y_dtype = self.dtype()
         scale_a, scale_b, scale_y = (float(scale) for scale in self.rng.uniform(0.01, 0.1, 3))
-        factors = arithmetic.add_factors(scale_a, scale_b, scale_y, self.variant)
+        bits = 8 * dtype_of(a).itemsize
+        factors = arithmetic.add_factors(scale_a, scale_b, scale_y / widening(y_dtype, a), self.variant, bits=bits)
         assert a.dtype is not None and b.dtype is not None
         op = ops.QAdd(
             subtract, self.zero_point(a.dtype), self.zero_point(b.dtype), self.zero_point(y_dtype), *factors,
@@ -202,7 +221,7 @@ class Net:
             self.variant,
         )  # fmt: skip
         shape = np.broadcast_shapes(shape_of(a), shape_of(b))
-        return self.integer(op, [a, b, *self.scales(1, 0.01)], shape, y_dtype)
+        return self.integer(op, [a, b, *self.scales(1, 0.01 * widening(y_dtype, a, b))], shape, y_dtype)
 
     def max_pool(
         self,
@@ -230,7 +249,7 @@ class Net:
             kernel, strides, pads, counted, self.zero_point(x.dtype), self.zero_point(y_dtype), *self.clamp(y_dtype),
             self.variant,
         )  # fmt: skip
-        scales = self.scales(kernel[0] * kernel[1], 1 / (kernel[0] * kernel[1]))
+        scales = self.scales(kernel[0] * kernel[1], widening(y_dtype, x) / (kernel[0] * kernel[1]))
         return self.integer(op, [x, *scales], pooled(x, kernel, strides, pads, (1, 1)), y_dtype)
 
     def reduce_mean(self, x: ir.Value, axes: tuple[int, ...], *, keep: bool) -> ir.Value:
@@ -242,21 +261,21 @@ class Net:
         reduced = [1 if axis in axes else size for axis, size in enumerate(shape)]
         kept = reduced if keep else [size for axis, size in enumerate(shape) if axis not in axes]
         elements = int(np.prod([shape[axis] for axis in axes]))
-        return self.integer(op, [x, *self.scales(1, 1 / elements)], tuple(kept), y_dtype)
+        return self.integer(op, [x, *self.scales(1, widening(y_dtype, x) / elements)], tuple(kept), y_dtype)
 
-    def requantize(self, x: ir.Value) -> ir.Value:
-        y_dtype = self.dtype()
+    def requantize(self, x: ir.Value, dtype: ir.DataType | None = None) -> ir.Value:
+        y_dtype = dtype or self.dtype()
         assert x.dtype is not None
         op = ops.QRequantize(self.zero_point(x.dtype), self.zero_point(y_dtype), *self.clamp(y_dtype), self.variant)
-        return self.integer(op, [x, *self.scales(1, 0.8)], shape_of(x), y_dtype)
+        return self.integer(op, [x, *self.scales(1, 0.8 * widening(y_dtype, x))], shape_of(x), y_dtype)
 
     def lookup(self, x: ir.Value) -> ir.Value:
-        y_dtype = self.dtype()
+        y_dtype = self.eight()
         table = self.constant(self.random((256,), y_dtype))
         return self.integer(ops.QLookup("Tanh"), [x, table], shape_of(x), y_dtype)
 
     def softmax(self, x: ir.Value) -> ir.Value:
-        y_dtype = self.dtype()
+        y_dtype = self.eight()
         scale = float(self.rng.uniform(0.01, 0.2))
         table, inverse_scale = arithmetic.softmax_tables(scale, 1 / 256)
         if self.variant == "tflite":
@@ -322,6 +341,11 @@ class Net:
         values = [value for node in self.graph for value in node.outputs]
         self.graph.outputs.extend(outputs or [value for value in values if not value.uses()])
         return ir.Model(self.graph, ir_version=10)
+
+
+def widening(dtype: ir.DataType, *operands: ir.Value) -> float:
+    """By how much the output's range exceeds what comes of 8-bit operands and gives 8 bits."""
+    return 2.0 ** (dtype.bitwidth - 8 - sum(8 * dtype_of(value).itemsize - 8 for value in operands))
 
 
 def pair(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
@@ -429,12 +453,13 @@ def tilings(all_cases: Sequence[Case]) -> list[tuple[int, ...]]:
 # --- one operator at a time ----------------------------------------------------------------------------------------
 
 
+@each_width
 @pytest.mark.parametrize("variant", REQUANTIZE_VARIANTS)
-def test_convolutions(check: Check, variant: RequantizeVariant) -> None:
+def test_convolutions(check: Check, variant: RequantizeVariant, maps: Maps) -> None:
     all_cases: list[Case] = []
     rng = np.random.default_rng(REQUANTIZE_VARIANTS.index(variant))
     for seed in range(8):
-        net = Net(100 + seed, variant)
+        net = Net(100 + seed, variant, maps=maps)
         group = int(rng.choice([1, 1, 2, 3, 6]))
         depth_in, depth_out = 6 * int(rng.integers(1, 4)), 6 * int(rng.integers(1, 6))
         kernel, strides, dilations = (pair(rng, 1, top) for top in (5, 4, 3))
@@ -448,24 +473,26 @@ def test_convolutions(check: Check, variant: RequantizeVariant) -> None:
     assert cut[:, 1].any() and cut[:, 2].any() and cut[:, 3].any()
 
 
-def test_depthwise_convolutions(check: Check) -> None:
+@each_width
+def test_depthwise_convolutions(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     for seed, (h, w, c, k, s, d) in enumerate([(14, 15, 33, 3, 1, 1), (23, 9, 40, 5, 2, 1), (12, 12, 16, 3, 1, 2)]):
-        net = Net(seed)
+        net = Net(seed, maps=maps)
         net.conv(net.input(2, h, w, c), c, (k, k), (s, s), (k // 2, 1, 0, k // 2), (d, d), group=c)
         all_cases += cases(f"{h}x{w}x{c}", net.done())
     # Several outputs per input channel: neither depthwise nor dense.
-    net = Net(9)
+    net = Net(9, maps=maps)
     net.conv(net.input(1, 9, 9, 8), 24, group=8)
     all_cases += cases("multiplier 3", net.done())
     check(all_cases)
 
 
-def test_four_bit_weights(check: Check) -> None:
+@each_width
+def test_four_bit_weights(check: Check, maps: Maps) -> None:
     """Odd filters leave half a byte unused; tiles of channels start at whole bytes all the same."""
     all_cases: list[Case] = []
     for seed, variant in enumerate(REQUANTIZE_VARIANTS):
-        net = Net(70 + seed, variant, weights=(INT4,))
+        net = Net(70 + seed, variant, weights=(INT4,), maps=maps)
         x = net.conv(net.input(1, 9, 8, 5), 11, strides=pair(net.rng, 1, 3))
         x = net.conv(net.conv(x, 11, group=11), 22, kernel=(1, 3), group=11)
         net.conv_transpose(x, 7, (3, 3), (2, 2), (1, 1, 1, 1))
@@ -497,30 +524,33 @@ def test_windows_wholly_in_the_padding(check: Check) -> None:
     check(list(cases("wide padding", net.done())))
 
 
-def test_transposed_convolutions(check: Check) -> None:
+@each_width
+def test_transposed_convolutions(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     settings = [((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1, 1), ((2, 2), (2, 2), (0, 0, 0, 0), (1, 1), 1, 0),
                 ((2, 3), (3, 2), (0, 1, 1, 0), (1, 1), 1, 0), ((3, 2), (1, 2), (2, 0, 1, 1), (2, 1), 2, 0),
                 ((1, 1), (3, 3), (0, 0, 0, 0), (1, 1), 1, 2), ((4, 4), (2, 2), (1, 1, 1, 1), (1, 1), 8, 0)]  # fmt: skip
     for seed, (kernel, strides, pads, dilations, group, extra) in enumerate(settings):
-        net = Net(seed)
+        net = Net(seed, maps=maps)
         net.conv_transpose(net.input(1 + seed % 2, 7, 9, 8), 24, kernel, strides, pads, dilations, group, extra)
         all_cases += cases(f"{kernel} {strides} {pads}", net.done())
     check(all_cases)
 
 
-def test_gemms(check: Check) -> None:
+@each_width
+def test_gemms(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     for variant in REQUANTIZE_VARIANTS:
         for m, k, n in ((1, 130, 37), (5, 64, 10), (33, 17, 70)):
-            net = Net(m, variant)
+            net = Net(m, variant, maps=maps)
             net.gemm(net.input(m, k, dtype=net.dtype()), n)
             all_cases += cases(f"{m}x{k}x{n} {variant}", net.done(), variant)
     check(all_cases)
 
 
+@each_width
 @pytest.mark.parametrize("variant", REQUANTIZE_VARIANTS)
-def test_additions_and_products(check: Check, variant: RequantizeVariant) -> None:
+def test_additions_and_products(check: Check, variant: RequantizeVariant, maps: Maps) -> None:
     shapes: list[tuple[Shape, Shape]] = [
         ((1, 9, 7, 20), (1, 9, 7, 20)), ((2, 9, 7, 20), (1, 1, 1, 20)), ((2, 5, 6, 8), (2, 1, 1, 8)),
         ((1, 9, 7, 1), (1, 1, 7, 20)), ((7, 20), (20,)), ((3, 4, 5, 2, 6), (3, 4, 5, 2, 6)), ((40,), (1,)),
@@ -528,23 +558,26 @@ def test_additions_and_products(check: Check, variant: RequantizeVariant) -> Non
     ]  # fmt: skip
     all_cases: list[Case] = []
     for seed, (a, b) in enumerate(shapes):
-        net = Net(seed, variant)
+        net = Net(seed, variant, maps=maps)
         left, right = net.input(*a, dtype=net.dtype()), net.input(*b, dtype=net.dtype())
+        if left.dtype != right.dtype and INT16 in maps:
+            right = net.requantize(right, left.dtype)
         net.sum(left, right, subtract=seed % 2)
         net.product(right, left)
-        net.sum(left, net.constant(net.random(b, UINT8)))
+        net.sum(left, net.constant(net.random(b, INT16 if left.dtype == INT16 else UINT8)))
         all_cases += cases(f"{a} {b}", net.done(), variant)
-    net = Net(77, variant)
+    net = Net(77, variant, maps=maps)
     x = net.input(1, 8, 8, 16)
     net.product(x, x)
     all_cases += cases("a square", net.done(), variant)
     check(all_cases)
 
 
-def test_pools(check: Check) -> None:
+@each_width
+def test_pools(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     for seed, variant in enumerate((*REQUANTIZE_VARIANTS, *REQUANTIZE_VARIANTS)):
-        net = Net(seed, variant)
+        net = Net(seed, variant, maps=maps)
         rng = net.rng
         x = net.input(int(rng.integers(1, 3)), *(int(k) for k in rng.integers(8, 17, 2)), 24, dtype=net.dtype())
         kernel, strides = pair(rng, 1, 4), pair(rng, 1, 4)
@@ -558,49 +591,56 @@ def test_pools(check: Check) -> None:
     check(all_cases)
 
 
-def test_means(check: Check) -> None:
+@each_width
+def test_means(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     settings: list[tuple[Shape, tuple[int, ...], bool]] = [
         ((2, 7, 6, 20), (1, 2), True), ((1, 7, 6, 20), (1, 2), False), ((3, 10, 8), (1,), True), ((4, 30), (1,), False),
         ((2, 3, 4, 5), (1, 2, 3), True), ((2, 3, 4, 5), (0,), False),
     ]  # fmt: skip
     for seed, (shape, axes, keep) in enumerate(settings):
-        net = Net(seed)
+        net = Net(seed, maps=maps)
         net.reduce_mean(net.input(*shape, dtype=net.dtype()), axes, keep=keep)
         all_cases += cases(f"{shape} {axes}", net.done())
     check(all_cases)
 
 
-def test_unary_operators(check: Check) -> None:
+@each_width
+def test_unary_operators(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     for seed, shape in enumerate(((1, 9, 7, 20), (3, 100), (40,), (2, 3, 4, 5, 6), (2, 5, 9))):
         for variant in REQUANTIZE_VARIANTS[seed % 2 :: 2]:
-            net = Net(seed, variant)
+            net = Net(seed, variant, maps=maps)
             x = net.input(*shape, dtype=net.dtype())
-            for operator in (net.requantize, net.lookup, net.softmax, net.clip):
+            for dtype in maps:
+                net.requantize(x, dtype)
+            for operator in (net.clip,) if x.dtype == INT16 else (net.clip, net.lookup, net.softmax):
                 operator(x)
             all_cases += cases(f"{shape} {variant}", net.done(), variant)
     check(all_cases)
 
 
-def test_resizes(check: Check) -> None:
+@each_width
+def test_resizes(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     for seed, (h, w, size) in enumerate([(5, 7, (10, 14)), (9, 6, (5, 13)), (4, 4, (11, 3)), (6, 5, (6, 5))]):
-        net = Net(seed)
+        net = Net(seed, maps=maps)
         x = net.input(1 + seed % 2, h, w, 20, dtype=net.dtype())
         net.resize(x, size, linear=False)
-        net.resize(x, size, linear=True)
+        if x.dtype != INT16:
+            net.resize(x, size, linear=True)
         all_cases += cases(f"{h}x{w} to {size}", net.done())
     check(all_cases)
 
 
-def test_data_movement(check: Check) -> None:
+@each_width
+def test_data_movement(check: Check, maps: Maps) -> None:
     all_cases: list[Case] = []
     for seed, n in enumerate((1, 2)):
-        net = Net(seed)
+        net = Net(seed, maps=maps)
         x, y = net.input(n, 6, 5, 8), net.input(n, 6, 5, 3)
         for axis, other in ((0, x), (1, x), (2, x), (3, y)):
-            net.concat([x, other, net.constant(net.random(shape_of(other), INT8))], axis)
+            net.concat([x, other, net.constant(net.random(shape_of(other), maps[0]))], axis)
         net.split(x, 3, (3, 4, 1))
         net.split(x, 1, (2, 4))
         net.slice(x, (1, 2), (6, 5), (1, 3), (2, 3))
@@ -613,6 +653,7 @@ def test_data_movement(check: Check) -> None:
         for perm in ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1, 3), (3, 2, 1, 0), (0, 1, 3, 2), (1, 0, 2, 3)):
             net.transpose(x, *perm)
         net.transpose(net.input(2, 3, 4, 2, 5), 4, 1, 0, 3, 2)
+        net.pad(net.input(n, 11, 13, 7), (0, 2, 3, 1), (0, 3, 1, 0))
         all_cases += cases(f"batch {n}", net.done())
     check(all_cases)
 
@@ -620,9 +661,9 @@ def test_data_movement(check: Check) -> None:
 # --- regions ----------------------------------------------------------------------------------------------------------
 
 
-def random_region(seed: int) -> ir.Model:
+def random_region(seed: int, kinds: Maps = EIGHT) -> ir.Model:
     """A random directed graph: every operator picks its inputs among all values so far."""
-    net = Net(1000 + seed, REQUANTIZE_VARIANTS[seed % 4])
+    net = Net(1000 + seed, REQUANTIZE_VARIANTS[seed % 4], maps=kinds)
     rng = net.rng
     maps = [net.input(int(rng.integers(1, 3)), int(rng.integers(8, 15)), int(rng.integers(8, 15)), 12)]
 
@@ -631,12 +672,15 @@ def random_region(seed: int) -> ir.Model:
 
     def alike(x: ir.Value) -> ir.Value:
         same = [value for value in maps if shape_of(value) == shape_of(x)]
-        return same[int(rng.integers(len(same)))]
+        return as_wide(same[int(rng.integers(len(same)))], x)
+
+    def as_wide(y: ir.Value, x: ir.Value) -> ir.Value:
+        return y if dtype_of(y).itemsize == dtype_of(x).itemsize else net.requantize(y, x.dtype)
 
     for _ in range(int(rng.integers(5, 13))):
         x = pick()
         n, h, w, c = shape_of(x)
-        match int(rng.integers(13)):
+        match int(rng.integers(14)):
             case 0 | 1:
                 y = net.conv(x, int(rng.integers(1, 30)))
             case 2:
@@ -646,9 +690,11 @@ def random_region(seed: int) -> ir.Model:
             case 4 | 5:
                 y = net.sum(x, alike(x))
             case 6:
-                y = net.max_pool(x, (2, 2), (2, 2), (0, 0, 1, 1)) if min(h, w) > 3 else net.lookup(x)
+                y = net.max_pool(x, (2, 2), (2, 2), (0, 0, 1, 1)) if min(h, w) > 3 else net.clip(x)
             case 7:
-                y = net.product(x, net.reduce_mean(x, (1, 2), keep=True))
+                y = net.product(x, as_wide(net.reduce_mean(x, (1, 2), keep=True), x))
+            case 13 if x.dtype != INT16:
+                y = net.lookup(x)
             case 8 | 9:
                 same = [value for value in maps if shape_of(value)[:3] == (n, h, w) and value.dtype == x.dtype]
                 y = net.concat(same[-3:], 3) if sum(shape_of(value)[3] for value in same[-3:]) < 80 else net.clip(x)
@@ -668,11 +714,12 @@ def random_region(seed: int) -> ir.Model:
     return net.done(*unread, *inner[: int(rng.integers(2))])
 
 
+@each_width
 @pytest.mark.parametrize("block", range(3))
-def test_random_regions(check: Check, block: int) -> None:
+def test_random_regions(check: Check, block: int, maps: Maps) -> None:
     all_cases: list[Case] = []
     for seed in range(8 * block, 8 * block + 8):
-        all_cases += cases(f"seed {seed}", random_region(seed), REQUANTIZE_VARIANTS[seed % 4])
+        all_cases += cases(f"seed {seed}", random_region(seed, maps), REQUANTIZE_VARIANTS[seed % 4])
     check(all_cases)
     assert any(case.program.evicted for case in all_cases)
 
@@ -828,7 +875,13 @@ def test_refuses_computed_weights() -> None:
 def test_refuses_wide_tensors_and_backward_slices() -> None:
     net = Net(0)
     net.reshape(net.input(2, 8, dtype=ir.DataType.INT32), 16)
-    assert reason_of(net) == "Reshape works on 8-bit tensors only"
+    assert reason_of(net) == "Reshape works on 8- and 16-bit tensors only"
+    net = Net(0)
+    net.sum(net.input(4, dtype=INT16), net.input(4))
+    assert reason_of(net) == "its operands are of different widths"
+    net = Net(0)
+    net.lookup(net.input(4, dtype=INT16))
+    assert reason_of(net) == "QLookup works on 8-bit tensors only"
     net = Net(0)
     net.slice(net.input(8), (7,), (-9,), (0,), (-1,))
     assert reason_of(net) == "it slices backwards"

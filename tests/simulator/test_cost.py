@@ -38,11 +38,14 @@ def store(size: int) -> list[int]:
     return word(isa.DMA, OUT, 0, 0, size, 0, 0, 0, size, 1, 1, size)
 
 
-def maps(ifm: tuple[int, int, int], ofm: tuple[int, int, int], base: int = 0) -> list[int]:
-    int8 = isa.DTYPES.index("int8")
+def maps(
+    ifm: tuple[int, int, int], ofm: tuple[int, int, int], base: int = 0, types: tuple[str, str] = ("int8", "int8")
+) -> list[int]:
+    before, after = (isa.DTYPES.index(dtype) for dtype in types)
+    a, b = isa.element_bytes(before), isa.element_bytes(after)
     return [
-        *word(isa.IFM, 0, base, 0, *ifm, ifm[1] * ifm[2], ifm[2], 1, int8, 0),
-        *word(isa.OFM, base, 0, *ofm, ofm[1] * ofm[2], ofm[2], int8, 0, -128, 127),
+        *word(isa.IFM, 0, base, 0, *ifm, ifm[1] * ifm[2] * a, ifm[2] * a, a, before, 0),
+        *word(isa.OFM, base, 0, *ofm, ofm[1] * ofm[2] * b, ofm[2] * b, after, 0, -128, 127),
     ]
 
 
@@ -141,20 +144,24 @@ def test_depthwise_goes_to_the_vector_unit_by_the_targets_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("opcode", "arguments", "elements_per_cycle", "window"),
+    ("opcode", "arguments", "elements_per_cycle", "window", "types"),
     [
-        (isa.LOOKUP, (0, 0), 32, 1),
-        (isa.REQUANTIZE, (), 32, 1),
-        (isa.SOFTMAX, (0, 0, 256), 4, 1),
-        (isa.RESIZE_NEAREST, (0, 0, 0, 0), 8, 1),
-        (isa.MAX_POOL, (), 32, 9),
+        (isa.LOOKUP, (0, 0), 32, 1, ("int8", "int8")),
+        (isa.REQUANTIZE, (), 32, 1, ("int8", "int8")),
+        (isa.REQUANTIZE, (), 16, 1, ("int16", "int16")),  # half as many elements in a vector
+        (isa.REQUANTIZE, (), 16, 1, ("int16", "int8")),
+        (isa.REQUANTIZE, (), 16, 1, ("int8", "int16")),
+        (isa.SOFTMAX, (0, 0, 256), 4, 1, ("int8", "int8")),
+        (isa.RESIZE_NEAREST, (0, 0, 0, 0), 8, 1, ("int8", "int8")),
+        (isa.MAX_POOL, (), 32, 9, ("int8", "int8")),
+        (isa.MAX_POOL, (), 16, 9, ("int16", "int16")),
     ],
 )
 def test_vector_unit_rates(
-    opcode: isa.Opcode, arguments: tuple[int, ...], elements_per_cycle: int, window: int
+    opcode: isa.Opcode, arguments: tuple[int, ...], elements_per_cycle: int, window: int, types: tuple[str, str]
 ) -> None:
     words = [
-        *maps((9, 9, 48), (9, 9, 48)),
+        *maps((9, 9, 48), (9, 9, 48), types=types),
         *word(isa.KERNEL, 3, 3, 1, 1, 1, 1, 1, 1),
         *word(isa.SCALES, 0, 0, 1),
         *word(opcode, *arguments),

@@ -26,9 +26,13 @@ SHIM = """
 void rescale(int64_t n, const int64_t *acc, const int32_t *m, const int32_t *s, int32_t variant, int64_t *out) {
     EACH out[i] = qarith_rescale(acc[i], m[i], s[i], variant);
 }
-void add(int64_t n, const int32_t *a, const int32_t *b, const int32_t *f, int32_t variant, int sub, int64_t *out) {
+void wide(int64_t n, const int64_t *acc, const int32_t *m, const int32_t *s, int32_t variant, int64_t *out) {
+    EACH out[i] = qarith_rescale_wide(acc[i], m[i], s[i], variant);
+}
+void add(int64_t n, const int32_t *a, const int32_t *b, int32_t bits, const int32_t *f, int32_t variant, int sub,
+         int64_t *out) {
     const qarith_add_factors factors = {f[0], f[1], f[2], f[3], f[4], f[5]};
-    EACH out[i] = qarith_add(a[i], b[i], &factors, variant, sub);
+    EACH out[i] = qarith_add(a[i], b[i], bits, &factors, variant, sub);
 }
 void high_mul(int64_t n, const int32_t *a, const int32_t *b, int64_t *out) {
     EACH out[i] = qarith_doubling_high_mul(a[i], b[i]);
@@ -68,12 +72,18 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def rescaled(
-    shim: ctypes.CDLL, acc: np.ndarray, m: np.ndarray, s: np.ndarray, variant: RequantizeVariant
+    shim: ctypes.CDLL,
+    acc: np.ndarray,
+    m: np.ndarray,
+    s: np.ndarray,
+    variant: RequantizeVariant,
+    function: str = "rescale",
 ) -> np.ndarray:
     bits = m.astype(np.float32).view(np.int32) if variant == "float32" else m.astype(np.int32)
     out, acc, s = np.empty(len(acc), np.int64), acc.astype(np.int64), s.astype(np.int32)
     index = ctypes.c_int32(isa.VARIANTS.index(variant))
-    shim.rescale(ctypes.c_int64(len(acc)), pointer(acc), pointer(bits), pointer(s), index, pointer(out))
+    call = getattr(shim, function)
+    call(ctypes.c_int64(len(acc)), pointer(acc), pointer(bits), pointer(s), index, pointer(out))
     return out
 
 
@@ -105,18 +115,43 @@ def test_rescale_at_ties_and_extremes(shim: ctypes.CDLL, variant: RequantizeVari
 
 
 @pytest.mark.parametrize("variant", REQUANTIZE_VARIANTS)
+def test_wide_rescale_is_the_definition(shim: ctypes.CDLL, variant: RequantizeVariant) -> None:
+    """Sums of 48 bits, whose results fit 33 (those of powers of two: any)."""
+    rng = np.random.default_rng(4)
+    factors = np.exp2(rng.uniform(-32, 14, 20000))
+    if variant == "shift":
+        factors = np.exp2(rng.integers(-31, 14, 20000).astype(np.float64))
+    multiplier, shift = arithmetic.multipliers(factors, variant)
+    # The largest multipliers round up to 2^15, which does not fit.
+    multiplier[:100] = multiplier[:100] if variant in ("float32", "shift") else 2**31 - 1 - np.arange(100) * 400
+    acc = rng.integers(-(2**47), 2**47, 20000) >> rng.integers(0, 47, 20000)
+    acc[: len(EXTREMES)] = EXTREMES
+    np.testing.assert_array_equal(
+        rescaled(shim, acc, multiplier, shift, variant, "wide"),
+        arithmetic.rescale_wide(acc, multiplier, shift, variant),
+    )
+
+
+@pytest.mark.parametrize("variant", REQUANTIZE_VARIANTS)
 @pytest.mark.parametrize("subtract", [0, 1])
-def test_additions_are_the_definition(shim: ctypes.CDLL, variant: RequantizeVariant, subtract: int) -> None:
+@pytest.mark.parametrize(("bits", "limit", "step"), [(8, 255, 1), (16, 32768, 257)])
+def test_additions_are_the_definition(
+    shim: ctypes.CDLL, variant: RequantizeVariant, subtract: int, bits: int, limit: int, step: int
+) -> None:
     rng = np.random.default_rng(2)
-    a, b = (grid.ravel().astype(np.int32) for grid in np.meshgrid(np.arange(-255, 256, 3), np.arange(-255, 256)))
+    a, b = (
+        grid.ravel().astype(np.int32)
+        for grid in np.meshgrid(np.arange(-limit, limit, 3 * step), np.arange(-limit, limit + 1, step))
+    )
     for scales in [(1, 1, 1), *np.exp(rng.uniform(-6, 2, (20, 3)))]:
         scale_a, scale_b, scale_y = (float(scale) for scale in scales)
-        factors = arithmetic.add_factors(scale_a, scale_b, scale_y, variant)
+        factors = arithmetic.add_factors(scale_a, scale_b, scale_y, variant, bits=bits)
         out = np.empty(len(a), np.int64)
         index = ctypes.c_int32(isa.VARIANTS.index(variant))
         encoded = np.array(factors, np.int32)
-        shim.add(ctypes.c_int64(len(a)), pointer(a), pointer(b), pointer(encoded), index, subtract, pointer(out))
-        np.testing.assert_array_equal(out, arithmetic.add(a, b, factors, variant, subtract=bool(subtract)))
+        shim.add(ctypes.c_int64(len(a)), pointer(a), pointer(b), bits, pointer(encoded), index, subtract, pointer(out))
+        wanted = arithmetic.add(a, b, factors, variant, subtract=bool(subtract), bits=bits)
+        np.testing.assert_array_equal(out, wanted)
 
 
 def test_high_mul_and_division(shim: ctypes.CDLL) -> None:
@@ -299,6 +334,16 @@ VIOLATIONS = [
      "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
      "command 7 (max_pool): the OFM (bytes 512 to 516 of base 0) races with command 2"),
     ("a wrap of no map", "s.qrt_wrap(3, 0, 0)", "command 2 (wrap): there is no map 3"),
+    ("a 16-bit map with a zero point",
+     "s.qrt_ifm(0, 0, 0, 2, 2, 4, 16, 8, 2, 2, 1); s.qrt_ofm(0, 512, 2, 2, 4, 16, 8, 2, 0, -128, 127);"
+     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()", "command 5 (max_pool): the IFM has the zero point 1"),
+    ("a 16-bit map beyond its reservation",
+     "s.qrt_ifm(0, 0, 0, 4, 8, 5, 80, 10, 2, 2, 0); s.qrt_ofm(0, 512, 4, 8, 5, 80, 10, 2, 0, -128, 127);"
+     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_max_pool()",
+     "command 5 (max_pool): the IFM is scratchpad bytes 0 to 320, inside no reservation"),
+    ("a table for 16 bits",
+     "s.qrt_ifm(0, 0, 0, 2, 2, 4, 16, 8, 2, 2, 0); s.qrt_ofm(0, 512, 2, 2, 4, 8, 4, 0, 0, -128, 127);"
+     "s.qrt_lookup(0, 0)", "command 4 (lookup): 16-bit maps are not implemented"),
     ("outstanding commands", "s.qrt_fill(0, 0, 0, 0, 1, 1, 8, 0); s.qrt_close()", "(close): commands are outstanding"),
     ("reservations at the end", "s.qrt_close()", "(close): 2 reservations were not freed"),
     ("no region", "s.qrt_free(0, 256); s.qrt_free(512, 256); s.qrt_close(); s.qrt_barrier()", "no region is open"),
