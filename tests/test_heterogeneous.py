@@ -27,13 +27,13 @@ CHEAP_DSP = ("dsp.crossing.sync=200 ns",)
 TIGHT = (
     "npu.crossing.sync=10 ns",
     "dsp.crossing.sync=10 ns",
-    "dsp.engines.vpu.precisions={int8*int8: {rate: 4 MAC/cycle, energy: 0.4 pJ}}",
+    "dsp.engines.vpu.precisions.int8*int8.rate=4 MAC/cycle",
 )
 """Hand-overs for nothing, and a DSP that had better leave convolutions to the array."""
 SLOW_DSP = (
     "dsp.crossing.sync=1 us",
     "npu.crossing.sync=500 ns",
-    "dsp.engines.vpu.precisions={int8*int8: {rate: 64 MAC/cycle, energy: 0.4 pJ}}",
+    "dsp.engines.vpu.precisions.int8*int8.rate=64 MAC/cycle",
 )
 
 
