@@ -33,11 +33,16 @@ from qcompiler.backends.gpu_binary import cubin
 from qcompiler.backends.gpu_code import Device, device_of, generate
 from qcompiler.backends.gpu_program import ALIGNMENT, GpuProgram, Port, Span, Step, encode
 from qcompiler.backends.schedules import gpu_mma as mma
+from qcompiler.calibrate import calibrate
 from qcompiler.compile import place_prepared, prepare
 from qcompiler.errors import QCompilerError
+from qcompiler.finetune.four_bits import with_four_bits
 from qcompiler.graph import QCOMPILER_DOMAIN, data_input, shape_of, value_name
 from qcompiler.integer.reference import Executor
 from qcompiler.options import Options
+from qcompiler.quant.plan import plan
+from qcompiler.quant.quantize import quantize
+from qcompiler.quant.types import WeightRequest
 from qcompiler.regions import Region
 from qcompiler.target_loader import load_target
 
@@ -56,9 +61,16 @@ VERSIONS: Mapping[str, frozenset[str]] = {
     "dp4a": frozenset({"dp4a"}),
 }
 """By what is used; the first is what is measured against others. A feature's absence must not change a bit."""
+FOUR_BITS: Mapping[str, frozenset[str]] = {
+    "packed, mma of four bits": VERSIONS["all"] | {"mma_s4"},
+    "multiplied as eight": VERSIONS["all"],
+}
+"""Of a network in W4A4. An architecture without INT4 in its tensor cores computes mma of four bits all the same."""
 LARGE = 8 << 20
 """Bytes of constants from which on only versions with the same tiles are written: they share the constants."""
 SAMPLES = 3
+SWEPT = 12
+"""Tiles of a product that are measured: the likeliest."""
 Assemble = Callable[[str, Device], bytes]
 
 
@@ -183,6 +195,18 @@ def add_network(
     return placed.integer
 
 
+def four_bit_file(file: Path, output: Path) -> Path:
+    """A network rounded to weights and activations of four bits, not finetuned: only its integers matter here."""
+    options = Options(formats=WeightRequest("int4", edges=True), overrides=FOR_NOTHING)
+    prepared = prepare(file, "cuda-sm80", options)
+    assert prepared.plan is not None
+    ranges = calibrate(prepared.graph, prepared.samples, bits=4)
+    four = plan(prepared.graph, ranges, prepared.target)
+    formats = with_four_bits(prepared.graph.graph, prepared.plan, four, ranges.by_name, prepared.target, edges=False)
+    ir.save(quantize(prepared.graph, formats), output)
+    return output
+
+
 def _sample(random: np.random.Generator, value: ir.Value) -> np.ndarray:
     shape = shape_of(value)
     return random.standard_normal((SAMPLES, *shape[1:])).astype(np.float32)
@@ -202,7 +226,7 @@ def strip(model: onnx.ModelProto, file: Path) -> None:
 
 
 def add_sweep(folder: Folder, models: Sequence[ir.Model], device: Device, assemble: Assemble) -> None:
-    """For each distinct product of the networks all candidate tiles, as launches of one program."""
+    """For each distinct product of the networks the likeliest tiles, as launches of one program."""
     seen: set[tuple[object, ...]] = set()
     for model in models:
         for node in model.graph:
@@ -217,9 +241,12 @@ def add_sweep(folder: Folder, models: Sequence[ir.Model], device: Device, assemb
 
 
 def _sweep_layer(folder: Folder, node: ir.Node, work: mma.Work, device: Device, assemble: Assemble) -> None:
-    tiles = mma.candidates(work, device.units)
+    def cycles(tile: mma.MmaTile) -> float:
+        return mma.cycles(work, tile, device.units, asynchronous=device.copies_ahead)
+
+    tiles = sorted(mma.candidates(work, device.units), key=cycles)[:SWEPT]
     chosen = mma.mma_tile(work, device.units, asynchronous=device.copies_ahead)
-    tiles = tiles if chosen in tiles else (*tiles, chosen)
+    tiles += [] if chosen in tiles else [chosen]
     problem, x = cpu_conv.problem_of(node), data_input(node)
     kernels = [
         gpu_conv.convolution(
@@ -301,12 +328,17 @@ def main(
     gpu = load_target(target).gpu
     assert gpu is not None
     device = device_of(gpu)
-    versions = {version: replace(device, features=features) for version, features in VERSIONS.items()}
+    versions, narrow = (
+        {version: replace(device, features=features) for version, features in group.items()}
+        for group in (VERSIONS, FOUR_BITS)
+    )
     models: list[ir.Model] = []
     with tempfile.TemporaryDirectory() as temporary:
         for name in networks.split(","):
             file = model_file(name, Path(temporary))
             models.append(add_network(made, name, file, target, versions, newest))
+        four_bits = four_bit_file(model_file(NETWORKS[0], Path(temporary)), Path(temporary) / "four.onnx")
+        add_network(made, f"{NETWORKS[0]}_w4a4", four_bits, target, narrow, newest)
         if sweep:
             add_sweep(made, models, replace(device, features=VERSIONS["no overlap"]), newest)
     build_launcher(folder)

@@ -219,7 +219,7 @@ def main() -> None:
     rivals: dict[str, dict[str, Any]] = {}
     # Networks first, then the race, then the sweep.
     order = sorted(range(len(cases)), key=lambda number: cases[number]["version"] == "sweep")
-    names = list(dict.fromkeys(case["name"] for case in cases if case["version"] != "sweep"))
+    names = list(dict.fromkeys(case["name"] for case in cases if case["version"] == "all"))
     for number in order:
         if cases[number]["version"] == "sweep" and not rivals and not options.no_rivals:
             rivals = {name: races(name, LIMIT) for name in names}
