@@ -57,7 +57,8 @@ def opened(path: Path) -> onnx.ModelProto:
         if tensor.doc_string == "random":
             shape = tuple(tensor.dims)
             spread = 1 / np.sqrt(max(1, np.prod(shape[1:])))
-            tensor.CopyFrom(numpy_helper.from_array((random.random(shape) * spread).astype(np.float32), tensor.name))
+            numbers = (random.standard_normal(shape) * spread).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(numbers, tensor.name))
     return model
 
 
@@ -238,6 +239,19 @@ class TorchNetwork:
                 return x @ inputs[1]
             case "Softmax":
                 return torch.softmax(x, attributes.get("axis", -1))
+            case "Slice":
+                starts, ends = ([int(bound) for bound in numbers] for numbers in inputs[1:3])
+                axes = [int(axis) for axis in inputs[3]] if len(inputs) > 3 else range(len(starts))
+                steps = [int(step) for step in inputs[4]] if len(inputs) > 4 else [1] * len(starts)
+                pieces = [slice(None)] * x.dim()
+                for axis, *bounds in zip(axes, starts, ends, steps, strict=True):
+                    pieces[axis] = slice(*bounds)
+                return x[tuple(pieces)]
+            case "Pad":
+                befores, afters = torch.tensor_split(inputs[1], 2)
+                # PyTorch counts from the last axis.
+                pairs = zip(befores.flip(0).tolist(), afters.flip(0).tolist(), strict=True)
+                return functional.pad(x, [int(size) for pair in pairs for size in pair])
             case "Dropout" | "Identity":
                 return x
         raise SystemExit(f"no PyTorch code for the operator {op}")
