@@ -391,12 +391,12 @@ class _Planner:
         for op_type, low, high in UNIT_OUTPUTS:
             if is_op(maker, op_type) and (seen is None or is_op(maker, "Softmax") or 2 * _span(seen) > high - low):
                 return Range(low, high, low, high)
+        if seen is not None:
+            return seen  # of a constant only if it is a mask, which is not taken for what it holds
         constant = const_of(value)
         if constant is not None:
             low, high = float(min(constant.min(), 0)), float(max(constant.max(), 0))
             return Range(low, high, low, high)
-        if seen is not None:
-            return seen
         assert maker is not None, f"no range for {value.name}"
         if is_op(maker, "Concat"):
             parts = [self._range(part) for part in maker.inputs if part is not None]

@@ -5,6 +5,7 @@ import pytest
 
 from qcompiler.calibrate import calibrate
 from qcompiler.errors import QCompilerError
+from qcompiler.quant.masks import MARGIN
 from qcompiler.quant.plan import ON_REQUEST, SUM_REASON, plan
 from qcompiler.quant.types import Range, Ranges
 from qcompiler.target_loader import load_target
@@ -219,6 +220,18 @@ def test_infinities_stay_in_float(parse, npu):
     text = "g (float[1,4,8,8] x) => (z) { c = Conv(x, w)  y = Add(c, c)  z = Conv(y, w) }"
     made = _planned(parse, text, CONV, {"x": (-1, 1), "c": (-1, 1), "y": (-math.inf, 1), "z": (-1, 1)}, npu)
     assert set(made.float_nodes) == {"y", "z"} and "infinities" in made.float_nodes["y"]
+
+
+def test_a_constant_mask_of_infinities_saturates(make, npu):
+    """Causal attention as exporters write it; the mask's format is finite, below all scores."""
+    made = make(
+        "g (float[1,4,8,8] x) => (y) { c = Conv(x, w)  m = Add(c, mask)  s = Softmax(m)  y = Conv(s, w) }",
+        CONV | {"mask": np.triu(np.full((8, 8), -np.inf, np.float32), 1)},
+        npu,
+    )
+    assert not made.float_nodes
+    low = made.activations["m"].scale * (-128.0 - made.activations["m"].zero_point)
+    assert -1000 < low < -MARGIN
 
 
 def test_a_bias_shared_by_two_convolutions_has_two_formats(parse, npu):
