@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from qcompiler.graph import const_of, data_input, is_op, remove_dead, shape_of
-from qcompiler.passes.rewriting import Rewrite, map_weight, until_settled, weight_dequantize
+from qcompiler.graph import add_initializer, const_of, data_input, graph_of, integer, is_op, real, remove_dead, shape_of
+from qcompiler.passes.rewriting import Rewrite, bypass, map_weight, until_settled, weight_dequantize
 
 INPUT_LIMIT = 64 << 20
 """Elements; above it a constant operand is left to run time."""
@@ -22,7 +22,8 @@ class FoldConstants(ir.passes.InPlacePass):
 
     DequantizeLinear stays, since a quantized weight must remain one; QuantizeLinear of a float constant becomes the
     integer constant it is; a Transpose of a dequantized constant, or a Reshape of one dequantized per tensor, moves in
-    front of the DequantizeLinear, where it folds.
+    front of the DequantizeLinear, where it folds. So does a BatchNormalization in training mode of a constant, as
+    exporters write weight standardization, if nobody reads its statistics.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -33,7 +34,7 @@ class FoldConstants(ir.passes.InPlacePass):
             should_fold=_should_fold,
         )
         modified = False
-        while fold(model).modified:
+        while fold(model).modified or until_settled(model, ("BatchNormalization",), _standardize).modified:
             modified = True
         moved = until_settled(model, _MOVES, _move_before_dequantize).modified
         swept = remove_dead(model)
@@ -42,6 +43,20 @@ class FoldConstants(ir.passes.InPlacePass):
 
 def _should_fold(node: ir.Node) -> bool:
     return len(node.outputs) == 1 and not is_op(node, "DequantizeLinear", "DynamicQuantizeLinear")
+
+
+def _standardize(norm: ir.Node) -> bool:
+    """Batch normalization by the constant's own mean and variance, those of all axes but the second."""
+    x, scale, bias = (const_of(value) for value in norm.inputs[:3])
+    unread = all(not output.uses() and not output.is_graph_output() for output in norm.outputs[1:])
+    if not integer(norm, "training_mode", 0) or x is None or scale is None or bias is None or not unread:
+        return False
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+    channels = (1, -1, *(1,) * (x.ndim - 2))
+    wide = x.astype(np.float64)
+    deviation = np.sqrt(wide.var(axes, keepdims=True) + real(norm, "epsilon", 1e-5))
+    normal = (wide - wide.mean(axes, keepdims=True)) / deviation * scale.reshape(channels) + bias.reshape(channels)
+    return bypass(norm, add_initializer(graph_of(norm), f"{norm.name}_folded", normal.astype(x.dtype)))
 
 
 def _move_before_dequantize(node: ir.Node) -> bool:

@@ -39,6 +39,21 @@ def test_dequantize_stays_and_moves_stand_on_the_integers(quantized_weight, appl
     assert after.array(conv_weight.inputs[0]).shape == (7, 5, 3, 3)
 
 
+def test_standardized_weights_fold(net, apply):
+    """As exporters write weight standardization: batch normalization, in training mode, of the reshaped weight."""
+    n = net()
+    weight = n.weight(4, 3, 2, 2)
+    flat = n.op("Reshape", weight, n.const([1, 4, -1], np.int64))
+    mean = n.op("ReduceMean", flat, n.const([0, 2], np.int64), keepdims=0)
+    variance = n.op("ReduceMean", n.op("Mul", flat, flat), n.const([0, 2], np.int64), keepdims=0)
+    normal, _, _ = n.ops(
+        "BatchNormalization", flat, n.weight(4), n.const([0.0] * 4), mean, variance, outputs=3, training_mode=1
+    )
+    shaped = n.op("Reshape", normal, n.const([4, 3, 2, 2], np.int64))
+    after = apply(n.model(n.op("Conv", n.input(1, 3, 5, 5), shaped)), FoldConstants())
+    assert after.op_types == ["Conv"] and after.largest_error() < 1e-5
+
+
 def test_numerics(computed_weight, quantized_weight, apply):
     assert apply(computed_weight, FoldConstants()).largest_error() < 1e-6
     assert apply(quantized_weight, FoldConstants()).largest_error() == 0
