@@ -68,9 +68,10 @@ class Rewrite:
         *,
         outputs: int = 1,
         layer: ir.Node | None = None,
+        hint: str | None = None,
     ) -> list[ir.Value]:
-        """Add a node of the standard domain; returns its outputs, typed and shaped."""
-        values = [ir.Value(name=self._unused(f"{self._old.name}_{op_type}")) for _ in range(outputs)]
+        """Add a node of the standard domain, called by `hint` or its type; returns its outputs, typed and shaped."""
+        values = [ir.Value(name=self._unused(f"{self._old.name}_{hint or op_type}")) for _ in range(outputs)]
         name = layer.name if layer is not None else values[0].name
         node = make_node(op_type, inputs, values, dict(attributes or {}), name=name)
         infer_types(node)
@@ -84,9 +85,10 @@ class Rewrite:
         attributes: Mapping[str, Attribute] | None = None,
         *,
         layer: ir.Node | None = None,
+        hint: str | None = None,
     ) -> ir.Value:
         """Add a node of one output and return it."""
-        return self.nodes(op_type, inputs, attributes, layer=layer)[0]
+        return self.nodes(op_type, inputs, attributes, layer=layer, hint=hint)[0]
 
     def reshape(self, value: ir.Value, dims: Sequence[int]) -> ir.Value:
         """`value` in another shape, through a Reshape unless it has it already."""

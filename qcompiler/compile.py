@@ -470,10 +470,11 @@ def schedule(placed: Placed) -> "dict[str, NpuProgram]":
 
 def estimate(placed: Placed, progress: Progress = SILENT) -> "tuple[Report, Costs]":
     """What a placed model would cost, without building it."""
+    from qcompiler.recurrent import stored_bytes
+
     progress.stage("schedule")
     programs = schedule(placed)
-    constants = (value.const_value for value in placed.integer.graph.initializers.values())
-    costs = _costs(placed, programs, sum(constant.nbytes for constant in constants if constant is not None))
+    costs = _costs(placed, programs, stored_bytes(placed.integer.graph))
     return _report(placed, costs, None), costs
 
 

@@ -140,7 +140,7 @@ def make_value(graph: ir.Graph, hint: str, shape: Sequence[int], dtype: ir.DataT
     return ir.Value(name=fresh_name(graph, hint), shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
-Attribute = int | float | str | Sequence[int] | Sequence[float]
+Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str]
 
 
 def make_node(

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.graph import Shape as TensorShape
 from qcompiler.graph import const_of, data_input, dtype_of, element_count, ints, is_op, shape_of
+from qcompiler.recurrent import OPS as RECURRENT
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
 from qcompiler.simulator.workload import Feed, OpClass, Port, Shape
@@ -115,6 +116,9 @@ def multiplications(node: ir.Node, facts: OpFacts) -> int:
     elements = element_count(shape_of(node.outputs[0])) if node.outputs[0].shape is not None else 0
     if facts.op in _ROW_OPS:
         return elements * _whole(facts, "ifm_channels", 1)
+    if is_op(node, *RECURRENT):
+        steps, batch = shape_of(data_input(node))[:2]
+        return steps * batch * element_count(shape_of(data_input(node, 2)))
     if facts.op not in ("Conv", "ConvTranspose", "ConvInteger"):
         return 0
     per_output = _whole(facts, "kernel_area", 1) * _whole(facts, "ifm_channels", 1) // _whole(facts, "group", 1)
@@ -129,6 +133,8 @@ def tensor_bytes(value: ir.Value) -> int:
 
 
 def _weight_bytes(node: ir.Node) -> int:
+    if is_op(node, *RECURRENT):  # which reads no identity
+        return tensor_bytes(data_input(node, 2))
     return sum(tensor_bytes(value) for value in node.inputs if value is not None and const_of(value) is not None)
 
 

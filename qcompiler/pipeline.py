@@ -30,7 +30,9 @@ from qcompiler.passes.normalize_conv1d import NormalizeConv1d
 from qcompiler.passes.normalize_gather import NormalizeGather
 from qcompiler.passes.normalize_matmul import NormalizeMatMul
 from qcompiler.passes.normalize_pool import NormalizePool
+from qcompiler.passes.normalize_recurrent import NormalizeRecurrent
 from qcompiler.passes.normalize_reshape import NormalizeReshape
+from qcompiler.passes.project_recurrent import ProjectRecurrent
 from qcompiler.passes.propagate_qdq import PropagateQdq
 from qcompiler.passes.remove_identity import RemoveIdentity
 from qcompiler.passes.share_scales import ShareScales
@@ -52,6 +54,9 @@ SIMPLIFY: Passes = (
     FoldAutoPad(),
     FoldPad(),
     CropKernel(),
+    # What they leave are products and data movement, which the passes behind take on.
+    NormalizeRecurrent(),
+    ProjectRecurrent(),
     NormalizeConv1d(),
     NormalizePool(),
     NormalizeMatMul(),

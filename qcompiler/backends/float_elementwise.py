@@ -50,7 +50,7 @@ def sigmoid(x: Expr) -> Expr:
     return 1.0 / (te.exp(-x) + 1.0)
 
 
-def _softplus(x: Expr) -> Expr:
+def softplus(x: Expr) -> Expr:
     # log(1 + e^x) without overflow.
     return te.maximum(x, 0.0) + te.log1p(te.exp(-te.absolute(x)))
 
@@ -230,7 +230,7 @@ FORMULAS: Mapping[str, FormulaOf] = {
     "Max": _fold(te.maximum),
     "Mean": mean,
     "Min": _fold(te.minimum),
-    "Mish": _map(lambda x: x * te.tanh(_softplus(x))),
+    "Mish": _map(lambda x: x * te.tanh(softplus(x))),
     "Mod": modulo,
     "Mul": _binary(lambda a, b: a * b),
     "Neg": _map(lambda x: -x),
@@ -245,7 +245,7 @@ FORMULAS: Mapping[str, FormulaOf] = {
     "Sigmoid": _map(sigmoid),
     "Sign": _map(_sign),
     "Sin": _map(te.sin),
-    "Softplus": _map(_softplus),
+    "Softplus": _map(softplus),
     "Softsign": _map(lambda x: x / (te.absolute(x) + 1.0)),
     "Sqrt": _map(te.sqrt),
     "Sub": _binary(lambda a, b: a - b),

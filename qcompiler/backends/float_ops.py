@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompiler.backends import cpu_dynamic, cpu_elementwise, float_elementwise, float_nn, float_reduce, movement
+from qcompiler.backends import (
+    cpu_dynamic,
+    cpu_elementwise,
+    float_elementwise,
+    float_nn,
+    float_recurrent,
+    float_reduce,
+    movement,
+)
 from qcompiler.backends.base import HostCode, Lowering
 from qcompiler.graph import QCOMPILER_DOMAIN, const_of, input_of, integer, ints, is_op, string
 from qcompiler.integer.resize import is_plain_resize
@@ -20,6 +28,7 @@ LOWERINGS: Mapping[str, NodeLowering] = {
     **float_elementwise.LOWERINGS,
     **float_reduce.LOWERINGS,
     **float_nn.LOWERINGS,
+    **float_recurrent.LOWERINGS,
     **movement.LOWERINGS,
     "DequantizeLinear": cpu_elementwise.dequantize_linear,
     "DynamicQuantizeLinear": cpu_dynamic.dynamic_quantize_linear,
@@ -80,6 +89,8 @@ def refusal(node: ir.Node) -> str | None:
 
 def _mode_refusal(node: ir.Node) -> str | None:
     match node.op_type:
+        case "LSTM" | "GRU" | "RNN":
+            return float_recurrent.refusal(node)
         case "Resize" if not is_plain_resize(node):
             return "only plain resizing of height and width is implemented"
         case "Einsum" if not _plain_equation(string(node, "equation")):
