@@ -310,6 +310,7 @@ def prepare(
     """
     from qcompiler.calibrate import calibrate
     from qcompiler.dataset import input_specs, lint
+    from qcompiler.finetune.tune_scales import tune_scales
     from qcompiler.importer import import_onnx
     from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
     from qcompiler.quant.dynamic import plan_dynamic
@@ -390,6 +391,16 @@ def prepare(
             if effort.steps and learn:
                 progress.stage("repair")
                 formats = repair(graph, formats, data, effort, progress.advance)
+            if effort.tuning_seconds and learn:
+                progress.stage("tune scales")
+                formats = tune_scales(
+                    graph,
+                    formats,
+                    data,
+                    effort.tuning_seconds,
+                    power_of_two=chip.quantization.requantize == "shift",
+                    progress=progress.advance,
+                )
         elif has_grouped_weights(graph) and options.formats in (_FLOAT, _DYNAMIC):
             note_compute(graph, options.formats)
         elif options.formats != EIGHT_BITS:

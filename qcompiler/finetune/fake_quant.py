@@ -14,7 +14,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from qcompiler.quant.formats import ZERO_SPAN, weight_limits
+from qcompiler.quant.formats import ZERO_SPAN, dequantize_array, weight_limits
 from qcompiler.quant.types import TensorFormat
 
 
@@ -61,6 +61,39 @@ class FakeQuantize(nn.Module):
     def learned(self) -> TensorFormat:
         """The format with the present scale."""
         scale = self.scale().detach().numpy().reshape(self._fmt.scale.shape)
+        return replace(self._fmt, scale=scale.astype(np.float32))
+
+
+class FixedIntegers(nn.Module):
+    """Weights whose integers are chosen: whatever it gets, it gives these times a scale that is learned.
+
+    Args:
+        integers: in the layout of the weights.
+        fmt: as of `FakeQuantize`; with blocks the scales stay, too.
+        fixed: whether they stay in any case.
+    """
+
+    def __init__(self, integers: np.ndarray, fmt: TensorFormat, *, fixed: bool = False) -> None:
+        super().__init__()
+        self._fmt = fmt
+        fixed = fixed or fmt.block is not None
+        shape = _along(integers.ndim, fmt.axis) if fmt.block is None else fmt.scale.shape
+        scale = torch.tensor(np.maximum(fmt.scale, ZERO_SPAN), dtype=torch.float32).reshape(shape)
+        self.log_scale = nn.Parameter(scale.log(), requires_grad=not fixed)
+        # What does not change is multiplied once, by the numbers as they are.
+        self._real = torch.from_numpy(dequantize_array(integers, fmt)) if fixed else None
+        zero_point = 0 if fmt.block is not None else torch.tensor(fmt.zero_point, dtype=torch.float32).reshape(shape)
+        self._integers = torch.tensor(integers, dtype=torch.float32) - zero_point
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        assert values.shape == self._integers.shape
+        return self._integers * self.log_scale.exp() if self._real is None else self._real
+
+    def learned(self) -> TensorFormat:
+        """The format with the present scale."""
+        if self._real is not None:
+            return self._fmt
+        scale = self.log_scale.detach().exp().numpy().reshape(self._fmt.scale.shape)
         return replace(self._fmt, scale=scale.astype(np.float32))
 
 

@@ -1,6 +1,6 @@
 """A network of ONNX operators in torch, with fake quantization where a plan puts it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +9,10 @@ import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
 from qcompiler.errors import QCompilerError
-from qcompiler.finetune.fake_quant import FakeQuantize
+from qcompiler.finetune.fake_quant import FakeQuantize, FixedIntegers
 from qcompiler.finetune.operators import OPERATORS, refusal, tensor_of
 from qcompiler.finetune.sharing import constants_like_outputs, shared_formats
-from qcompiler.graph import const_of, data_input, shape_of, value_name
+from qcompiler.graph import const_of, data_input, input_of, shape_of, value_name
 from qcompiler.quant.formats import bias_format, limits
 from qcompiler.quant.plan import has_weights
 from qcompiler.quant.types import QuantPlan, TensorFormat
@@ -24,18 +24,27 @@ class Network(nn.Module):
     """Computes a float graph, rounding tensors as `quantize` would make the quantized model do.
 
     Weights and biases of quantized convolutions and matrix products are parameters, and so are the scales of their
-    formats and of activations. Other constants stay as they are; what several operators read is one parameter.
+    formats and of activations. Where the plan says which integers weights become, only their scales are. Other
+    constants stay as they are; what several operators read is one parameter.
 
     Args:
         graph: simplified and legalized, with static shapes.
         plan: what is rounded to what; None computes in float.
         power_of_two: whether the target wants scales that are powers of two.
+        outputs: names of the tensors to give; without them the graph's outputs.
 
     Raises:
         QCompilerError: an operator is not known; the message names it.
     """
 
-    def __init__(self, graph: ir.Graph, plan: QuantPlan | None = None, *, power_of_two: bool = False) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        plan: QuantPlan | None = None,
+        *,
+        power_of_two: bool = False,
+        outputs: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         for node in graph:
             if (reason := refusal(node)) is not None:
@@ -50,13 +59,14 @@ class Network(nn.Module):
         values = {
             value_name(value): value for value in (*graph.inputs, *(out for node in graph for out in node.outputs))
         }
+        self._outputs = list(graph.outputs) if outputs is None else [values[name] for name in outputs]
         trained = _trained(graph, plan)
         self._weights = nn.ParameterDict()
         self._constants: dict[str, torch.Tensor] = {}
         for name, value in graph.initializers.items():
             array = const_of(value)
             assert array is not None
-            if name in trained:
+            if name in trained and name not in plan.rounded:
                 self._weights[_key(name)] = nn.Parameter(tensor_of(array))
             else:
                 self._constants[name] = tensor_of(array)
@@ -65,7 +75,9 @@ class Network(nn.Module):
             rank = len(shape_of(values[name]))
             self._quantizers[_key(name)] = FakeQuantize(plan.activations[name], rank, power_of_two=power_of_two)
         for name, fmt in plan.weights.items():
-            if name not in self._constants_like:
+            if name in plan.rounded:
+                self._quantizers[_key(name)] = FixedIntegers(plan.rounded[name], fmt, fixed=power_of_two)
+            elif name not in self._constants_like:
                 rank = len(shape_of(graph.initializers[name]))
                 self._quantizers[_key(name)] = FakeQuantize(
                     fmt, rank, weights=name in trained, power_of_two=power_of_two, fixed=name not in trained
@@ -83,20 +95,27 @@ class Network(nn.Module):
         """
         units: dict[str, float] = {}
         for node in self._graph:
-            operands = [value_name(value) for value in node.inputs[1:3] if value is not None]
-            if not operands or any(_key(name) not in self._weights for name in operands):
+            if not has_weights(node) or node.name in self._plan.float_nodes:
                 continue
-            size = float(self._weights[_key(operands[0])].detach().square().mean().sqrt()) or 1.0
-            units[operands[0]] = size
+            weights, bias = data_input(node, 1), input_of(node, 2)
+            array = const_of(weights)
+            assert array is not None
+            size = float(np.sqrt(np.square(array, dtype=np.float64).mean())) or 1.0
             fmt = self._plan.activations[value_name(data_input(node))]
             low, high = fmt.used or limits(fmt.dtype)
-            for name in operands[1:]:
-                units[name] = size * (high - low) * float(fmt.scale) / 4
-        return [(self._weights[_key(name)], unit) for name, unit in units.items()]
+            units[value_name(weights)] = size
+            if bias is not None:
+                units[value_name(bias)] = size * (high - low) * float(fmt.scale) / 4
+        return [(self._weights[_key(name)], unit) for name, unit in units.items() if _key(name) in self._weights]
 
     def scales(self) -> list[nn.Parameter]:
         """Logarithms of the scales that are learned."""
         return [parameter for parameter in self._quantizers.parameters() if parameter.requires_grad]
+
+    def weight_scales(self) -> list[nn.Parameter]:
+        """Those of them that weights with chosen integers have."""
+        fixed = (each for each in self._quantizers.values() if isinstance(each, FixedIntegers))
+        return [each.log_scale for each in fixed if each.log_scale.requires_grad]
 
     def learned_constants(self) -> dict[str, np.ndarray]:
         """Weights and biases by initializer name."""
@@ -122,7 +141,7 @@ class Network(nn.Module):
 
     def _format(self, name: str) -> TensorFormat:
         quantizer = self._quantizers[_key(name)]
-        assert isinstance(quantizer, FakeQuantize)
+        assert isinstance(quantizer, FakeQuantize | FixedIntegers)
         return quantizer.learned()
 
     # --- one sample ------------------------------------------------------------------------------------------
@@ -159,7 +178,7 @@ class Network(nn.Module):
             maker = value.producer()
             return exact[value] if maker is None or maker.name in floats else rounded.get(value, exact[value])
 
-        return {value_name(value): final(value) for value in self._graph.outputs}
+        return {value_name(value): final(value) for value in self._outputs}
 
     def _constant(self, value: ir.Value, *, quantized: bool) -> torch.Tensor:
         name = value_name(value)

@@ -57,10 +57,13 @@ class Effort:
 
     steps: tuple[Step, ...]
     seconds: float
+    """Of this thread's processor time, so that what else runs on the machine does not change the result."""
     groups: int
     """Into how many groups layers are divided, at most."""
     otherwise: "Effort | None" = None
-    """What to try if this does not help: with few rows to learn from, less may be more."""
+    """What to try besides: with few rows to learn from, less may be more."""
+    tuning_seconds: float = 0.0
+    """How long scales and biases are tuned as a whole (`qcompiler.finetune.tune_scales`); 0: not at all."""
 
 
 _BALANCED = Effort(("scales", "gptq", "bias"), 40.0, 4)
@@ -68,7 +71,7 @@ _BALANCED = Effort(("scales", "gptq", "bias"), 40.0, 4)
 EFFORTS: Mapping[Quality, Effort] = {
     "fast": Effort((), 0.0, 0),
     "balanced": _BALANCED,
-    "best": Effort(("scales", "gptq", "adaround", "feedback", "bias"), 500.0, 64, _BALANCED),
+    "best": Effort(("scales", "gptq", "adaround", "feedback", "bias"), 360.0, 64, _BALANCED, 200.0),
 }
 """`fast` keeps the plan: its ranges minimise the squared error, and its biases are corrected analytically."""
 
@@ -86,23 +89,43 @@ def repair(
         progress: told (layers done, layers in all).
 
     Returns:
-        The better of both on held-out samples, by the squared error of the outputs relative to their power.
+        The best plan on held-out samples, by the squared error of the outputs relative to their power: as given, or
+        repaired by one of the efforts.
     """
     layers = [node for node in model.graph if _repairable(node, plan)]
     if samples.synthetic or not effort.steps or not layers:
         if samples.synthetic and effort.steps:
             _log.warning("without calibration data there is nothing to repair the quantized model by")
         return plan
-    start = time.monotonic()
     learned, judged = split_samples(list(islice(samples, SAMPLES)))
+    candidates = [plan]
+    chosen: Effort | None = effort
+    while chosen is not None:
+        candidates.append(_repaired(model, plan, layers, learned, chosen, progress))
+        chosen = chosen.otherwise
+    errors = output_errors(model, [quantize(model, each) for each in candidates], judged)
+    _log.info("repair: output errors %s on %d samples", ", ".join(f"{error:.3g}" for error in errors), len(judged))
+    return candidates[int(np.argmin(errors))]
+
+
+def _repaired(
+    model: ir.Model,
+    plan: QuantPlan,
+    layers: Sequence[ir.Node],
+    learned: Sequence[Sample],
+    effort: Effort,
+    progress: Progress | None,
+) -> QuantPlan:
+    """The plan after one effort, good or bad."""
+    start = time.thread_time()
     repaired, done, size = plan, 0, max(1, -(-len(layers) // effort.groups))
     while done < len(layers):
-        began = time.monotonic()
+        began = time.thread_time()
         group = layers[done : done + size]
         moments = collect(model, quantize(model, repaired), group, learned)
         for node in group:
             if node.name in moments:
-                hurried = time.monotonic() - start > effort.seconds
+                hurried = time.thread_time() - start > effort.seconds
                 seen = moments[node.name]
                 if not _settled(node, group):
                     # The errors in its input are about to shrink; making up for them twice would be worse than never.
@@ -112,14 +135,10 @@ def repair(
         if progress is not None:
             progress(done, len(layers))
         # Groups grow if the rest would not be done in time.
-        left = effort.seconds - (time.monotonic() - start)
-        affordable = max(1, int(left / max(time.monotonic() - began, 1e-3)))
+        left = effort.seconds - (time.thread_time() - start)
+        affordable = max(1, int(left / max(time.thread_time() - began, 1e-3)))
         size = max(size, -(-(len(layers) - done) // affordable))
-    before, after = output_errors(model, [quantize(model, plan), quantize(model, repaired)], judged)
-    _log.info("repair: output error %.3g -> %.3g on %d samples", before, after, len(judged))
-    if after < before:
-        return repaired
-    return plan if effort.otherwise is None else repair(model, plan, samples, effort.otherwise, progress)
+    return repaired
 
 
 def equalizers(model: ir.Model, samples: Samples, *, per_channel: bool) -> list[ir.passes.InPlacePass]:

@@ -1,6 +1,7 @@
 """Small float models written as ONNX text, and onnxruntime to run them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -9,7 +10,27 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qcompiler.graph import shape_of, value_name
+from qcompiler.calibrate import calibrate
+from qcompiler.graph import const_of, data_input, shape_of, value_name
+from qcompiler.quant.formats import bias_format, weight_format
+from qcompiler.quant.plan import plan as make_plan
+from qcompiler.quant.types import QuantPlan
+from qcompiler.target_loader import load_target
+
+NET = """g (float[1,3,16,16] x) => (float[1,10] y) {
+    a = Conv<pads=[1,1,1,1]>(x, w1, b1)
+    r = Relu(a)
+    d = Conv<pads=[1,1,1,1], group=16>(r, w2, b2)
+    s = Relu(d)
+    p = Conv(s, w3, b3)
+    t = Relu(p)
+    m = GlobalAveragePool(t)
+    f = Flatten(m)
+    y = Gemm(f, w4, b4)
+}"""
+SHAPES = {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 1, 3, 3), "b2": (16,), "w3": (24, 16, 1, 1), "b3": (24,),
+          "w4": (24, 10), "b4": (10,)}  # fmt: skip
+"""Plain, depthwise and pointwise convolutions, and a classifier."""
 
 Constants = Mapping[str, tuple[int, ...] | np.ndarray | np.generic]
 Parse = Callable[[str, Constants], ir.Model]
@@ -77,3 +98,26 @@ def run() -> Callable[..., list[np.ndarray]]:
 @pytest.fixture
 def samples() -> type[Samples]:
     return Samples
+
+
+@pytest.fixture
+def network() -> tuple[str, Constants]:
+    """The text of a small network, and the shapes of its constants."""
+    return NET, SHAPES
+
+
+@pytest.fixture(scope="module")
+def four_bits() -> tuple[ir.Model, QuantPlan, Samples]:
+    """A small network, a plan with 4-bit weights for it, and calibration data."""
+    model = parse_model(NET, SHAPES)
+    data = Samples(model, 32)
+    full = make_plan(model, calibrate(model, data), load_target("systolic-npu"))
+    weights, biases = dict(full.weights), dict(full.biases)
+    for node in model.graph:
+        if node.name in biases:
+            source, given = data_input(node), data_input(node, 1)
+            name, array = value_name(given), const_of(given)
+            assert array is not None
+            weights[name] = weight_format(array, "int4", full.weights[name].axis, symmetric=True, narrow=True)
+            biases[node.name or ""] = bias_format(full.activations[value_name(source)].scale, weights[name])
+    return model, replace(full, weights=weights, biases=biases), data

@@ -6,44 +6,11 @@ import pytest
 
 from qcompiler.calibrate import calibrate
 from qcompiler.graph import const_of
-from qcompiler.quant.formats import bias_format, weight_format
 from qcompiler.quant.moments import collect
 from qcompiler.quant.plan import plan as make_plan
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.repair import EFFORTS, Effort, change_if_better, equalizers, output_errors, repair
 from qcompiler.target_loader import load_target
-
-NET = """g (float[1,3,16,16] x) => (float[1,10] y) {
-    a = Conv<pads=[1,1,1,1]>(x, w1, b1)
-    r = Relu(a)
-    d = Conv<pads=[1,1,1,1], group=16>(r, w2, b2)
-    s = Relu(d)
-    p = Conv(s, w3, b3)
-    t = Relu(p)
-    m = GlobalAveragePool(t)
-    f = Flatten(m)
-    y = Gemm(f, w4, b4)
-}"""
-SHAPES = {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 1, 3, 3), "b2": (16,), "w3": (24, 16, 1, 1), "b3": (24,),
-          "w4": (24, 10), "b4": (10,)}  # fmt: skip
-
-
-@pytest.fixture
-def setting(parse, samples):
-    """A small network, a plan with 4-bit weights for it, and calibration data."""
-    model = parse(NET, SHAPES)
-    data = samples(model, 32)
-    full = make_plan(model, calibrate(model, data), load_target("systolic-npu"))
-    weights, biases = dict(full.weights), dict(full.biases)
-    for node in model.graph:
-        if node.name in biases:
-            fmt = full.weights[node.inputs[1].name]
-            array = const_of(node.inputs[1])
-            assert array is not None
-            weights[node.inputs[1].name] = weight_format(array, "int4", fmt.axis, symmetric=True, narrow=True)
-            scale = full.activations[node.inputs[0].name].scale
-            biases[node.name] = bias_format(scale, weights[node.inputs[1].name])
-    return model, replace(full, weights=weights, biases=biases), data
 
 
 def _errors(model, data, *plans):
@@ -51,22 +18,22 @@ def _errors(model, data, *plans):
 
 
 @pytest.mark.parametrize("steps", [("gptq",), ("adaround",), ("bias",), ("scales", "gptq", "feedback", "bias")])
-def test_each_step_lowers_the_output_error_of_4_bit_weights(setting, samples, steps):
-    model, plan, data = setting
+def test_each_step_lowers_the_output_error_of_4_bit_weights(four_bits, samples, steps):
+    model, plan, data = four_bits
     repaired = repair(model, plan, data, Effort(steps, 60, 8))
     before, after = _errors(model, samples(model, 16, seed=9), plan, repaired)  # samples not seen before
     assert repaired is not plan and after < before
 
 
-def test_more_effort_gives_less_error(setting, samples):
-    model, plan, data = setting
+def test_more_effort_gives_less_error(four_bits, samples):
+    model, plan, data = four_bits
     plans = [repair(model, plan, data, EFFORTS[quality]) for quality in ("fast", "balanced", "best")]
     fast, balanced, best = _errors(model, samples(model, 16, seed=9), *plans)
     assert plans[0] is plan and balanced < 0.6 * fast and best < 0.4 * fast
 
 
-def test_the_repaired_integers_are_what_is_stored(setting):
-    model, plan, data = setting
+def test_the_repaired_integers_are_what_is_stored(four_bits):
+    model, plan, data = four_bits
     repaired = repair(model, plan, data, EFFORTS["balanced"])
     stored = quantize(model, repaired).graph.initializers
     assert set(repaired.rounded) == {"w1", "w2", "w3", "w4"}
@@ -77,8 +44,8 @@ def test_the_repaired_integers_are_what_is_stored(setting):
         assert found.dtype == ir.DataType.INT4.numpy()
 
 
-def test_the_output_mean_of_each_layer_is_restored(setting):
-    model, plan, data = setting
+def test_the_output_mean_of_each_layer_is_restored(four_bits):
+    model, plan, data = four_bits
     repaired = repair(model, plan, data, Effort(("bias",), 60, 8))
     nodes = [node for node in model.graph if node.name in plan.biases]
     seen = collect(model, quantize(model, repaired), nodes[1:], data)  # moments of each layer's inputs
@@ -88,27 +55,28 @@ def test_the_output_mean_of_each_layer_is_restored(setting):
     assert np.mean(drift) < 0.5 * np.mean(before)
 
 
-def test_nothing_is_learned_from_synthetic_data(setting, samples, caplog):
-    model, plan, _ = setting
+def test_nothing_is_learned_from_synthetic_data(four_bits, samples, caplog):
+    model, plan, _ = four_bits
     assert repair(model, plan, samples(model, 8, synthetic=True), EFFORTS["best"]) is plan
     assert "without calibration data" in caplog.text
 
 
-def test_no_time_left_still_gives_a_whole_plan(setting):
-    model, plan, data = setting
+def test_no_time_left_still_gives_a_whole_plan(four_bits):
+    model, plan, data = four_bits
     repaired = repair(model, plan, data, replace(EFFORTS["best"], seconds=0.0))
     assert repaired is not plan and len(repaired.rounded) == 4
 
 
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_equalizing_is_kept_where_it_helps(parse, samples, spread):
+def test_equalizing_is_kept_where_it_helps(parse, samples, network, spread):
     weights = load_target("systolic-npu").quantization.weights.model_copy(update={"per_channel": False})
     target = load_target("systolic-npu")
     quantization = target.quantization.model_copy(update={"weights": weights})
     target = target.model_copy(update={"quantization": quantization})
     channels = 10.0 ** np.random.default_rng(3).uniform(-spread, spread, (16, 1, 1, 1)).astype(np.float32)
     first = np.random.default_rng(4).standard_normal((16, 3, 3, 3)).astype(np.float32)
-    model = parse(NET, {**SHAPES, "w1": channels * first, "b1": np.zeros(16, np.float32)})
+    text, shapes = network
+    model = parse(text, {**shapes, "w1": channels * first, "b1": np.zeros(16, np.float32)})
     data = samples(model, 16)
 
     def planned(graph):
