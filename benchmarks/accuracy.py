@@ -293,12 +293,15 @@ _RAGGED = {"det": ("boxes", "box_offsets"), "face": ("ref_boxes", "ref_offsets")
 """Arrays with several rows a sample, and where each sample's begin."""
 
 
-def held_out(model: Model, fed: Sequence[Arrays], folder: Path) -> tuple[Mapping[str, object], dict[str, np.ndarray]]:
+def held_out(
+    model: Model, fed: Sequence[Arrays], folder: Path, chosen: np.ndarray | None = None
+) -> tuple[Mapping[str, object], dict[str, np.ndarray]]:
     """An entry of the manifest whose data, written to `folder`, lacks the samples to calibrate on; and those samples.
 
-    Half of the data is calibrated on, at most `CALIBRATION_SAMPLES`.
+    Without their indices, half of the data is calibrated on, at most `CALIBRATION_SAMPLES`.
     """
-    chosen = _spread(len(fed), min(CALIBRATION_SAMPLES, len(fed) // 2))
+    if chosen is None:
+        chosen = _spread(len(fed), min(CALIBRATION_SAMPLES, len(fed) // 2))
     entry = dict(model.entry)
     with np.load(model.path.parents[1] / str(entry["data"])) as stored:
         arrays = {name: stored[name] for name in stored.files}

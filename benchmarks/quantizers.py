@@ -1,24 +1,26 @@
-"""Accuracy after quantizing the zoo's float models: ours beside other quantizers, on the same calibration data.
+"""Accuracy of 8-bit weights and activations: ours beside other quantizers, on the same calibration data.
 
-    python benchmarks/quantizers.py [--weights int8|int4] [--qualities fast,balanced,best] [--only NAME]
-        [--target systolic-npu] [--nncf PYTHON]
+    python benchmarks/quantizers.py [--target x86-cpu] [--quality balanced] [--draws 5] [--only NAMES] [--nncf PYTHON]
 
-Every quantized model is run by onnxruntime without its graph rewrites, on all labelled data. Others, with 8-bit weights
-only: onnxruntime's `quantize_static` as it comes but per channel where it can, and NNCF's `quantize` with its defaults
-if --nncf names the Python of an environment that holds nncf, onnx and onnxruntime. Writes results/quantizers-w8a8.md or
--w4a8.md if no model was left out.
+Every quantized model is run by onnxruntime without its graph rewrites, on the samples that were not calibrated on.
+Which these are changes the metric by chance, so they are drawn several times: the first draw is spread evenly over the
+data, the others are random. Beside the metric stand two measures with less noise: how often the quantized model chooses
+the float model's class, and the power of the outputs over that of their error. The others are onnxruntime's
+`quantize_static` as it comes but per channel where it can, and NNCF's `quantize` with its defaults if --nncf names the
+Python of an environment that holds nncf, onnx and onnxruntime. Writes results/quantizers-w8a8.md if no model was left
+out.
 """
 
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 import typer
 from accuracy import (
@@ -27,115 +29,133 @@ from accuracy import (
     METRIC_OF_TASK,
     RESULTS,
     Arrays,
+    Format,
     Model,
     Runner,
-    _calibration,
     _load_evaluation,
     _models,
+    _quantized,
     _session,
+    _spread,
+    held_out,
+    recorded,
 )
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 
-from qcompiler.calibrate import calibrate
-from qcompiler.dataset import input_specs, load_dataset
-from qcompiler.importer import import_onnx
-from qcompiler.pipeline import SIMPLIFY, legalize, run_passes
-from qcompiler.quant.plan import plan
-from qcompiler.quant.quantize import quantize
-from qcompiler.quant.repair import EFFORTS, repair
-from qcompiler.quant.types import Quality, WeightRequest, WeightType
-from qcompiler.target_loader import load_target
+from qcompiler.quant.types import Quality
 
 NNCF_SCRIPT = Path(__file__).parent / "nncf_quantize.py"
-QUALITIES: tuple[Quality, ...] = ("fast", "balanced", "best")
+
+Calibration = Mapping[str, np.ndarray]
+Quantizer = Callable[[Model, Calibration], Runner]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One quantizer's model: its metric, and the seconds it took to make."""
+    """One quantizer on one draw."""
 
-    metric: float
+    lost: float
+    """Points of the metric, or percent of reconstruction error gained."""
+    agreement: float | None
+    """Percent of samples in which the class is the float model's; None without classes."""
+    sqnr: float
+    """Decibels, the mean over outputs."""
     seconds: float
+    """It took to quantize."""
 
 
 def main(
-    weights: Annotated[WeightType, typer.Option(help="what our weights are stored as")] = "int8",
-    qualities: Annotated[str, typer.Option(help="ours to measure, by comma")] = "fast,balanced",
+    target: Annotated[str, typer.Option(help="a bundled target's name, or a spec")] = "x86-cpu",
+    quality: Annotated[Quality, typer.Option(help="of ours")] = "balanced",
+    draws: Annotated[int, typer.Option(help="of calibration samples")] = 5,
     only: Annotated[str, typer.Option(help="models whose name contains one of these, by comma")] = "",
-    target: Annotated[str, typer.Option(help="a bundled target's name, or a spec")] = "systolic-npu",
     zoo: Annotated[Path, typer.Option(help="folder of models and data")] = DEFAULT_ZOO,
     nncf: Annotated[Path | None, typer.Option(help="Python of an environment with NNCF")] = None,
 ) -> None:
     """Quantize, evaluate, print, write."""
-    wanted: tuple[Quality, ...] = tuple(quality for quality in QUALITIES if quality in qualities.split(","))
+
+    def ours(model: Model, calibration: Calibration) -> Runner:
+        return _quantized(model, target, dict(calibration), Format.W8A8, quality)
+
+    quantizers: dict[str, Quantizer] = {"qcompiler": ours, "onnxruntime": _by_onnxruntime}
+    if nncf is not None:
+        quantizers["NNCF"] = lambda model, calibration: _by_nncf(model, calibration, nncf)
     console, evaluation, text = Console(width=160), _load_evaluation(zoo), ""
-    rows: dict[str, tuple[Model, float, dict[str, Result]]] = {}
+    rows: dict[str, tuple[Model, float, dict[str, list[Result]]]] = {}
     for model in _models(zoo):
         if model.quantized or not any(part in model.name for part in only.split(",")):
             continue
-        fed: list[Arrays] = []
-        metric = METRIC_OF_TASK[model.task]
-        original = float(evaluation.evaluate(model.entry, _recording(model, fed), None)[metric])
-        calibration = _calibration(fed)
-        results: dict[str, Result] = {}
-        for name, run, seconds in _runners(model, target, calibration, weights, wanted, nncf):
-            results[name] = Result(float(evaluation.evaluate(model.entry, run, None)[metric]), seconds)
-            console.print(f"{model.name}: float {original:.4f}, {name} {results[name].metric:.4f}, {seconds:.1f} s")
-        rows[model.name] = (model, original, results)
-        text = _markdown(rows, weights, target, qualities)
+        fed, run = recorded(model, evaluation)
+        exact = [run(inputs) for inputs in fed]
+        found = {name: list[Result]() for name in quantizers}
+        for draw in range(draws):
+            for name, quantizer in quantizers.items():
+                result = _measure(model, evaluation, fed, exact, _draw(len(fed), draw), quantizer)
+                found[name].append(result)
+                console.print(f"{model.name}, draw {draw}, {name}: {result}", highlight=False)
+        original = float(evaluation.evaluate(model.entry, run, None)[METRIC_OF_TASK[model.task]])
+        rows[model.name] = (model, original, found)
+        text = _markdown(rows, target, quality, draws)
         if not only:  # after each model, for all of them take long
-            (RESULTS / f"quantizers-{'w8a8' if weights == 'int8' else 'w4a8'}.md").write_text(text)
+            (RESULTS / "quantizers-w8a8.md").write_text(text)
     console.print(text)
 
 
-def _recording(model: Model, fed: list[Arrays]) -> Runner:
-    run = _session(model.path.read_bytes())
-
-    def recorded(inputs: Arrays) -> list[np.ndarray]:
-        fed.append(inputs)
-        return run(inputs)
-
-    return recorded
+def _draw(count: int, draw: int) -> np.ndarray:
+    """Indices to calibrate on."""
+    wanted = min(CALIBRATION_SAMPLES, count // 2)
+    if draw == 0:
+        return _spread(count, wanted)
+    return np.sort(np.random.default_rng(draw).permutation(count)[:wanted])
 
 
-def _runners(
+def _measure(
     model: Model,
-    target: str,
-    calibration: dict[str, np.ndarray],
-    weights: WeightType,
-    qualities: tuple[Quality, ...],
-    nncf: Path | None,
-) -> Iterator[tuple[str, Runner, float]]:
-    """Each quantizer's name, its model, and the seconds it took."""
-    start = time.perf_counter()
-    chip = load_target(target)
-    graph = run_passes(import_onnx(model.path), (*SIMPLIFY, *legalize(chip)), stage="simplify")
-    data = load_dataset(calibration, input_specs(graph))
-    ranges = calibrate(graph, data, symmetric=chip.quantization.activations.symmetric)
-    formats = plan(graph, ranges, chip, (), WeightRequest(weights))
-    planned = time.perf_counter() - start
-    for quality in qualities:
+    evaluation: ModuleType,
+    fed: Sequence[Arrays],
+    exact: Sequence[list[np.ndarray]],
+    chosen: np.ndarray,
+    quantizer: Quantizer,
+) -> Result:
+    metric = METRIC_OF_TASK[model.task]
+    kept = [exact[index] for index in sorted(set(range(len(fed))).difference(chosen.tolist()))]
+    with tempfile.TemporaryDirectory() as folder:
+        entry, calibration = held_out(model, fed, Path(folder), chosen)
         start = time.perf_counter()
-        repaired = repair(graph, formats, data, EFFORTS[quality])
-        quantized = ir.to_proto(quantize(graph, repaired)).SerializeToString()
-        yield quality, _session(quantized, optimize=False), planned + time.perf_counter() - start
-    if weights != "int8":
-        return
-    start = time.perf_counter()
-    quantized = _by_onnxruntime(model, calibration)
-    yield "onnxruntime", _session(quantized, optimize=False), time.perf_counter() - start
-    if nncf is not None:
-        start = time.perf_counter()
-        quantized = _by_nncf(model, calibration, nncf)
-        yield "NNCF", _session(quantized, optimize=False), time.perf_counter() - start
+        run = quantizer(model, calibration)
+        seconds = time.perf_counter() - start
+        coarse: list[list[np.ndarray]] = []
+
+        def recording(inputs: Arrays) -> list[np.ndarray]:
+            coarse.append(run(inputs))
+            return coarse[-1]
+
+        replayed = iter(kept)
+        original = float(evaluation.evaluate(entry, lambda _: next(replayed), None)[metric])
+        quantized = float(evaluation.evaluate(entry, recording, None)[metric])
+    lost = 100 * (quantized / original - 1) if model.task == "recon" else 100 * (original - quantized)
+    agreement = None
+    if model.task == "cls":
+        pairs = zip(coarse, kept, strict=True)
+        agreement = 100 * float(np.mean([ours[0].argmax() == theirs[0].argmax() for ours, theirs in pairs]))
+    return Result(lost, agreement, _sqnr(coarse, kept), seconds)
+
+
+def _sqnr(coarse: Sequence[list[np.ndarray]], exact: Sequence[list[np.ndarray]]) -> float:
+    ratios: list[float] = []
+    for output in range(len(exact[0])):
+        wanted = np.stack([each[output] for each in exact]).astype(np.float64)
+        error = np.stack([each[output] for each in coarse]) - wanted
+        ratios.append(10 * np.log10(np.square(wanted).sum() / max(float(np.square(error).sum()), 1e-30)))
+    return float(np.mean(ratios))
 
 
 class _Reader(CalibrationDataReader):
     """The calibration samples, one at a time."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, arrays: Calibration) -> None:
         count = len(next(iter(arrays.values())))
         self.samples = iter([{name: array[i : i + 1] for name, array in arrays.items()} for i in range(count)])
 
@@ -143,7 +163,7 @@ class _Reader(CalibrationDataReader):
         return next(self.samples, {})
 
 
-def _by_onnxruntime(model: Model, calibration: Mapping[str, np.ndarray]) -> bytes:
+def _by_onnxruntime(model: Model, calibration: Calibration) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         ready, quantized = Path(folder) / "ready.onnx", Path(folder) / "quantized.onnx"
         quant_pre_process(str(model.path), str(ready), skip_symbolic_shape=True)
@@ -161,51 +181,64 @@ def _by_onnxruntime(model: Model, calibration: Mapping[str, np.ndarray]) -> byte
                 # onnxruntime 1.32 cannot adjust per-channel scales of a MatMul to its bias.
                 if not per_channel:
                     raise
-        return quantized.read_bytes()
+        return _session(quantized.read_bytes(), optimize=False)
 
 
-def _by_nncf(model: Model, calibration: Mapping[str, np.ndarray], python: Path) -> bytes:
+def _by_nncf(model: Model, calibration: Calibration, python: Path) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         arrays, quantized = Path(folder) / "calibration.npz", Path(folder) / "quantized.onnx"
         np.savez(arrays, allow_pickle=False, **calibration)
         command = [str(python), str(NNCF_SCRIPT), str(model.path), str(arrays), str(quantized)]
         subprocess.run(command, check=True, capture_output=True)
-        return quantized.read_bytes()
-
-
-def _lost(model: Model, original: float, metric: float) -> str:
-    if model.task == "recon":
-        return f"{100 * (metric / original - 1):+.2f} %"
-    return f"{100 * (original - metric):+.2f}"
+        return _session(quantized.read_bytes(), optimize=False)
 
 
 def _markdown(
-    rows: Mapping[str, tuple[Model, float, Mapping[str, Result]]], weights: WeightType, target: str, qualities: str
+    rows: Mapping[str, tuple[Model, float, Mapping[str, Sequence[Result]]]], target: str, quality: Quality, draws: int
 ) -> str:
-    names = list(dict.fromkeys(name for _, _, results in rows.values() for name in results))
     lines = [
-        f"# Accuracy lost by quantizing, {'8' if weights == 'int8' else '4'}-bit weights, 8-bit activations",
+        "# Accuracy lost by quantizing, 8-bit weights and activations",
         "",
-        "Points of the metric lost (negative: gained), for the autoencoder percent of reconstruction error; in "
-        f"brackets the seconds it took. All calibrated on the same {CALIBRATION_SAMPLES} samples, run in onnxruntime "
-        f"{ort.__version__}. Made by `benchmarks/quantizers.py --target {target} --weights {weights} "
-        f"--qualities {qualities}`.",
+        "Points of the metric lost (negative: gained), for the autoencoder percent of reconstruction error, on samples "
+        f"that were not calibrated on. All quantizers calibrate on the same {CALIBRATION_SAMPLES} samples (half of "
+        "smaller sets): in the first draw those spread evenly over the data, in the others random ones. ± is the "
+        "standard error of the mean over draws; it does not say how the metric would differ on other data. Same class: "
+        "as the float model. Run in "
+        f"onnxruntime {ort.__version__} without its rewrites. Made by `benchmarks/quantizers.py --target {target} "
+        f"--quality {quality} --draws {draws} --nncf PYTHON`.",
         "",
-        "| model | metric | float | " + " | ".join(names) + " |",
-        "|" + "---|" * (3 + len(names)),
+        f"| model | metric, float | quantizer | lost, first draw | lost, {draws} draws | same class | SQNR | s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for model, original, results in rows.values():
-        cells = [
-            f"{_lost(model, original, results[name].metric)} ({results[name].seconds:.0f} s)" if name in results else ""
-            for name in names
+    for model, original, found in rows.values():
+        unit = " %" if model.task == "recon" else ""
+        for name, results in found.items():
+            agreements = [each.agreement for each in results if each.agreement is not None]
+            cells = (
+                model.name,
+                f"{METRIC_OF_TASK[model.task]} {original:.4f}",
+                name,
+                f"{results[0].lost:+.2f}{unit}",
+                f"{_mean([each.lost for each in results], '+.2f')}{unit}",
+                f"{_mean(agreements, '.2f')} %" if agreements else "",
+                f"{_mean([each.sqnr for each in results], '.2f')} dB",
+                f"{np.mean([each.seconds for each in results]):.0f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    classifiers = [found for model, _, found in rows.values() if model.task == "cls"]
+    if classifiers:
+        means = [
+            f"{name} {np.mean([each.lost for found in classifiers for each in found[name]]):+.2f}"
+            for name in classifiers[0]
         ]
-        lines.append(f"| {model.name} | {METRIC_OF_TASK[model.task]} | {original:.4f} | " + " | ".join(cells) + " |")
-    means = [
-        np.mean([100 * (o - r[name].metric) for m, o, r in rows.values() if m.task == "cls" and name in r])
-        for name in names
-    ]
-    lines.append("| mean of classifiers | top1 | | " + " | ".join(f"{mean:+.2f}" for mean in means) + " |")
+        lines += ["", f"Mean over classifiers and draws, points lost: {', '.join(means)}."]
     return "\n".join([*lines, ""])
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    """Mean and standard error."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):{form}} ± {error:.2f}"
 
 
 if __name__ == "__main__":
