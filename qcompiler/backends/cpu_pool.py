@@ -66,9 +66,12 @@ def average_pool_stages(node: ir.Node) -> Kernel:
     # Padding holds the zero point, so that every window has kh * kw terms.
     window = padded(x, op.kernel_shape, op.strides, (1, 1), op.pads, shape, op.x_zero_point)
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
+    wide = x.dtype == "int16"
     accumulator = te.compute(
         shape,
-        lambda b, i, j, c: te.reduce_sum(window[b, i * sy + ky, j * sx + kx, c].astype("int32"), axis=[ky, kx]),
+        lambda b, i, j, c: te.reduce_sum(
+            window[b, i * sy + ky, j * sx + kx, c].astype(_sum_type(x, kh * kw)), axis=[ky, kx]
+        ),
         "accumulator",
     )
 
@@ -81,11 +84,17 @@ def average_pool_stages(node: ir.Node) -> Kernel:
         entry = counted if any(op.pads) and not op.count_include_pad else kh * kw - 1
         total = accumulator[b, i, j, c] - kh * kw * op.x_zero_point
         return te_arithmetic.requantize(
-            total, multiplier[entry], shift[entry], variant(op.requantize), op.y_zero_point, limits, dtype
-        )
+            total.astype("int64") if wide else total, multiplier[entry], shift[entry], variant(op.requantize),
+            op.y_zero_point, limits, dtype, wide=wide,
+        )  # fmt: skip
 
     output = te.compute(shape, element, "output")
     return Kernel(te.prim_func([x, multiplier, shift, output]), (data_input(node),), tuple(arrays))
+
+
+def _sum_type(x: te.Tensor, count: int) -> str:
+    """Of so many elements: 2^16 of 16 bits may add up to more than 32."""
+    return "int64" if x.dtype == "int16" and count >= 1 << 16 else "int32"
 
 
 def padded(
@@ -128,10 +137,11 @@ def reduce_mean_stages(node: ir.Node) -> Kernel:
     multiplier, shift = parameters_of(arrays)
     x = placeholder(data_input(node))
     reduced = [te.reduce_axis(shape[axis], f"r{axis}") for axis in op.axes]
+    wide, sums = x.dtype == "int16", _sum_type(x, element_count(shape[axis] for axis in op.axes))
 
     def total(*index: Expr) -> Expr:
         position = dict(zip(kept, index, strict=False)) | dict(zip(op.axes, reduced, strict=True))
-        element = x[tuple(position[axis] for axis in range(len(shape)))].astype("int32")
+        element = x[tuple(position[axis] for axis in range(len(shape)))].astype(sums)
         return te.reduce_sum(element - op.x_zero_point, axis=reduced)
 
     dtype, limits = str(dtype_of(node.outputs[0])), (op.clamp_min, op.clamp_max)
@@ -140,7 +150,14 @@ def reduce_mean_stages(node: ir.Node) -> Kernel:
     output = te.compute(
         out,
         lambda *index: te_arithmetic.requantize(
-            accumulator[index], multiplier[0], shift[0], variant(op.requantize), op.y_zero_point, limits, dtype
+            accumulator[index].astype("int64") if wide else accumulator[index],
+            multiplier[0],
+            shift[0],
+            variant(op.requantize),
+            op.y_zero_point,
+            limits,
+            dtype,
+            wide=wide,
         ),
         "output",
     )

@@ -4,6 +4,9 @@ TFLite's kernels derive their multipliers from the scales of the tensors, in flo
 that the integer graph was made from, and emission checks that they give the very multipliers of the integer operators;
 where they do not, or where no TFLite operator computes what ours does, the region is refused with the reason.
 
+With 16-bit activations biases have 64 bits, which makes convolutions add up as many (with 32 they would not), and sums
+say that their scales are no powers of two.
+
 Some operators have another form here: means and average pools are depthwise convolutions by ones (TFLite's pool rounds
 before it rescales), and padding that neither SAME nor VALID describes is a PAD of its own, which Vela folds back.
 
@@ -21,6 +24,7 @@ from qcompiler.emit.tflite_emitter import Emitter, refusal
 from qcompiler.emit.tflite_movement import emit_concat, emit_pad, emit_reshape, emit_slice, emit_split, emit_transpose
 from qcompiler.emit.tflite_pools import emit_average_pool, emit_max_pool, emit_reduce_mean, emit_resize_nearest
 from qcompiler.emit.tflite_products import emit_conv, emit_conv_transpose, emit_gemm, emit_matmul
+from qcompiler.integer.formats import QUANTIZED
 from qcompiler.partition import Region
 
 _EMITTERS: Mapping[str, Callable[[Emitter, ir.Node], None]] = {
@@ -59,6 +63,6 @@ def tflite_of(region: Region) -> bytes:
         QCompilerError: an operator that TFLite cannot compute the way the integer graph does.
     """
     emitter = Emitter(region)
-    emit_nodes(region, emitter, _EMITTERS, "TFLite", refusal)
+    emit_nodes(region, emitter, _EMITTERS, "TFLite", refusal, QUANTIZED)
     inputs = [emitter.of(value) for value in region.inputs]
     return emitter.model.serialize(inputs, [emitter.of(value) for value in region.outputs])

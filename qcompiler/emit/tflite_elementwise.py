@@ -12,6 +12,7 @@ from qcompiler.emit.tflite_emitter import (
     check_factors,
     factors_of,
     refusal,
+    require_one_width,
     require_tflite,
 )
 from qcompiler.emit.tflite_model import Tensor
@@ -30,18 +31,20 @@ from qcompiler.quant import arithmetic, tflite_functions
 def emit_add(emitter: Emitter, node: ir.Node) -> None:
     op = ops.QAdd.of(node)
     require_tflite(node, op.requantize)
+    require_one_width(node)
+    eight = dtype_of(data_input(node)).itemsize == 1
     scales = [emitter.format(value, node).scale for value in (data_input(node), data_input(node, 1), node.outputs[0])]
     factors = (op.multiplier_a, op.shift_a, op.multiplier_b, op.shift_b, op.multiplier_y, op.shift_y)
-    if arithmetic.add_factors(scales[0], scales[1], scales[2], "tflite") != factors:
+    if arithmetic.add_factors(scales[0], scales[1], scales[2], "tflite", bits=8 if eight else 16) != factors:
         raise refusal(node, "its rescale factors do not follow from its tensors' scales")
 
     def make(output: Tensor, activation: int) -> None:
         inputs = [emitter.of(data_input(node)), emitter.of(data_input(node, 1))]
         if op.subtract:
-            options = schema.SubOptionsT(fusedActivationFunction=activation)
+            options = schema.SubOptionsT(potScaleInt16=eight, fusedActivationFunction=activation)
             emitter.add(OP.SUB, inputs, output, OPTIONS.SubOptions, options)
         else:
-            options = schema.AddOptionsT(fusedActivationFunction=activation)
+            options = schema.AddOptionsT(potScaleInt16=eight, fusedActivationFunction=activation)
             emitter.add(OP.ADD, inputs, output, OPTIONS.AddOptions, options)
 
     emitter.clamped(node, (op.clamp_min, op.clamp_max), make)
@@ -50,6 +53,7 @@ def emit_add(emitter: Emitter, node: ir.Node) -> None:
 def emit_mul(emitter: Emitter, node: ir.Node) -> None:
     op = ops.QMul.of(node)
     require_tflite(node, op.requantize)
+    require_one_width(node)
     a, b, y = (
         np.float32(emitter.format(value, node).scale)
         for value in (data_input(node), data_input(node, 1), node.outputs[0])

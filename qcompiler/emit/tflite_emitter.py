@@ -12,6 +12,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.graph import (
     Shape,
     const_of,
+    data_input,
     dtype_of,
     input_of,
     shape_of,
@@ -51,6 +52,22 @@ _VERSIONS: dict[int, int] = {
     OP.TRANSPOSE: 2,
     OP.TRANSPOSE_CONV: 3,
 }
+_WIDE_VERSIONS: dict[int, int] = {
+    OP.ADD: 3,
+    OP.CONCATENATION: 3,
+    OP.CONV_2D: 4,
+    OP.DEPTHWISE_CONV_2D: 5,
+    OP.MAX_POOL_2D: 3,
+    OP.MAXIMUM: 4,
+    OP.MINIMUM: 4,
+    OP.MUL: 4,
+    OP.PAD: 3,
+    OP.PADV2: 3,
+    OP.RESIZE_NEAREST_NEIGHBOR: 4,
+    OP.SUB: 5,
+    OP.TRANSPOSE: 5,
+}
+"""Where 16-bit tensors came in later (tflite/tools/versioning/op_version.cc)."""
 
 
 def refusal(node: ir.Node, reason: str) -> QCompilerError:
@@ -108,7 +125,9 @@ class Emitter:
         options_type: int = OPTIONS.NONE,
         options: object = None,
     ) -> None:
-        self.model.operator(Operation(code, _VERSIONS[code]), inputs, [output], options_type, options)
+        wide = any(tensor.dtype == "int16" for tensor in (*inputs, output))
+        version = _WIDE_VERSIONS.get(code, _VERSIONS[code]) if wide else _VERSIONS[code]
+        self.model.operator(Operation(code, version), inputs, [output], options_type, options)
 
     def reshaped(self, tensor: Tensor, shape: Shape, hint: str) -> Tensor:
         if tensor.shape == shape:
@@ -219,6 +238,18 @@ def factors_of(node: ir.Node, first: int) -> tuple[np.ndarray, np.ndarray]:
 def require_tflite(node: ir.Node, variant: str) -> None:
     if variant != "tflite":
         raise refusal(node, f"the target rescales as {variant!r} does, TFLite in its own way")
+
+
+def require_one_width(node: ir.Node) -> None:
+    """Of the feature maps an operator reads and makes."""
+    before, after = dtype_of(data_input(node)), dtype_of(node.outputs[0])
+    if before.itemsize != after.itemsize:
+        raise refusal(node, f"TFLite's operator makes no {after} of {before}")
+
+
+def bias_type(x: ir.Value) -> type[np.signedinteger]:
+    """What TFLite wants as a bias: its type is that of the sums."""
+    return np.int64 if dtype_of(x) == np.int16 else np.int32
 
 
 def dense(

@@ -13,7 +13,9 @@ from qcompiler.integer.formats import TensorFormat
 _TYPES: dict[str, int] = {
     "int8": schema.TensorType.INT8,
     "uint8": schema.TensorType.UINT8,
+    "int16": schema.TensorType.INT16,
     "int32": schema.TensorType.INT32,
+    "int64": schema.TensorType.INT64,
 }
 _SCHEMA_VERSION = 3
 _LAST_SHORT_CODE = 127

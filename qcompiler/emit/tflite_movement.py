@@ -131,9 +131,10 @@ def _take_every(
 def _pick_channels(emitter: Emitter, tensor: Tensor, channels: Sequence[int]) -> Tensor:
     """A 1×1 convolution whose filters have a single one: elements a byte apart are slow to copy, quick to multiply."""
     assert tensor.format is not None
-    filters = np.zeros((len(channels), 1, 1, tensor.shape[3]), tensor.dtype)
+    wide = tensor.dtype == "int16"
+    filters = np.zeros((len(channels), 1, 1, tensor.shape[3]), np.int8 if wide else tensor.dtype)
     filters[np.arange(len(channels)), 0, 0, list(channels)] = 1
-    bias = np.zeros(len(channels), np.int32)
+    bias = np.zeros(len(channels), np.int64 if wide else np.int32)
     inputs = [
         tensor,
         emitter.model.constant("pick", filters, TensorFormat((1.0,), 0)),

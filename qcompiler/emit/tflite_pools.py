@@ -8,11 +8,13 @@ from qcompiler.emit.tflite_emitter import (
     OP,
     OPTIONS,
     Emitter,
+    bias_type,
     check_factors,
     depthwise,
     factors_of,
     padding_code,
     refusal,
+    require_one_width,
     require_tflite,
 )
 from qcompiler.emit.tflite_model import Tensor
@@ -95,12 +97,13 @@ def _ones(emitter: Emitter, node: ir.Node, kernel: Shape, channels: int, count: 
     multiplier, shift = factors_of(node, 1)
     factor = np.atleast_1d(np.float64(x.scale) * np.float64(share) / np.float64(y.scale))
     check_factors(node, factor, multiplier[-1:], shift[-1:])
-    dtype = dtype_of(data_input(node))
+    require_one_width(node)
+    dtype = np.uint8 if dtype_of(data_input(node)) == np.uint8 else np.int8
     weights = TensorFormat((float(share),), 0)
     bias = TensorFormat((float(np.float32(x.scale) * share),), 0)
     return [
         emitter.model.constant(f"{node.name}.ones", np.ones((1, *kernel, channels), dtype), weights, axis=3),
-        emitter.model.constant(f"{node.name}.bias", np.zeros(channels, np.int32), bias),
+        emitter.model.constant(f"{node.name}.bias", np.zeros(channels, bias_type(data_input(node))), bias),
     ]
 
 

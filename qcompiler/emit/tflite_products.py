@@ -1,5 +1,6 @@
 """Convolutions and matrix products as TFLite."""
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from ai_edge_litert import schema_py_generated as schema
@@ -9,11 +10,13 @@ from qcompiler.emit.tflite_emitter import (
     OP,
     OPTIONS,
     Emitter,
+    bias_type,
     check_factors,
     dense,
     depthwise,
     factors_of,
     refusal,
+    require_one_width,
     require_tflite,
 )
 from qcompiler.emit.tflite_model import Tensor
@@ -33,8 +36,11 @@ from qcompiler.integer.formats import TensorFormat
 def _product_constants(
     emitter: Emitter, node: ir.Node, filters: np.ndarray, axis: int, w_zero_point: int
 ) -> list[Tensor]:
-    """Weights (outputs along `axis`) and bias, after a check of the rescale factors."""
+    """Weights (outputs along `axis`) and bias, after a check of types and rescale factors."""
     x, w, y = data_input(node), data_input(node, 1), node.outputs[0]
+    require_one_width(node)
+    if filters.dtype in (ml_dtypes.int4, ml_dtypes.int2):
+        filters = filters.astype(np.int8)  # Vela's code for weights takes no more room for it
     weights, x_scale = emitter.format(w, node), emitter.format(x, node).scale
     scales = np.array(weights.scales, np.float64)
     multiplier, shift = factors_of(node, 3)
@@ -46,14 +52,14 @@ def _product_constants(
         weights = TensorFormat(weights.scales[:1], weights.zero_point)
     elif filters.dtype != np.int8:
         raise refusal(node, "TFLite's uint8 weights have one scale")
-    if filters.dtype != dtype_of(x):
+    if filters.dtype != (np.int8 if dtype_of(x) == np.int16 else dtype_of(x)):
         raise refusal(node, f"TFLite has no {dtype_of(x)} by {filters.dtype} product")
     bias = const_of(data_input(node, 2))
     assert bias is not None
     products = tuple(float(np.float32(x_scale) * np.float32(scale)) for scale in weights.scales)
     return [
         emitter.model.constant(value_name(w), filters, weights, axis=axis),
-        emitter.model.constant(f"{node.name}.bias", bias, TensorFormat(products, 0)),
+        emitter.model.constant(f"{node.name}.bias", bias.astype(bias_type(x)), TensorFormat(products, 0)),
     ]
 
 

@@ -25,6 +25,7 @@ from qcompiler.emit.tosa_pools import emit_average_pool, emit_max_pool, emit_red
 from qcompiler.emit.tosa_products import emit_conv, emit_conv_transpose, emit_gemm, emit_matmul
 from qcompiler.emit.tosa_resize import emit_resize_linear, emit_resize_nearest
 from qcompiler.errors import QCompilerError
+from qcompiler.integer.formats import EIGHT_BITS
 from qcompiler.partition import Region
 
 _EMITTERS: Mapping[str, Callable[[Emitter, ir.Node], None]] = {
@@ -63,7 +64,7 @@ def tosa_of(region: Region) -> str:
         QCompilerError: an operator that TOSA cannot compute the way the integer graph does.
     """
     emitter = Emitter(region)
-    emit_nodes(region, emitter, _EMITTERS, "TOSA", refusal)
+    emit_nodes(region, emitter, _EMITTERS, "TOSA", refusal, EIGHT_BITS)
     return emitter.module(region)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+QUANTIZED = (*EIGHT_BITS, ir.DataType.INT16)
+"""Types of tensors that have a format."""
 _SCALE, _ZERO_POINT = "qcompiler.scale", "qcompiler.zero_point"
 
 MOVEMENT = frozenset({
@@ -89,4 +91,4 @@ def formats_of(nodes: Iterable[ir.Node]) -> Mapping[ir.Value, TensorFormat]:
 
 def _shared(node: ir.Node) -> tuple[ir.Value, ...]:
     inputs = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-    return (*(value for value in inputs if value is not None and value.dtype in EIGHT_BITS), *node.outputs)
+    return (*(value for value in inputs if value is not None and value.dtype in QUANTIZED), *node.outputs)

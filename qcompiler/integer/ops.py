@@ -4,8 +4,9 @@ A realized model is an ordinary ONNX graph in which every quantized tensor reall
 these operators, standard data movement on integer tensors (Reshape, Transpose, Concat, Split, Slice, Pad,
 Clip, ArgMax…), QuantizeLinear and DequantizeLinear at the borders, and whatever stays in float.
 
-16-bit tensors have zero point 0. Their products with weights accumulate in 64 bits and end in
-`arithmetic.rescale_wide`; their sums and means stay within 32. Lookup, softmax and interpolation take 8 bits.
+16-bit tensors have zero point 0. Their products with weights, and their means, which are products with ones,
+accumulate in 64 bits and end in `arithmetic.rescale_wide`; everything else stays within 32. Lookup, softmax and
+interpolation take 8 bits.
 
 Feature maps are NHWC, convolution weights OHWI (``[out, kernel_h, kernel_w, in / group]``), and the
 arithmetic is spelt out: zero points and clamps are attributes, rescale factors are constant inputs

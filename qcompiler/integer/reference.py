@@ -219,14 +219,14 @@ def _requantize(
 
 
 def _finish(
-    op: ops.QConv | ops.QConvTranspose | ops.QGemm,
+    op: ops.QConv | ops.QConvTranspose | ops.QGemm | ops.QAveragePool | ops.QReduceMean,
     form: Form,
     x: Array,
     acc: np.ndarray,
     multiplier: Array,
     shift: Array,
 ) -> Array:
-    """Sums of products: of 16-bit activations as they are, of 8-bit ones wrapped to int32."""
+    """Sums over a window: of 16-bit activations as they are, of 8-bit ones wrapped to int32."""
     wide = x.dtype == np.int16
     return _requantize(op, form, acc if wide else _wrap(acc), multiplier, shift, wide=wide)
 
@@ -376,14 +376,14 @@ def average_pool(node: ir.Node, form: Form, x: Array, multiplier: Array, shift: 
     else:
         inside = np.ones((1, *x.shape[1:3], 1), np.int32)
         count = _windows(inside, *geometry).sum(axis=(-2, -1))
-    return _requantize(op, form, acc, multiplier[count - 1], shift[count - 1])
+    return _finish(op, form, x, acc, multiplier[count - 1], shift[count - 1])
 
 
 def reduce_mean(node: ir.Node, form: Form, x: Array, multiplier: Array, shift: Array) -> Array:
     """QReduceMean."""
     op = ops.QReduceMean.of(node)
     acc = _minus(x, op.x_zero_point).sum(axis=tuple(op.axes), dtype=np.int64).reshape(form.shape)
-    return _requantize(op, form, _wrap(acc), multiplier, shift)
+    return _finish(op, form, x, acc, multiplier, shift)
 
 
 def requantize(node: ir.Node, form: Form, x: Array, multiplier: Array, shift: Array) -> Array:

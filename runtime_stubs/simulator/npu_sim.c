@@ -530,14 +530,16 @@ static void write_pixel(uint8_t *out, const int64_t *sums, int32_t depth, const 
     }
 }
 
-/* The output stage of a product with weights, whose sums have 48 bits if the IFM has 16. */
-static void write_product(uint8_t *out, const int64_t *sums, const record *records) {
+/* The output stage of sums over a window, which have 48 bits if the IFM has 16. */
+static void write_sums(uint8_t *out, const int64_t *sums, const record *records, int32_t step) {
     if (ifm[0].dtype != INT16) {
-        write_pixel(out, sums, ofm.depth, records, 1);
+        write_pixel(out, sums, ofm.depth, records, step);
         return;
     }
-    for (int32_t c = 0; c < ofm.depth; ++c)
-        put(out, c, finish(qarith_rescale_wide(sums[c], records[c].multiplier, records[c].shift, scales.variant)));
+    for (int32_t c = 0; c < ofm.depth; ++c) {
+        const record *r = &records[c * step];
+        put(out, c, finish(qarith_rescale_wide(sums[c], r->multiplier, r->shift, scales.variant)));
+    }
 }
 
 static int is_nothing(const feature_map *m) { return m->height == 0 || m->width == 0 || m->depth == 0; }
@@ -653,7 +655,7 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                 depthwise_pixel(corner, row, patch, sums);
             else
                 grouped_pixel(corner, row, filters, groups, ifm_group_depth, ofm_group_depth, patch, sums);
-            write_product(pixel_of(&ofm, y, x), sums, records);
+            write_sums(pixel_of(&ofm, y, x), sums, records, 1);
         }
     return 0;
 }
@@ -687,7 +689,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
                 }
     for (int32_t y = 0; y < ofm.height; ++y)
         for (int32_t x = 0; x < ofm.width; ++x)
-            write_product(pixel_of(&ofm, y, x), sums + ((int64_t)y * ofm.width + x) * ofm.depth, records);
+            write_sums(pixel_of(&ofm, y, x), sums + ((int64_t)y * ofm.width + x) * ofm.depth, records, 1);
     return 0;
 }
 
@@ -748,7 +750,7 @@ int32_t qrt_average_pool(int32_t count_include_pad) {
                     ++count;
                 }
             if (count == 0 && !count_include_pad) fail("the window of output (%d, %d) holds no element", y, x);
-            write_pixel(pixel_of(&ofm, y, x), sums, ofm.depth, records + (count_include_pad ? 0 : count - 1), 0);
+            write_sums(pixel_of(&ofm, y, x), sums, records + (count_include_pad ? 0 : count - 1), 0);
         }
     return 0;
 }

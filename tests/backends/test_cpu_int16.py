@@ -105,6 +105,10 @@ def test_other_operators(workbench, run_on_cpu, tmp_path) -> None:
         bench.integer(average, inputs, (1, 7, 4, 16), "int16")
         mean = ops.QReduceMean((1, 2), 0, 0, *LIMITS, variant)
         bench.integer(mean, [bench.random((2, 6, 5, 12), "int16"), *factors(bench, 1, variant, 0.1)], (2, 12), "int16")
+        many = bench.random((1, 1 << 16, 3), "int16")
+        bench.feeds[value_name(many)] = rng.integers([32000, 30000, -32768], 32768, (1, 1 << 16, 3)).astype(np.int16)
+        sums = ops.QReduceMean((1,), 0, 0, *LIMITS, variant)
+        bench.integer(sums, [many, *factors(bench, 1, variant, 2.0**-18)], (1, 3), "int16")
     check(bench, run_on_cpu, tmp_path, "x86-cpu")
 
 

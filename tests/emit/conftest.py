@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.calibrate import calibrate
+from qcompiler.compile import EIGHT_BITS
 from qcompiler.dataset import input_specs, synthetic
 from qcompiler.graph import const_of, dtype_of, is_op, shape_of
 from qcompiler.importer import import_onnx
@@ -18,6 +19,7 @@ from qcompiler.partition import Region
 from qcompiler.pipeline import LAYOUT, SIMPLIFY, harmonize, legalize, run_passes
 from qcompiler.quant.plan import plan
 from qcompiler.quant.quantize import quantize
+from qcompiler.quant.types import WeightRequest
 from qcompiler.target import Target
 from qcompiler.target_loader import load_target
 
@@ -104,7 +106,7 @@ def random_feeds(region: Region, rng: np.random.Generator) -> list[np.ndarray]:
     for value in region.inputs:
         info, wide = np.iinfo(dtype_of(value)), rng.integers(2)
         spread = rng.integers(info.min, info.max + 1, shape_of(value))
-        near = rng.normal((info.min + info.max) / 2, 25, shape_of(value))
+        near = rng.normal((info.min + info.max) / 2, 25 * (info.max - info.min) / 255, shape_of(value))
         arrays.append(np.clip(spread if wide else near, info.min, info.max).astype(dtype_of(value)))
     return arrays
 
@@ -130,13 +132,15 @@ def realized(tmp_path: Path) -> Callable[..., Realized]:
     """Quantize a network for arm-npu's formats and arithmetic: `realized(net, output, …)`."""
     target = load_target("arm-npu")
 
-    def make(network: Net, *outputs: str, chip: Target = target) -> Realized:
+    def make(network: Net, *outputs: str, chip: Target = target, formats: WeightRequest = EIGHT_BITS) -> Realized:
         graph = import_onnx(network.save(tmp_path / "net.onnx", *outputs), None)
         data = synthetic(input_specs(graph), 2)
         graph = run_passes(graph, SIMPLIFY, stage="simplify")
         graph = run_passes(graph, legalize(chip), stage="legalize")
-        ranges = calibrate(graph, data, "minmax")
-        graph = run_passes(quantize(graph, plan(graph, ranges, chip)), harmonize(chip), stage="harmonize")
+        wide = formats.activations == "int16"
+        ranges = calibrate(graph, data, "minmax", bits=16 if wide else 8, symmetric=wide)
+        planned = plan(graph, ranges, chip, weights=formats)
+        graph = run_passes(quantize(graph, planned), harmonize(chip), stage="harmonize")
         return Realized(run_passes(realize(graph, chip), LAYOUT, stage="layout"))
 
     return make

@@ -9,8 +9,10 @@ pytest.importorskip("ai_edge_litert", reason="the extra 'ethosu' is not installe
 
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from qcompiler.compile import EIGHT_BITS
 from qcompiler.emit.tflite import tflite_of
 from qcompiler.errors import QCompilerError
+from qcompiler.quant.types import WeightRequest
 
 FEEDS = 4
 
@@ -24,24 +26,32 @@ def run_tflite(network: bytes, feeds: list[np.ndarray]) -> list[np.ndarray]:
     return [interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details()]
 
 
-@pytest.fixture
-def check(realized) -> Callable[..., list[str]]:
-    """Compare a network's region with its TFLite on several inputs; returns the operators of the region."""
+SIXTEEN = WeightRequest(activations="int16")
+
+
+@pytest.fixture(params=[EIGHT_BITS, SIXTEEN], ids=["8", "16"])
+def check(realized, request) -> Callable[..., list[str]]:
+    """Compare a network's region with its TFLite on several inputs; returns the operators of the region.
+
+    With 8- and with 16-bit activations.
+    """
 
     def compare(network, *outputs: str, varied: bool = True) -> list[str]:
-        made = realized(network, *outputs)
+        made = realized(network, *outputs, formats=request.param)
         emitted = tflite_of(made.region)
         assert emitted == tflite_of(made.region), "two emissions differ"
         for seed in range(FEEDS):
             feeds = made.feeds(seed)
             for want, got in zip(made.run(feeds), run_tflite(emitted, feeds), strict=True):
-                assert want.dtype == got.dtype
+                assert want.dtype == got.dtype == (np.int16 if request.param is SIXTEEN else got.dtype)
                 np.testing.assert_array_equal(got, want)
                 assert not varied or len(np.unique(want)) > 1, "a constant result proves nothing"
         return made.op_types
 
     return compare
 
+
+eight_bits = pytest.mark.parametrize("check", [EIGHT_BITS], ids=["8"], indirect=True)
 
 CONVOLUTIONS = {
     "valid": (8, 12, (3, 3), {}),
@@ -136,6 +146,7 @@ def test_means(net, check, shape, axes):
     assert {"QReduceMean", "QAveragePool"} & set(check(network, y))
 
 
+@eight_bits
 @pytest.mark.parametrize("width", [2, 10, 400])
 def test_softmax(net, check, width):
     network = net(9)
@@ -143,6 +154,7 @@ def test_softmax(net, check, width):
     assert check(network, network.op("Softmax", y, axis=1))[-1] == "QSoftmax"
 
 
+@eight_bits
 @pytest.mark.parametrize("function", ["Sigmoid", "Tanh", "HardSwish", "Exp"])
 @pytest.mark.parametrize("gain", [0.3, 3.0])
 def test_tables(net, check, function, gain):
@@ -179,6 +191,7 @@ def test_transposed_convolutions(net, check, strides, pads):
     assert "QConvTranspose" in check(network, network.op("Relu", y))
 
 
+@eight_bits
 def test_products_of_two_tensors(net, check):
     network = net(13)
     a, b = network.input(2, 3, 6, 8), network.input(2, 3, 8, 5)
