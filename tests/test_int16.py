@@ -1,6 +1,7 @@
 """16-bit activations all the way: reference and CPU agree, onnxruntime reads the model alike, noise falls."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +14,27 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler import bundle as bundle_files
 from qcompiler import cli
-from qcompiler.backends import relax
+from qcompiler.backends import accelerators, npu, relax
+from qcompiler.backends.base import AcceleratorFunction
 from qcompiler.compile import place
 from qcompiler.errors import QCompilerError
 from qcompiler.exact_session import exact_session
 from qcompiler.integer.reference import execute
 from qcompiler.options import Options
+from qcompiler.partition import Region, partition
 from qcompiler.quant.types import WeightRequest
 from qcompiler.runtime import Executable
+from qcompiler.target import Target
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DIGITS, CALIBRATION = EXAMPLES / "digits.onnx", EXAMPLES / "digits_calibration.npz"
 SIXTEEN = WeightRequest(activations="int16")
 FOUR_SIXTEEN = WeightRequest("int4", {}, "int16")
+SLOW_HOST = ("host.element_rate=0.0001 element/cycle",)
 
 
 def network(path: Path, seed: int) -> Path:
-    """What 16 bits have integers for, a Sigmoid they do not, and a Softmax at the end."""
+    """What 16 bits have integers for, with a Sigmoid in the middle and a Softmax at the end."""
     rng = np.random.default_rng(seed)
     depth = int(rng.integers(5, 20))
     shapes = {"w0": (depth, 3, 3, 3), "b0": (depth,), "w1": (depth, 1, 3, 3), "w2": (depth, depth, 1, 1),
@@ -72,7 +77,8 @@ def test_reference_cpu_and_onnxruntime(tmp_path: Path, wanted: WeightRequest) ->
     assert len(products) == 5 and products[0] == products[-1] == "int16*int8"
     assert set(products[1:-1]) == {"int16*int8" if wanted is SIXTEEN else "int16*int4"}
     for op, precision in by_node.values():
-        assert precision.startswith("int16") == (op not in ("QuantizeLinear", "DequantizeLinear", "Lookup", "Softmax"))
+        assert precision.startswith("int16") == (op not in ("QuantizeLinear", "DequantizeLinear", "Softmax")), op
+    assert "Lookup" in {op for op, _ in by_node.values()}
 
     lowered = relax.lower(done.integer, done.partition, done.target)
     relax.build(lowered, done.target.host, tmp_path / "model.so")
@@ -92,6 +98,48 @@ def test_reference_cpu_and_onnxruntime(tmp_path: Path, wanted: WeightRequest) ->
         # Both round to 16 bits at the same places; ties fall differently.
         assert np.abs(theirs - logits).max() < 2e-3 * spread
         assert np.abs(reference - logits).max() < (0.05 if wanted is SIXTEEN else 0.3) * spread
+
+
+@pytest.mark.parametrize("target", ["arm-npu", "ethos-u85-256", "systolic-npu"])
+def test_tables_and_softmax_on_accelerators(tmp_path: Path, target: str) -> None:
+    """Reference, CPU and simulator agree on all of it (tests/test_zoo.py has whole networks)."""
+    done = place(network(tmp_path / "model.onnx", 8), target, Options(formats=SIXTEEN, overrides=SLOW_HOST))
+    made = {(item.op, item.precision, item.backend) for item in done.partition.placements}
+    assert {("Lookup", "int16", "npu"), ("Softmax", "int16", "npu")} <= made
+    feeds = {"x": np.random.default_rng(9).standard_normal((1, 3, 11, 14)).astype(np.float32)}
+    wanted = execute(done.integer, feeds)
+    assert all(len(np.unique(array)) > 1 for array in wanted.values())
+    for index, chip in enumerate((done.target, done.target.model_copy(update={"npu": None}))):
+        parts = partition(done.integer, chip, can_run=partial(accelerators.can_run, target=chip), keep_islands=True)
+
+        def driver(region: Region, chip: Target = chip) -> AcceleratorFunction:
+            return npu.region_function(npu.compile_region(region, chip), int(region.name.rpartition("_")[2]))
+
+        lowered = relax.lower(done.integer, parts, chip, driver)
+        relax.build(lowered, chip.host, tmp_path / f"{index}.so")
+        got = Executable(tmp_path / f"{index}.so", lowered.parameters).run([feeds["x"]])
+        for name, array in zip(("logits", "y"), got, strict=True):
+            np.testing.assert_array_equal(array, wanted[name])
+
+
+def steep(path: Path, function: str, gain: float) -> Path:
+    """A function of numbers so large that straight lines miss it."""
+    node = helper.make_node
+    weights = gain * np.eye(4, dtype=np.float32)[:, :, None, None]
+    nodes = [node("Conv", ["x", "w"], ["c"], name="c"), node(function, ["c"], ["f"], name="f"),
+             node("Conv", ["f", "v"], ["y"], name="y")]  # fmt: skip
+    constants = [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(weights / np.float32(gain), "v")]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 6, 6]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "steep", infos[:1], infos[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("function", "gain", "kept"), [("Tanh", 1, True), ("Tanh", 100, False), ("Sigmoid", 3, True)])
+def test_functions_that_straight_lines_miss_stay_float(tmp_path: Path, function: str, gain: float, kept: bool) -> None:
+    done = place(steep(tmp_path / "m.onnx", function, gain), "x86-cpu", Options(formats=SIXTEEN))
+    ops = {item.op: item.precision for item in done.partition.placements}
+    assert ops["Lookup"] == ("int16" if kept else "float32")
 
 
 def test_noise_of_activations_is_gone(tmp_path: Path) -> None:

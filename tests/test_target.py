@@ -111,7 +111,7 @@ def test_the_first_rule_that_holds_wins() -> None:
         (OpFacts("Conv", "float32*float32", {}), "Conv in float32*float32 is not among int8*int8, uint8*int8,"),
         (OpFacts("LSTM", "int8", {}), "arm-npu has no rule for LSTM"),
         (OpFacts("MaxPool", "int8", {}, result="int16"), "MaxPool in int8->int16 is not among int8, uint8, int16"),
-        (OpFacts("Softmax", "int16", {}), "Softmax in int16 is not among int8, uint8"),
+        (OpFacts("Softmax", "float32", {}), "Softmax in float32 is not among int8, uint8, int16"),
     ],
 )  # fmt: skip
 def test_refusals_say_why(facts: OpFacts, reason: str) -> None:

@@ -76,6 +76,14 @@ def requantize_formula(node: ir.Node) -> Formula:
 
 def lookup(node: ir.Node, host: HostCode) -> Kernel:
     QLookup.of(node)
+    if dtype_of(data_input(node)) == np.int16:
+        return elementwise(
+            [data_input(node)],
+            node.outputs[0],
+            lambda x, table: te_arithmetic.interpolate(x.astype("int32"), table).astype("int16"),
+            host,
+            tables=[constant_input(node, 1)],
+        )
     lowest = -128 if dtype_of(data_input(node)) == np.int8 else 0
     return elementwise(
         [data_input(node)],
@@ -92,7 +100,9 @@ def softmax(node: ir.Node, host: HostCode) -> Kernel:
     x = placeholder(data_input(node), (element_count(shape[:-1]), shape[-1]))
     (entries,) = parameters_of([table])
     limits, dtype = (op.clamp_min, op.clamp_max), str(dtype_of(node.outputs[0]))
-    if op.inverse_scale == TFLITE_SOFTMAX:
+    if dtype_of(data_input(node)) == np.int16:
+        y = te_arithmetic.softmax_int16(x, entries, limits)
+    elif op.inverse_scale == TFLITE_SOFTMAX:
         y = te_arithmetic.tflite_softmax(x, entries, op.y_zero_point, limits, dtype)
     else:
         y = te_arithmetic.softmax(x, entries, op.inverse_scale, op.y_zero_point, limits, dtype)

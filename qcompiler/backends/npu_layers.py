@@ -116,7 +116,7 @@ def recipe_of(node: ir.Node, target: Target) -> Recipe | str:
 
 
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
-_EIGHT_BITS_ONLY = ("QLookup", "QSoftmax", "QResizeLinear")
+_EIGHT_BITS_ONLY = ("QResizeLinear",)
 
 
 def _types_of(node: ir.Node) -> tuple[ir.DataType, ...]:
@@ -500,6 +500,8 @@ def _lookup(node: ir.Node) -> Recipe | str:
     table = const_of(input_of(node, 1))
     if table is None:
         return "its table is not constant"
+    if dtype_of(data_input(node)).itemsize != dtype_of(node.outputs[0]).itemsize:
+        return "its table leads to another width"
 
     def issue(emit: Emitter, tile: Tile) -> None:
         emit.call(isa.LOOKUP, tile.streams[0].base, tile.streams[0].offset)

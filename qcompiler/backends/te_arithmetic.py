@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompiler.backends import te
 from qcompiler.backends.te import Expr
-from qcompiler.quant import tflite_functions
+from qcompiler.quant import interpolation, tflite_functions
 from qcompiler.quant.arithmetic import AddFactors, RequantizeVariant, add_left_shift
 
 DTYPE_RANGES: dict[str, tuple[int, int]] = {
@@ -198,6 +198,63 @@ def softmax(
         numerator = exponential[r, c].astype("int64") * te.const(2 * inverse_scale, "int64") + denominator
         # Both are positive, so truncation is the floor.
         return saturate(te.truncated_divide(numerator, denominator * 2), zero_point, limits, dtype)
+
+    return te.compute((rows, length), quotient, "softmax")
+
+
+def interpolate(x: Expr, table: te.Tensor, first: int = 0) -> Expr:
+    """`interpolation.interpolate` of int32 x in a table that begins at entry `first`, as int32."""
+    bits = interpolation.STEP_BITS
+    index = te.shift_right(x, te.const(bits, "int32")) + ((1 << 8) + first)
+    rest = te.bitwise_and(x, te.const((1 << bits) - 1, "int32"))
+    base = table[index].astype("int32")
+    slope = table[index + 1].astype("int32") - base
+    return base + te.shift_right(slope * rest + (1 << (bits - 1)), te.const(bits, "int32"))
+
+
+def softmax_int16(x: te.Tensor, table: te.Tensor, limits: tuple[int, int]) -> te.Tensor:
+    """`interpolation.softmax` over the last axis of int16 x [rows, length]; table int32 [1028]."""
+    rows, length = te.shape_of(x)
+    lowest, highest = -(1 << 15), (1 << 15) - 1
+    i = te.reduce_axis(length, "i")
+    j = te.reduce_axis(length, "j")
+    top = te.compute((rows,), lambda r: te.reduce_max(x[r, i].astype("int32"), axis=[i]), "highest")
+
+    def exponent(r: Expr, c: Expr) -> Expr:
+        difference = x[r, c].astype("int32") - top[r]
+        scaled = rescale(difference, table[interpolation.MULTIPLIER], table[interpolation.SHIFT], "tflite")
+        return te.clamp(scaled + highest, lowest, highest).astype("int32")
+
+    exponents = te.compute((rows, length), exponent, "exponents")
+    exponential = te.compute(
+        (rows, length), lambda r, c: interpolate(exponents[r, c], table, interpolation.EXPONENTIALS), "exponential"
+    )
+    total = te.compute((rows,), lambda r: te.reduce_sum(exponential[r, j].astype("int64"), axis=[j]), "total")
+
+    def leading_zeros(r: Expr) -> Expr:
+        # A sum is at least that of one exponential of zero.
+        counted: Expr = te.const(0, "int64")
+        for bit in range(1, 32):
+            counted = counted + (total[r] < _one(bit)).astype("int64")
+        return counted
+
+    headroom = te.compute((rows,), leading_zeros, "headroom")
+
+    def denominator(r: Expr) -> Expr:
+        shifted = te.shift_left(total[r], headroom[r] - 1) + _one(13)
+        fraction = te.shift_right(shifted, _shift(14)) - ((1 << 15) + (1 << 16))
+        return te.clamp(fraction, lowest, highest).astype("int32")
+
+    fractions = te.compute((rows,), denominator, "fractions")
+    reciprocal = te.compute(
+        (rows,), lambda r: interpolate(fractions[r], table, interpolation.RECIPROCALS), "reciprocal"
+    )
+
+    def quotient(r: Expr, c: Expr) -> Expr:
+        right = te.const(31, "int64") - headroom[r]
+        product = exponential[r, c].astype("int64") * reciprocal[r].astype("int64")
+        rounded = te.shift_right(product + te.shift_left(_one(0), right - 1), right)
+        return te.clamp(rounded, max(limits[0], 0), min(limits[1], highest)).astype("int16")
 
     return te.compute((rows, length), quotient, "softmax")
 

@@ -25,7 +25,7 @@ from qcompiler.graph import (
 )
 from qcompiler.integer import ops
 from qcompiler.integer.formats import TensorFormat
-from qcompiler.quant import arithmetic, tflite_functions
+from qcompiler.quant import arithmetic, interpolation, tflite_functions
 
 
 def emit_add(emitter: Emitter, node: ir.Node) -> None:
@@ -111,9 +111,15 @@ def _bound(emitter: Emitter, tensor: Tensor, clamp: tuple[int, int], output: Ten
 
 
 def emit_lookup(emitter: Emitter, node: ir.Node) -> None:
-    """LOGISTIC where that kernel computes the same table; else the table itself, read by GATHER."""
+    """LOGISTIC where that kernel computes the same table; else the table itself, read by GATHER.
+
+    TFLite has interpolated tables of 16 bits only inside kernels whose points are its own, so all 65536 results are
+    written.
+    """
     x, y, table = data_input(node), node.outputs[0], const_of(data_input(node, 1))
     assert table is not None
+    if dtype_of(x) == np.int16:
+        table = interpolation.interpolate(np.arange(-(1 << 15), 1 << 15).astype(np.int16), table)
     if _is_logistic(emitter, node, table):
         emitter.add(OP.LOGISTIC, [emitter.of(x)], emitter.result(y))
         return
@@ -131,6 +137,8 @@ def emit_lookup(emitter: Emitter, node: ir.Node) -> None:
 def _is_logistic(emitter: Emitter, node: ir.Node, table: np.ndarray) -> bool:
     x, y = data_input(node), node.outputs[0]
     fmt, out = emitter.format(x, node), emitter.format(y, node)
+    if dtype_of(x) == np.int16:
+        return False
     unit = TensorFormat((tflite_functions.LOGISTIC_OUTPUT_SCALE,), int(np.iinfo(dtype_of(y)).min))
     if ops.QLookup.of(node).function != "Sigmoid" or out != unit or dtype_of(x) != dtype_of(y):
         return False
@@ -141,10 +149,11 @@ def emit_softmax(emitter: Emitter, node: ir.Node) -> None:
     op = ops.QSoftmax.of(node)
     x, y, table = data_input(node), node.outputs[0], const_of(data_input(node, 1))
     assert table is not None
-    limits = np.iinfo(dtype_of(y))
+    limits, wide = np.iinfo(dtype_of(y)), dtype_of(x) == np.int16
     if op.inverse_scale != ops.TFLITE_SOFTMAX or (op.clamp_min, op.clamp_max) != (limits.min, limits.max):
         raise refusal(node, "TFLite's softmax has the output scale 1/256 and no activation")
-    if not np.array_equal(table, tflite_functions.softmax_table(emitter.format(x, node).scale)):
+    made = interpolation.softmax_table if wide else tflite_functions.softmax_table
+    if not np.array_equal(table, made(emitter.format(x, node).scale)):
         raise refusal(node, "its table of exponentials is not the one TFLite computes")
     options = schema.SoftmaxOptionsT(beta=1.0)
     emitter.add(OP.SOFTMAX, [emitter.of(x)], emitter.result(y), OPTIONS.SoftmaxOptions, options)

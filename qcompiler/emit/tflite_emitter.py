@@ -56,6 +56,7 @@ _WIDE_VERSIONS: dict[int, int] = {
     OP.ADD: 3,
     OP.CONCATENATION: 3,
     OP.CONV_2D: 4,
+    OP.GATHER: 4,
     OP.DEPTHWISE_CONV_2D: 5,
     OP.MAX_POOL_2D: 3,
     OP.MAXIMUM: 4,
@@ -64,6 +65,7 @@ _WIDE_VERSIONS: dict[int, int] = {
     OP.PAD: 3,
     OP.PADV2: 3,
     OP.RESIZE_NEAREST_NEIGHBOR: 4,
+    OP.SOFTMAX: 3,
     OP.SUB: 5,
     OP.TRANSPOSE: 5,
 }

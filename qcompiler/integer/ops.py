@@ -5,8 +5,7 @@ these operators, standard data movement on integer tensors (Reshape, Transpose, 
 Clip, ArgMax…), QuantizeLinear and DequantizeLinear at the borders, and whatever stays in float.
 
 16-bit tensors have zero point 0. Their products with weights, and their means, which are products with ones,
-accumulate in 64 bits and end in `arithmetic.rescale_wide`; everything else stays within 32. Lookup, softmax and
-interpolation take 8 bits.
+accumulate in 64 bits and end in `arithmetic.rescale_wide`; everything else stays within 32. Interpolation takes 8 bits.
 
 Feature maps are NHWC, convolution weights OHWI (``[out, kernel_h, kernel_w, in / group]``), and the
 arithmetic is spelt out: zero points and clamps are attributes, rescale factors are constant inputs
@@ -262,9 +261,10 @@ class QRequantize(IntegerOp):
 
 @dataclass(frozen=True)
 class QLookup(IntegerOp):
-    """Any 8-bit unary function. Inputs: x, table [256] of the output's dtype.
+    """Any unary function. Inputs: x, table [256] of the output's dtype, or [513] for 16 bits.
 
-    y = table[x - lowest], lowest = -128 for int8, 0 for uint8. `function` names what it stands for.
+    y = table[x - lowest], lowest = -128 for int8, 0 for uint8; y = `interpolation.interpolate` of int16, with an output
+    of int16. `function` names what it stands for.
     """
 
     op_type: ClassVar[str] = "QLookup"
@@ -277,10 +277,10 @@ TFLITE_SOFTMAX = 0
 
 @dataclass(frozen=True)
 class QSoftmax(IntegerOp):
-    """Softmax over the last axis. Inputs: x, table [256] int32.
+    """Softmax over the last axis. Inputs: x, table [256] int32, or [1028] for 16 bits.
 
     `arithmetic.softmax`; or, where inverse_scale is `TFLITE_SOFTMAX`, `tflite_functions.softmax`, whose output scale is
-    1/256.
+    1/256. 16 bits have but one: `interpolation.softmax`, whose output is int16 of the scale 1/32768.
     """
 
     op_type: ClassVar[str] = "QSoftmax"

@@ -12,7 +12,7 @@ from qcompiler.integer.facts import LOOKUP_FUNCTIONS
 from qcompiler.integer.formats import record
 from qcompiler.integer.realize_movement import Forms
 from qcompiler.integer.reference import StandardNode
-from qcompiler.quant import arithmetic, tflite_functions
+from qcompiler.quant import arithmetic, interpolation, tflite_functions
 
 _ELEMENTWISE: frozenset[str] = LOOKUP_FUNCTIONS | {
     "Add", "And", "BitShift", "Cast", "Ceil", "Clip", "Div", "Equal", "Floor", "Greater", "GreaterOrEqual", "Identity",
@@ -103,15 +103,22 @@ def lookup(builder: Builder, forms: Forms, value: ir.Value, out: Output) -> ir.V
     """Any elementwise computation on one quantized tensor and single constants, as a table of its 256 results.
 
     The table holds what DequantizeLinear, the float operators and QuantizeLinear make of every integer; for a Sigmoid
-    on targets of TFLite's arithmetic, what TFLite's kernel makes of it.
+    on targets of TFLite's arithmetic, what TFLite's kernel makes of it. For 16 bits it holds points of the function,
+    and None is returned where straight lines between them would be coarser than `_MOST_STEPS_OFF`.
     """
     expression = _Expression(forms)
     if not expression.add(value) or expression.leaf is None or expression.leaf.shape != shape_of(value):
         return None
     leaf = expression.leaf
-    if max(leaf.format.bits, out.format.bits) > 8:
+    if leaf.format.bits != out.format.bits:
         return None
     function = "+".join(node.op_type for node in expression.nodes)
+    if leaf.format.bits == 16:
+        table = _interpolated(expression, leaf, value, builder.graph.opset_imports[""], out)
+        if table is None:
+            return None
+        constant = builder.constant(table, f"{out.name}.table")
+        return builder.operator(ops.QLookup(function), [leaf.value, constant], out.shape, out.format.dtype, out.name)
     unit = (np.float32(tflite_functions.LOGISTIC_OUTPUT_SCALE), out.format.limits[0])
     kernel = (builder.variant, function, leaf.format.dtype) == ("tflite", "Sigmoid", out.format.dtype)
     if kernel and (out.format.scale, out.format.zero_point) == unit:
@@ -120,11 +127,35 @@ def lookup(builder: Builder, forms: Forms, value: ir.Value, out: Output) -> ir.V
             float(leaf.format.scale), leaf.format.zero_point, out.format.dtype.numpy()
         )
     else:
-        codes = out.format.quantize(expression.evaluate(value, builder.graph.opset_imports[""]))
+        everything = leaf.format.dequantize(leaf.format.codes())
+        codes = out.format.quantize(expression.evaluate(value, builder.graph.opset_imports[""], everything))
     table = np.clip(codes, *out.clamp).astype(out.format.dtype.numpy())
     constant = builder.constant(table, f"{out.name}.table")
     op = ops.QLookup(function)
     return builder.operator(op, [leaf.value, constant], out.shape, out.format.dtype, out.name)
+
+
+_MOST_STEPS_OFF = 128
+"""Of an output's 65536, that straight lines may be away from a function: half a step of a table of 8 bits."""
+_EXACT_OTHERWISE, _FREE = ("Add", "Sub", "Mul", "Div"), ("Clip", "Relu", "Identity")
+
+
+def _interpolated(
+    expression: "_Expression", leaf: Quantized, value: ir.Value, opset: int, out: Output
+) -> np.ndarray | None:
+    """The table of a function of 16 bits, or None if it is too coarse or if an operator of its own is exact."""
+    computing = [node.op_type for node in expression.nodes if node.op_type not in _FREE]
+    if not computing or (len(computing) == 1 and computing[0] in _EXACT_OTHERWISE):
+        return None
+
+    def steps(q: np.ndarray) -> np.ndarray:
+        real = q.astype(np.float32) * leaf.format.scale
+        return expression.evaluate(value, opset, real).astype(np.float64) / np.float64(out.format.scale)
+
+    every = np.arange(-(1 << 15), 1 << 15).astype(np.int16)
+    table = interpolation.table_of(steps(interpolation.points()), out.clamp)
+    off = np.abs(interpolation.interpolate(every, table) - np.clip(steps(every), *out.clamp)).max()
+    return table if off <= _MOST_STEPS_OFF else None
 
 
 class _Expression:
@@ -162,10 +193,8 @@ class _Expression:
         self.nodes.append(node)
         return True
 
-    def evaluate(self, value: ir.Value, opset: int) -> np.ndarray:
-        """`value` for each of the 256 integers, lowest first, float32."""
-        assert self.leaf is not None
-        everything = self.leaf.format.dequantize(self.leaf.format.codes())
+    def evaluate(self, value: ir.Value, opset: int, everything: np.ndarray) -> np.ndarray:
+        """`value` where the tensor holds each of these float32 numbers."""
         known: dict[ir.Value, np.ndarray] = {leaf: everything for leaf in self._leaves}
         known |= {constant: np.asarray(array) for constant, array in self._constants.items()}
         for node in self.nodes:

@@ -17,7 +17,7 @@ from qcompiler.integer.builder import (
 )
 from qcompiler.integer.realize_movement import Forms, max_pool
 from qcompiler.integer.resize import is_plain_resize, linear_tables, spatial_scales
-from qcompiler.quant import arithmetic, tflite_functions
+from qcompiler.quant import arithmetic, interpolation, tflite_functions
 
 
 def average_pool(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
@@ -73,12 +73,14 @@ def reduce_mean(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> i
 
 
 def softmax(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
-    """Softmax of 8 bits over any axis, which is brought last."""
+    """Softmax over any axis, which is brought last."""
     x = forms.of(data_input(node))
-    if x is None or max(x.format.bits, out.format.bits) > 8:
+    if x is None or x.format.bits != out.format.bits:
         return None
     rank = len(x.shape)
     axis = integer(node, "axis", -1) % rank
+    if x.format.bits == 16 and not _has_wide_softmax(x, out, axis):
+        return None
     table, inverse_scale = _softmax_tables(builder, x, out, axis)
     op = ops.QSoftmax(inverse_scale, out.format.zero_point, *out.clamp)
     exponentials = builder.constant(table, f"{out.name}.exponentials")
@@ -90,8 +92,18 @@ def softmax(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Va
     return builder.transpose(y, [perm.index(other) for other in range(rank)], out.name)
 
 
+def _has_wide_softmax(x: Quantized, out: Output, axis: int) -> bool:
+    """Whether the one softmax of 16 bits applies: to its output scale, and where nothing in it passes 32 bits."""
+    unit = out.format.scale == np.float32(interpolation.SOFTMAX_OUTPUT_SCALE)
+    small = float(x.format.scale) <= interpolation.SOFTMAX_LARGEST_SCALE
+    return bool(unit and small and x.shape[axis] <= interpolation.SOFTMAX_LONGEST_ROW)
+
+
 def _softmax_tables(builder: Builder, x: Quantized, out: Output, axis: int) -> tuple[np.ndarray, int]:
-    """TFLite's exponentials on targets of its arithmetic, if the output has the one scale its kernel knows."""
+    """TFLite's exponentials on targets of its arithmetic, if the output has the one scale its kernel knows; of 16 bits
+    everywhere."""
+    if x.format.bits == 16:
+        return interpolation.softmax_table(float(x.format.scale)), ops.TFLITE_SOFTMAX
     unit = (np.float32(tflite_functions.SOFTMAX_OUTPUT_SCALE), out.format.limits[0])
     short = x.shape[axis] <= tflite_functions.SOFTMAX_LONGEST_ROW
     if builder.variant == "tflite" and (out.format.scale, out.format.zero_point) == unit and short:

@@ -22,7 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 
 from qcompiler.graph import QCOMPILER_DOMAIN, Shape, const_of, dtype_of, integer, is_op, shape_of, value_name
 from qcompiler.integer import ops
-from qcompiler.quant import arithmetic, tflite_functions
+from qcompiler.quant import arithmetic, interpolation, tflite_functions
 
 Array = np.ndarray
 
@@ -395,6 +395,8 @@ def requantize(node: ir.Node, form: Form, x: Array, multiplier: Array, shift: Ar
 def lookup(node: ir.Node, form: Form, x: Array, table: Array) -> Array:
     """QLookup."""
     assert node.op_type == "QLookup" and table.dtype == form.dtype
+    if x.dtype == np.int16:
+        return interpolation.interpolate(x, table)
     return table[x.astype(np.int32) - np.iinfo(x.dtype).min]
 
 
@@ -402,6 +404,8 @@ def softmax(node: ir.Node, form: Form, x: Array, table: Array) -> Array:
     """QSoftmax."""
     op = ops.QSoftmax.of(node)
     clamp = (op.clamp_min, op.clamp_max)
+    if x.dtype == np.int16:
+        return arithmetic.saturate(interpolation.softmax(x, table), *clamp, form.dtype)
     if op.inverse_scale == ops.TFLITE_SOFTMAX:
         return tflite_functions.softmax(x, table, op.y_zero_point, clamp, form.dtype)
     return arithmetic.softmax(x.astype(np.int32), table, op.inverse_scale, op.y_zero_point, clamp, form.dtype)

@@ -56,6 +56,10 @@ UNIT_OUTPUTS: tuple[tuple[str, float, float], ...] = (
     ("Tanh", -1.0, 127 / 128),
 )
 """Operators with a bounded output, and the interval that gives 8-bit formats the scale 1/256 or 1/128."""
+UNIT_OUTPUTS_INT16: tuple[tuple[str, float, float], ...] = tuple(
+    (op_type, low and -32767 / 32768, 32767 / 32768) for op_type, low, _ in UNIT_OUTPUTS
+)
+"""The interval that gives 16-bit formats the scale 1/32768."""
 
 
 def is_float(value: ir.Value | None) -> bool:

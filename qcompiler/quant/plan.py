@@ -28,7 +28,7 @@ from qcompiler.graph import (
     users,
     value_name,
 )
-from qcompiler.integer.facts import LOOKUP_FUNCTIONS, facts_of_float
+from qcompiler.integer.facts import facts_of_float
 from qcompiler.layer_names import JOINT
 from qcompiler.quant import operators
 from qcompiler.quant.bias_correction import bias_shift
@@ -41,7 +41,7 @@ from qcompiler.quant.formats import (
     weight_format,
 )
 from qcompiler.quant.masks import is_masked, unmasked_ranges
-from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, activation_inputs, is_activation
+from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, UNIT_OUTPUTS_INT16, activation_inputs, is_activation
 from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat, WeightRequest
 from qcompiler.quant.weight_bits import activation_dtype, weight_dtypes
 from qcompiler.target import Match, Target
@@ -170,18 +170,16 @@ class _Planner:
         region = self.regions.get(node, ())
         if not region and (refused := operators.refusal(node)) is not None:
             return refused
-        if self.dtype == "int16" and (reason := self._wide_reason(node, region)) is not None:
+        if self.dtype == "int16" and (reason := self._wide_reason(node)) is not None:
             return reason
         for reason in (self._shift_reason(node), self._infinite_reason(node), self._tail_reason(node, region)):
             if reason is not None:
                 return reason
         return None
 
-    def _wide_reason(self, node: ir.Node, region: tuple[ir.Node, ...]) -> str | None:
+    def _wide_reason(self, node: ir.Node) -> str | None:
         """What 16-bit activations have no integer form for."""
-        if len(region) > 1 or is_op(node, *LOOKUP_FUNCTIONS):
-            return "lookup tables take 8-bit inputs"
-        if is_op(node, "Softmax") or (is_op(node, "Resize") and string(node, "mode", "nearest") == "linear"):
+        if is_op(node, "Resize") and string(node, "mode", "nearest") == "linear":
             return f"{node.op_type} takes 8-bit inputs"
         if is_op(node, "MatMul") and not has_weights(node):
             return "products of two activations take 8-bit inputs"
@@ -388,7 +386,7 @@ class _Planner:
         """
         maker = value.producer()
         seen = self.ranges.get(value_name(value))
-        for op_type, low, high in UNIT_OUTPUTS:
+        for op_type, low, high in UNIT_OUTPUTS if self.dtype != "int16" else UNIT_OUTPUTS_INT16:
             if is_op(maker, op_type) and (seen is None or is_op(maker, "Softmax") or 2 * _span(seen) > high - low):
                 return Range(low, high, low, high)
         if seen is not None:

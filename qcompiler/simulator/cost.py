@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.integer.sparsity import KEPT
+from qcompiler.quant import interpolation
 from qcompiler.simulator import contention, engines, isa
 from qcompiler.simulator.contention import Ports, Run, Task, Use
 from qcompiler.simulator.weight_code import EncodedSpan, ratio_at
@@ -586,7 +587,7 @@ class _Pricer:
         if scales_base >= 0:
             read[scales_memory] += SCALE_RECORD_BYTES * (ofm_shape[2] if code in _CONVOLUTIONS else 1)
         if code in _TABLE_BASES:
-            read[self._memory(_TABLE_BASES[code](command))] += _table_bytes(code, ofm_shape)
+            read[self._memory(_TABLE_BASES[code](command))] += _table_bytes(code, ofm_shape, isa.BITS[ifm_dtype])
         written = {self._memory(ofm_base): work.ofm_bytes}
 
         traffic = tuple(
@@ -716,10 +717,11 @@ def _distinct(ifm: Words) -> Dims:
     return height if stride_y else 1, width if stride_x else 1, depth if stride_c else 1
 
 
-def _table_bytes(code: int, ofm_shape: Sequence[int]) -> int:
-    """Lookup: 256 bytes; softmax: 256 int32; resizing: one index a row and column, or two with their weights."""
+def _table_bytes(code: int, ofm_shape: Sequence[int], bits: int) -> int:
+    """Lookup: 256 bytes, or 513 int16; softmax: 256 int32, or two tables and a factor; resizing: one index a row and
+    column, or two with their weights."""
     if code == isa.LOOKUP.code:
-        return 256
+        return 2 * interpolation.ENTRIES if bits == 16 else 256
     if code == isa.SOFTMAX.code:
-        return 1024
+        return 4 * (interpolation.SOFTMAX_ENTRIES if bits == 16 else 256)
     return (ofm_shape[0] + ofm_shape[1]) * (4 if code == isa.RESIZE_NEAREST.code else 16)

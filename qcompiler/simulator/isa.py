@@ -110,7 +110,9 @@ MUL = Opcode(25, "mul", ())
 REQUANTIZE = Opcode(26, "requantize", ())
 """`mul` and `requantize` use the first record of `scales`."""
 LOOKUP = Opcode(27, "lookup", ("base", "offset"))
+"""256 entries of the OFM's type, of 8 bits; or 513 int16 between which int16 IFMs are interpolated."""
 SOFTMAX = Opcode(28, "softmax", ("base", "offset", "inverse_scale"))
+"""`lookup` and `softmax` find the tables of `integer.ops` at an address."""
 RESIZE_NEAREST = Opcode(29, "resize_nearest", ("base", "y_index", "x_index", "y_origin"))
 RESIZE_LINEAR = Opcode(30, "resize_linear", ("base", "y_index", "y_weight", "x_index", "x_weight", "y_origin"))
 """Table offsets of `integer.ops`; `y_origin` is the row of the whole IFM that row 0 of the tile holds."""

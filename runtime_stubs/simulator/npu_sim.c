@@ -203,11 +203,6 @@ static void touch_map(const char *what, feature_map *m, int write) {
     touch(what, (box){m->base, m->wrapped, m->stride_y, m->stride_x, m->height - first, m->width, depth}, write);
 }
 
-/* For operations that take maps of 8 bits only. */
-static void check_bytes(const feature_map *m) {
-    if (m->dtype == INT16) fail("16-bit maps are not implemented here");
-}
-
 /* Pixel (y, x) of a map; a stride of 0 repeats it. */
 static uint8_t *pixel_of(const feature_map *m, int32_t y, int32_t x) {
     int64_t row = y < m->first_rows ? m->offset + (int64_t)y * m->stride_y
@@ -847,13 +842,31 @@ int32_t qrt_requantize(void) {
     return 0;
 }
 
+/* OFM = straight lines of a table at the IFM, both of 16 bits. */
+static void interpolate(int32_t base, int32_t offset) {
+    const uint8_t *bytes = touch_run("the table", base, offset, 2 * QARITH_ENTRIES);
+    int32_t table[QARITH_ENTRIES];
+    for (int32_t i = 0; i < QARITH_ENTRIES; ++i) table[i] = load(bytes + 2 * i, INT16);
+    check_same_size(0);
+    for (int32_t y = 0; y < ofm.height; ++y)
+        for (int32_t x = 0; x < ofm.width; ++x) {
+            const uint8_t *from = pixel_of(&ifm[0], y, x);
+            uint8_t *to = pixel_of(&ofm, y, x);
+            for (int32_t c = 0; c < ofm.depth; ++c)
+                put(to, c, qarith_interpolate(load(from + (int64_t)c * ifm[0].stride_c, INT16), table));
+        }
+}
+
 int32_t qrt_lookup(int32_t base, int32_t offset) {
     BEGIN(LOOKUP, "lookup", base, offset);
     touch_map("the IFM", &ifm[0], 0);
     touch_map("the OFM", &ofm, 1);
+    if (ifm[0].dtype == INT16 || ofm.dtype == INT16) {
+        if (ifm[0].dtype != ofm.dtype) fail("the IFM and the OFM are of different widths");
+        interpolate(base, offset);
+        return 0;
+    }
     const uint8_t *bytes = touch_run("the table", base, offset, 256);
-    check_bytes(&ifm[0]);
-    check_bytes(&ofm);
     /* Entry 0 answers the lowest value, which is -128 for int8. */
     int32_t table[256];
     for (int32_t byte = 0; byte < 256; ++byte) table[byte] = bytes[ifm[0].dtype == INT8 ? byte ^ 128 : byte];
@@ -861,15 +874,27 @@ int32_t qrt_lookup(int32_t base, int32_t offset) {
     return 0;
 }
 
+static void softmax16_row(const uint8_t *from, uint8_t *to, int32_t largest, const int32_t *table) {
+    int32_t *terms = arena(SUMS, ofm.depth * (int64_t)sizeof *terms), shift = 0;
+    int64_t total = 0;
+    for (int32_t c = 0; c < ofm.depth; ++c)
+        total += terms[c] = qarith_softmax16_term(load(from + (int64_t)c * ifm[0].stride_c, INT16) - largest, table);
+    if (total <= 0 || total > INT32_MAX) fail("a row's exponentials add to %lld", (long long)total);
+    int32_t reciprocal = qarith_softmax16_reciprocal(total, table, &shift);
+    for (int32_t c = 0; c < ofm.depth; ++c)
+        put(to, c, qarith_clamp(qarith_softmax16(terms[c], reciprocal, shift), clamp_min, clamp_max));
+}
+
 int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
     BEGIN(SOFTMAX, "softmax", base, offset, inverse_scale);
     touch_map("the IFM", &ifm[0], 0);
     touch_map("the OFM", &ofm, 1);
-    const uint8_t *bytes = touch_run("the table", base, offset, 256 * 4);
-    check_bytes(&ifm[0]);
+    const int wide = ifm[0].dtype == INT16;
+    const int64_t entries = wide ? QARITH_SOFTMAX_ENTRIES : 256;
+    const uint8_t *bytes = touch_run("the table", base, offset, entries * (int64_t)sizeof(int32_t));
     check_same_size(0);
-    int32_t table[256];
-    memcpy(table, bytes, sizeof table);
+    int32_t table[QARITH_SOFTMAX_ENTRIES];
+    memcpy(table, bytes, (size_t)entries * sizeof *table);
     const int tflite = inverse_scale == 0; /* qcompiler.integer.ops.TFLITE_SOFTMAX */
     int32_t reciprocal = 0, shift = 0;
     for (int32_t y = 0; y < ofm.height; ++y)
@@ -882,6 +907,10 @@ int32_t qrt_softmax(int32_t base, int32_t offset, int32_t inverse_scale) {
                 largest = value > largest ? value : largest;
             }
             int64_t total = 0;
+            if (wide) {
+                softmax16_row(from, to, largest, table);
+                continue;
+            }
             for (int32_t c = 0; c < ofm.depth; ++c) {
                 int32_t exponential = table[largest - load(from + (int64_t)c * ifm[0].stride_c, ifm[0].dtype)];
                 total += tflite ? qarith_tflite_softmax_term(exponential) : exponential;

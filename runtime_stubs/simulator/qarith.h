@@ -120,6 +120,38 @@ static inline int64_t qarith_softmax(int32_t exponential, int64_t total, int32_t
     return (2 * (int64_t)exponential * inverse_scale + scaled) / (2 * scaled) + zero_point;
 }
 
+/* --- functions of 16 bits: qcompiler/quant/interpolation.py --- */
+
+enum { QARITH_ENTRIES = 513, QARITH_SOFTMAX_ENTRIES = 2 * QARITH_ENTRIES + 2 };
+
+/* A table's straight line at x, which has 16 bits. */
+static inline int32_t qarith_interpolate(int32_t x, const int32_t *table) {
+    int32_t index = (x >> 7) + 256, base = table[index];
+    return base + (((table[index + 1] - base) * (x & 127) + 64) >> 7);
+}
+
+/* The exponential of an element below its row's largest by -difference; `table` is interpolation.softmax_table's. */
+static inline int32_t qarith_softmax16_term(int32_t difference, const int32_t *table) {
+    const int32_t *factor = table + 2 * QARITH_ENTRIES;
+    int64_t scaled = qarith_rescale_tflite(difference, factor[0], factor[1]) + INT16_MAX;
+    return qarith_interpolate(qarith_clamp(scaled, INT16_MIN, INT16_MAX), table);
+}
+
+/* `total` is the row's sum of terms, positive and below 2^31. Stores the shift of the elements. */
+static inline int32_t qarith_softmax16_reciprocal(int64_t total, const int32_t *table, int32_t *shift) {
+    int32_t headroom = 0;
+    while ((total << headroom) < (int64_t)1 << 31) ++headroom;
+    int64_t fraction = (((total << (headroom - 1)) + (1 << 13)) >> 14) - ((1 << 15) + (1 << 16));
+    *shift = 31 - headroom;
+    return qarith_interpolate(qarith_clamp(fraction, INT16_MIN, INT16_MAX), table + QARITH_ENTRIES);
+}
+
+/* One element, not negative. */
+static inline int64_t qarith_softmax16(int32_t exponential, int32_t reciprocal, int32_t shift) {
+    int64_t result = ((int64_t)exponential * reciprocal + ((int64_t)1 << (shift - 1))) >> shift;
+    return result < 0 ? 0 : result;
+}
+
 /* --- softmax as TFLite's reference kernel has it: qcompiler/quant/tflite_functions.py --- */
 
 /* What an exponential (Q0.31) adds to a sum of them (Q12.19). */

@@ -8,7 +8,7 @@ from qcompiler.backends.cpu_conv import conv_problem, sum_dtype
 from qcompiler.graph import value_name
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
-from qcompiler.quant import arithmetic
+from qcompiler.quant import arithmetic, interpolation
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
 from qcompiler.target_loader import load_target
 
@@ -109,6 +109,14 @@ def test_other_operators(workbench, run_on_cpu, tmp_path) -> None:
         bench.feeds[value_name(many)] = rng.integers([32000, 30000, -32768], 32768, (1, 1 << 16, 3)).astype(np.int16)
         sums = ops.QReduceMean((1,), 0, 0, *LIMITS, variant)
         bench.integer(sums, [many, *factors(bench, 1, variant, 2.0**-18)], (1, 3), "int16")
+        table = np.sort(rng.integers(-32768, 32768, interpolation.ENTRIES)).astype(np.int16)
+        bench.integer(
+            ops.QLookup("Any"), [bench.random((3, 7, 40), "int16"), bench.constant(table)], (3, 7, 40), "int16"
+        )
+        for rows, length, scale in ((3, 40, 2e-4), (1, 1001, 7e-4), (20, 2, 5e-5)):
+            entries = bench.constant(interpolation.softmax_table(scale))
+            softmax = ops.QSoftmax(ops.TFLITE_SOFTMAX, 0, 0, 32767)
+            bench.integer(softmax, [bench.random((rows, length), "int16"), entries], (rows, length), "int16")
     check(bench, run_on_cpu, tmp_path, "x86-cpu")
 
 

@@ -18,7 +18,7 @@ from qcompiler.graph import QCOMPILER_DOMAIN, add_initializer, dtype_of, make_no
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
 from qcompiler.partition import Region
-from qcompiler.quant import arithmetic, tflite_functions
+from qcompiler.quant import arithmetic, interpolation, tflite_functions
 from qcompiler.quant.arithmetic import REQUANTIZE_VARIANTS, RequantizeVariant
 from qcompiler.simulator import isa
 from qcompiler.simulator.cost import price
@@ -270,13 +270,19 @@ class Net:
         return self.integer(op, [x, *self.scales(1, 0.8 * widening(y_dtype, x))], shape_of(x), y_dtype)
 
     def lookup(self, x: ir.Value) -> ir.Value:
-        y_dtype = self.eight()
-        table = self.constant(self.random((256,), y_dtype))
+        wide = x.dtype == INT16
+        y_dtype = INT16 if wide else self.eight()
+        # Any table will do, but that straight lines of 16 bits stay within the type.
+        table = self.constant(self.random((interpolation.ENTRIES if wide else 256,), y_dtype))
         return self.integer(ops.QLookup("Tanh"), [x, table], shape_of(x), y_dtype)
 
     def softmax(self, x: ir.Value) -> ir.Value:
-        y_dtype = self.eight()
         scale = float(self.rng.uniform(0.01, 0.2))
+        if x.dtype == INT16:
+            wide = ops.QSoftmax(ops.TFLITE_SOFTMAX, 0, 0, 32767)
+            entries = interpolation.softmax_table(scale / 256)
+            return self.integer(wide, [x, self.constant(entries)], shape_of(x), INT16)
+        y_dtype = self.eight()
         table, inverse_scale = arithmetic.softmax_tables(scale, 1 / 256)
         if self.variant == "tflite":
             table, inverse_scale = tflite_functions.softmax_table(scale), ops.TFLITE_SOFTMAX
@@ -614,7 +620,7 @@ def test_unary_operators(check: Check, maps: Maps) -> None:
             x = net.input(*shape, dtype=net.dtype())
             for dtype in maps:
                 net.requantize(x, dtype)
-            for operator in (net.clip,) if x.dtype == INT16 else (net.clip, net.lookup, net.softmax):
+            for operator in (net.clip, net.lookup, net.softmax):
                 operator(x)
             all_cases += cases(f"{shape} {variant}", net.done(), variant)
     check(all_cases)
@@ -693,7 +699,7 @@ def random_region(seed: int, kinds: Maps = EIGHT) -> ir.Model:
                 y = net.max_pool(x, (2, 2), (2, 2), (0, 0, 1, 1)) if min(h, w) > 3 else net.clip(x)
             case 7:
                 y = net.product(x, as_wide(net.reduce_mean(x, (1, 2), keep=True), x))
-            case 13 if x.dtype != INT16:
+            case 13:
                 y = net.lookup(x)
             case 8 | 9:
                 same = [value for value in maps if shape_of(value)[:3] == (n, h, w) and value.dtype == x.dtype]
@@ -880,8 +886,11 @@ def test_refuses_wide_tensors_and_backward_slices() -> None:
     net.sum(net.input(4, dtype=INT16), net.input(4))
     assert reason_of(net) == "its operands are of different widths"
     net = Net(0)
-    net.lookup(net.input(4, dtype=INT16))
-    assert reason_of(net) == "QLookup works on 8-bit tensors only"
+    net.resize(net.input(1, 4, 4, 3, dtype=INT16), (8, 8), linear=True)
+    assert reason_of(net) == "QResizeLinear works on 8-bit tensors only"
+    net = Net(0)
+    net.integer(ops.QLookup("Tanh"), [net.input(4), net.constant(net.random((256,), INT16))], (4,), INT16)
+    assert reason_of(net) == "its table leads to another width"
     net = Net(0)
     net.slice(net.input(8), (7,), (-9,), (0,), (-1,))
     assert reason_of(net) == "it slices backwards"

@@ -343,7 +343,7 @@ VIOLATIONS = [
      "command 5 (max_pool): the IFM is scratchpad bytes 0 to 320, inside no reservation"),
     ("a table for 16 bits",
      "s.qrt_ifm(0, 0, 0, 2, 2, 4, 16, 8, 2, 2, 0); s.qrt_ofm(0, 512, 2, 2, 4, 8, 4, 0, 0, -128, 127);"
-     "s.qrt_lookup(0, 0)", "command 4 (lookup): 16-bit maps are not implemented"),
+     "s.qrt_lookup(0, 0)", "command 4 (lookup): the IFM and the OFM are of different widths"),
     ("outstanding commands", "s.qrt_fill(0, 0, 0, 0, 1, 1, 8, 0); s.qrt_close()", "(close): commands are outstanding"),
     ("reservations at the end", "s.qrt_close()", "(close): 2 reservations were not freed"),
     ("no region", "s.qrt_free(0, 256); s.qrt_free(512, 256); s.qrt_close(); s.qrt_barrier()", "no region is open"),
