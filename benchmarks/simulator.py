@@ -3,8 +3,9 @@
     python benchmarks/simulator.py [--vela PATH] [--scalesim PYTHON] [--zoo DIR] [--section NAME]
 
 Sections: `vela` compares every zoo network and some others, quantized by us, with the Vela compiler's own report
-(operators, totals, memory); `systolic` compares with SCALE-Sim's cycles; `nvdla` with published frame rates; `speed`
-measures. Each writes benchmarks/results/simulator-NAME.md. `--vela` and `--scalesim` may belong to other environments.
+(operators, totals, memory), `vela-int16` the same with 16-bit activations; `systolic` compares with SCALE-Sim's cycles;
+`nvdla` with published frame rates; `speed` measures. Each writes benchmarks/results/simulator-NAME.md. `--vela` and
+`--scalesim` may belong to other environments.
 """
 
 import csv
@@ -33,6 +34,7 @@ from qcompiler.costs import cost, region_cost
 from qcompiler.emit.tflite import tflite_of
 from qcompiler.errors import QCompilerError
 from qcompiler.options import Options
+from qcompiler.quant.types import ActivationType, WeightRequest
 from qcompiler.simulator import engines
 from qcompiler.simulator.cost import RegionCost
 from qcompiler.simulator.mac_array import find_block, mac_array
@@ -58,6 +60,8 @@ HELD_OUT: Mapping[str, Callable[[Path], Path]] = {
 }
 """Networks with seeded weights that were compared for the first time when the model was done."""
 GROUPS = ("held out", "in view")
+IN_VIEW_INT16 = ("mnist_cnn", "kws_dscnn", "resnet8_cifar10", "mobilenet_v1_025_128")
+"""Those that 16 bits were priced by; the others of the zoo were compared once that was done."""
 NVDLA = {
     "nvdla-large": 269,
     "nvdla-1024": 153,
@@ -123,18 +127,20 @@ def priced(placed: Placed) -> tuple[RegionCost, bytes] | None:
     return region_cost(program, placed.target), tflite_of(regions[0])
 
 
-def compare_with_vela(vela: Path, zoo: Path, held_out: Path) -> tuple[list[Compared], list[Whole], list[str]]:
-    """`held_out`: a folder for the networks made here."""
+def compare_with_vela(
+    vela: Path, models: Sequence[Path], activations: ActivationType
+) -> tuple[list[Compared], list[Whole], list[str]]:
+    """Operators on maps of the type, whole networks, and why some are left out."""
     compared: list[Compared] = []
     wholes: list[Whole] = []
     left_out: list[str] = []
-    models = [make(held_out / f"{name}.onnx") for name, make in HELD_OUT.items()]
-    for model in [*models, *sorted((zoo / "models").glob("*.onnx"))]:
+    bits, formats = 16 if activations == "int16" else 8, WeightRequest(activations=activations)
+    for model in models:
         for accelerator in (*ETHOS, *ETHOS_U85):
             with TemporaryDirectory() as folder:
                 target = with_sram(accelerator, Path(folder))
                 try:
-                    placed = place(model, target, Options(method="minmax", samples=2))
+                    placed = place(model, target, Options(method="minmax", samples=2, formats=formats))
                     found = priced(placed)
                 except QCompilerError as error:
                     left_out.append(f"{model.stem}: {error}")
@@ -152,7 +158,7 @@ def compare_with_vela(vela: Path, zoo: Path, held_out: Path) -> tuple[list[Compa
             array = npu.engines["mac"].geometry
             assert isinstance(array, MacArray)
             for operator in theirs.operators:
-                if operator.shape is not None and operator.npu_cycles:
+                if operator.shape is not None and operator.npu_cycles and operator.shape.ifm_bits == bits:
                     cycles = operator_cycles(operator.shape, array, npu, scales_staged=operator.scales_staged)
                     same = find_block(operator.shape, array).ofm == operator.block
                     compared.append(Compared(accelerator, model.stem, operator, same, cycles))
@@ -162,8 +168,9 @@ def compare_with_vela(vela: Path, zoo: Path, held_out: Path) -> tuple[list[Compa
 
 def vela_report(vela: Path, zoo: Path) -> str:
     with TemporaryDirectory() as folder:
-        compared, wholes, left_out = compare_with_vela(vela, zoo, Path(folder))
-    write_golden(item for item in compared if item.accelerator in ETHOS)
+        models = [make(Path(folder) / f"{name}.onnx") for name, make in HELD_OUT.items()]
+        compared, wholes, left_out = compare_with_vela(vela, [*models, *_zoo(zoo)], "int8")
+    write_golden("vela_operators.csv", (item for item in compared if item.accelerator in ETHOS))
     lines = [
         "# The MAC array beside Vela 5.2.0",
         "",
@@ -185,13 +192,7 @@ def vela_report(vela: Path, zoo: Path) -> str:
         "| accelerator | networks | operators | same OFM block | cycles within 10% | median error |",
         "|---|---|---|---|---|---|",
     ]
-    for accelerators in (ETHOS, ETHOS_U85):
-        family = [item for item in compared if item.accelerator in accelerators]
-        for group in GROUPS:
-            for accelerator in accelerators:
-                some = [i for i in family if i.accelerator == accelerator and group_of(i.network) == group]
-                lines.append(f"| {accelerator} | {group} | {_operator_row(some)} |")
-        lines.append(f"| {_family(accelerators)} | all | {_operator_row(family)} |")
+    lines += _operator_rows(compared, group_of)
     lines += [
         "",
         "## Networks",
@@ -210,13 +211,75 @@ def vela_report(vela: Path, zoo: Path) -> str:
         "| accelerators | networks | totals | SRAM within 15% or lower |",
         "|---|---|---|---|",
     ]
-    for accelerators, share in ((ETHOS, 0.10), (ETHOS_U85, 0.20)):
-        family = [whole for whole in wholes if whole.accelerator in accelerators]
-        for group in GROUPS:
-            some = [whole for whole in family if group_of(whole.network) == group]
-            lines.append(f"| {_family(accelerators)} | {group} | {_tally(some, share)} |")
+    lines += _tallies(wholes, group_of)
     lines += ["", "Left out:", "", *[f"- {reason}" for reason in left_out]] if left_out else []
     return "\n".join(lines)
+
+
+def vela_int16_report(vela: Path, zoo: Path) -> str:
+    models = [path for path in _zoo(zoo) if "tflite" not in path.stem]
+    compared, wholes, left_out = compare_with_vela(vela, models, "int16")
+    write_golden("vela_operators_int16.csv", (item for item in compared if item.accelerator in ETHOS))
+    lines = [
+        "# The MAC array with 16-bit activations beside Vela 5.2.0",
+        "",
+        "The float networks of the zoo, quantized by us with `--activations int16` (ranges from random inputs), "
+        "emitted as TFLite and given to Vela as in simulator-vela.md, where they are one region. Made by "
+        "`benchmarks/simulator.py --section vela-int16`.",
+        "",
+        f"**What was held out.** All but {', '.join(IN_VIEW_INT16)}.",
+        "",
+        "## Operators",
+        "",
+        "Vela's operators with 16-bit inputs, priced whole by the engine model, beside Vela's NPU cycles. For "
+        "depthwise convolutions and pools the Ethos-U85 chooses blocks by rules that are not followed here.",
+        "",
+        "| accelerator | networks | operators | same OFM block | cycles within 10% | median error |",
+        "|---|---|---|---|---|---|",
+        *_operator_rows(compared, _group_int16),
+        "",
+        "## Networks",
+        "",
+        "| network | accelerator | our cycles | Vela's | | our SRAM | Vela's | | Vela's NPU cycles |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *[_network_row(whole) for whole in wholes],
+        "",
+        "| accelerators | networks | totals | SRAM within 15% or lower |",
+        "|---|---|---|---|",
+        *_tallies(wholes, _group_int16),
+    ]
+    lines += ["", "Left out:", "", *[f"- {reason}" for reason in left_out]] if left_out else []
+    return "\n".join(lines)
+
+
+def _zoo(zoo: Path) -> list[Path]:
+    return sorted((zoo / "models").glob("*.onnx"))
+
+
+def _group_int16(network: str) -> str:
+    return GROUPS[network in IN_VIEW_INT16]
+
+
+def _operator_rows(compared: Sequence[Compared], group: Callable[[str], str]) -> list[str]:
+    lines: list[str] = []
+    for accelerators in (ETHOS, ETHOS_U85):
+        family = [item for item in compared if item.accelerator in accelerators]
+        for name in GROUPS:
+            for accelerator in accelerators:
+                some = [i for i in family if i.accelerator == accelerator and group(i.network) == name]
+                lines.append(f"| {accelerator} | {name} | {_operator_row(some)} |")
+        lines.append(f"| {_family(accelerators)} | all | {_operator_row(family)} |")
+    return lines
+
+
+def _tallies(wholes: Sequence[Whole], group: Callable[[str], str]) -> list[str]:
+    lines: list[str] = []
+    for accelerators, share in ((ETHOS, 0.10), (ETHOS_U85, 0.20)):
+        family = [whole for whole in wholes if whole.accelerator in accelerators]
+        for name in GROUPS:
+            some = [whole for whole in family if group(whole.network) == name]
+            lines.append(f"| {_family(accelerators)} | {name} | {_tally(some, share)} |")
+    return lines
 
 
 def _family(accelerators: Sequence[str]) -> str:
@@ -253,7 +316,7 @@ def _off(ours: float, theirs: float) -> float:
     return ours / theirs - 1
 
 
-def write_golden(compared: Iterable[Compared]) -> None:
+def write_golden(name: str, compared: Iterable[Compared]) -> None:
     """Every distinct operator once, for the tests to compare with where there is no Vela."""
     rows = sorted(
         {
@@ -267,7 +330,7 @@ def write_golden(compared: Iterable[Compared]) -> None:
         },
         key=str,
     )  # fmt: skip
-    with (GOLDEN / "vela_operators.csv").open("w", newline="") as file:
+    with (GOLDEN / name).open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(VELA_COLUMNS)
         table.writerows(rows)
@@ -477,7 +540,9 @@ def _best(work: Callable[[], object], times: int = 5) -> float:
 
 
 def main(
-    section: Annotated[list[str] | None, typer.Option(help="vela, systolic, nvdla or speed; all by default.")] = None,
+    section: Annotated[
+        list[str] | None, typer.Option(help="vela, vela-int16, systolic, nvdla or speed; all by default.")
+    ] = None,
     vela: Annotated[Path, typer.Option(help="The vela program.")] = Path("vela"),
     scalesim: Annotated[Path | None, typer.Option(help="A Python that has scalesim.")] = None,
     zoo: Annotated[Path, typer.Option(help="The model zoo.")] = DEFAULT_ZOO,
@@ -488,6 +553,7 @@ def main(
         "nvdla": nvdla_report,
         "speed": lambda: speed_report(scalesim),
         "vela": lambda: vela_report(vela, zoo),
+        "vela-int16": lambda: vela_int16_report(vela, zoo),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in section or list(reports):

@@ -110,7 +110,7 @@ def _operators(tables: Mapping[str, list[dict[str, str]]]) -> tuple[Operator, ..
 
 def _shape(kind: str, row: Row) -> Shape | None:
     op = _CLASSES.get(kind)
-    if op is None or row["ifm_dtype"] not in ("Int8", "UInt8"):
+    if op is None or row["ifm_dtype"] not in ("Int8", "UInt8", "Int16"):
         return None
     ifm, ofm, second = _map(row, "ifm"), _map(row, "ofm"), _map(row, "ifm2")
 
@@ -130,6 +130,7 @@ def _shape(kind: str, row: Row) -> Shape | None:
         8,
         1,
         second if any(second) else None,
+        2.0 if "Sparse2_4" in row["weight_format"] else 1.0,
     )
 
 

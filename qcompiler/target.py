@@ -190,12 +190,23 @@ class Dma(Spec):
         return any(path.destination == memory or (path.both_ways and path.source == memory) for path in self.paths)
 
 
+MicroBlockOp = Literal["conv", "pointwise", "depthwise", "pool"]
+"""pointwise: convolutions with a kernel of one element, depth first; conv: all."""
+
+
 class MicroBlock(Spec):
     """A micro-block that an array may work in, and for which operators."""
 
     shape: tuple[int, int, int]
     """OFM height, width, depth."""
-    ops: tuple[Literal["conv", "depthwise", "pool"], ...] = Field(min_length=1)
+    ops: tuple[MicroBlockOp, ...] = Field(min_length=1)
+    wide_ops: tuple[MicroBlockOp, ...] = ()
+    """For feature maps of 16 bits, if others."""
+    ifm_block_depth: int | None = Field(default=None, ge=8)
+    """Most input channels of a block of a convolution with this one, if others than the array's."""
+    ifm_units: tuple[tuple[int, int, int], ...] = ()
+    """IFM blocks of a convolution are multiples of one of three: rows, columns, and groups of 16 bytes of channels,
+    where a block has up to 16 bytes of channels, up to 32, or more."""
 
 
 class KernelFirst(Spec):
@@ -212,6 +223,23 @@ class KernelFirst(Spec):
     """Input channels of a step in that order."""
     deep: int = Field(ge=1)
     """Input channels of a step in the other."""
+
+
+class WideMaps(Spec):
+    """What is different of a MAC array when feature maps have 16 bits."""
+
+    ifm_block_depth: int = Field(default=16, ge=4)
+    """Most input channels of a block of a convolution."""
+    step_cycles: float = 1
+    """How many times longer a depth-first step over as many channels takes."""
+    accumulator_bits: int = Field(default=40, ge=32)
+    """That the sum of products takes in the accumulators' memory."""
+    pipeline_delay: int = 2
+    """As `MacArray.pipeline_delay`."""
+    delays_rows: bool = False
+    """Whether a block one micro-block high or wide, and several deep, waits as well."""
+    output_cycles: float | None = None
+    """Of the output stage for an element of 16 bits, where its width decides and not the operator."""
 
 
 class MacArray(Spec):
@@ -257,6 +285,7 @@ class MacArray(Spec):
     """Cycles per micro-block and window element of a pool on 8-bit inputs; 16-bit ones take twice as many."""
     pipeline_delay: int = 2
     """Cycles between dependent steps that a block of a single micro-block waits."""
+    wide: WideMaps = WideMaps()
     reserved_banks: int = Field(default=2, ge=0)
     """Banks taken by the output buffer."""
     reserved_end_banks: int = Field(default=0, ge=0)

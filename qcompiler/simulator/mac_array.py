@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.simulator.workload import Dims, Feed, Port, Shape, Work
-from qcompiler.target import MacArray
+from qcompiler.target import MacArray, MicroBlock, MicroBlockOp
 
 Traversal = Literal["depth_first", "part_kernel", "depthwise"]
 
@@ -31,8 +31,8 @@ _SPLIT_DEPTH = 16
 """Channels a block's depth is a multiple of unless it holds all of them (V OFMSplitDepth)."""
 _IMAGE_DEPTH = 4
 """Shallower feature maps are images, which arrive as the host stores them, without bricks."""
-_SOFTMAX_MAP_PASSES, _SOFTMAX_ROW_PASSES = 4, 21
-"""Elementwise passes on int32 of V's softmax: over the map, and over one value a row."""
+_SOFTMAX_PASSES = {8: (4, 21), 16: (5, 7)}
+"""Elementwise passes on int32 of V's softmax, by bits: over the map, and over one value a row."""
 _ENCODED_SCALE_BYTES = 10
 """Bias, multiplier and shift of one channel as the array reads them."""
 
@@ -94,7 +94,10 @@ def find_block(shape: Shape, array: MacArray) -> Block:
     keeps_depth = elementwise or depthwise or shape.op in _POOLS
     ifm = max(shape.ifm, shape.second or shape.ifm, key=lambda dims: dims[0] * dims[1] * dims[2])
     traversal = _traversal(shape, array)
-    ifm_height, ifm_width = (_ifm_extent(size, shape, array, axis) for axis, size in enumerate((height, width)))
+    unit = array.ublock if keeps_depth else _ifm_unit(shape, array, traversal)
+    ifm_height, ifm_width = (
+        _ifm_extent(size, shape, array, axis, unit[axis]) for axis, size in enumerate((height, width))
+    )
     ifm_depth = depth if keeps_depth else np.array(_ifm_block_depth(shape, array, traversal), np.int64)
 
     # A single row on a two-row array: the block holds one row only.
@@ -185,16 +188,35 @@ def _traversal(shape: Shape, array: MacArray) -> Traversal:
 
 
 def _ifm_block_depth(shape: Shape, array: MacArray, traversal: Traversal) -> int:
-    if shape.ifm_bits == 16:
-        return _round_up(min(shape.ifm[2], 16), 4)
-    deepest = 16 if traversal == "part_kernel" else array.ifm_block_depth
-    return _round_up(min(shape.ifm[2], deepest), array.ifm_ublock[2])
+    deepest = _deepest(shape, array, traversal)
+    return _round_up(min(shape.ifm[2], deepest), _ifm_unit(shape, array, traversal)[2])
 
 
-def _ifm_extent(size: _Array, shape: Shape, array: MacArray, axis: int) -> _Array:
-    """Input rows or columns under a block, in whole micro-blocks."""
+def _ifm_unit(shape: Shape, array: MacArray, traversal: Traversal) -> Dims:
+    """Rows, columns and channels that the IFM block of a convolution is a multiple of."""
+    block = _chosen(shape, array)
+    if block is None or not block.ifm_units:
+        return array.ublock[0], array.ublock[1], array.ifm_ublock[2] // (2 if shape.ifm_bits == 16 else 1)
+    row = _deepest(shape, array, traversal) * shape.ifm_bits // 128
+    height, width, groups = block.ifm_units[0 if row <= 1 else 1 if row <= 2 else 2]
+    return height, width, groups * 128 // shape.ifm_bits
+
+
+def _deepest(shape: Shape, array: MacArray, traversal: Traversal) -> int:
+    """Most input channels of a block."""
+    wide = shape.ifm_bits == 16
+    deepest = array.wide.ifm_block_depth if wide else array.ifm_block_depth
+    if traversal == "part_kernel":
+        deepest = 16
+    elif (block := _chosen(shape, array)) is not None and block.ifm_block_depth is not None:
+        deepest = block.ifm_block_depth
+    return deepest
+
+
+def _ifm_extent(size: _Array, shape: Shape, array: MacArray, axis: int, unit: int) -> _Array:
+    """Input rows or columns under a block, in whole units."""
     reach = min((shape.kernel[axis] - 1) * shape.dilation[axis] + 1, array.subkernel_max[axis])
-    return _round_up((size - 1) * shape.stride[axis] + reach, array.ublock[axis])
+    return _round_up((size - 1) * shape.stride[axis] + reach, unit)
 
 
 def _repeats(shape: Shape, array: MacArray) -> int:
@@ -216,7 +238,7 @@ def _fits(
     if elementwise:
         scalar = shape.second is not None and shape.second == (1, 1, 1) and shape.ifm_bits <= 16
         return np.asarray(ifm_banks * (1 if scalar else 2) <= room)
-    bits, granule = (40, _ACC40) if _wide_accumulators(shape) else (32, _ACC32)
+    bits, granule = (array.wide.accumulator_bits, _ACC40) if _wide_accumulators(shape) else (32, _ACC32)
     accumulator_bytes = ofm_area * _round_up(depth, array.accumulator_depth) * bits // 8
     accumulator_banks = _round_up(-(-accumulator_bytes // array.bank_size) * 2, array.granules[granule])
     if own := array.own_accumulator_banks:
@@ -286,18 +308,22 @@ def _mac_cycles(shape: Shape, array: MacArray, block: Block, ublock: Dims, ubloc
         else:
             steps, repeats = elements, 1
             cycles = max(weights, _round_up(ifm_depth, array.ifm_depth_step) // 8 * area) * steps * deep
-            cycles /= shape.sparse_speedup
-        total += (cycles + _delay(shape, array, area, deep, steps)) * repeats
+            cycles *= (array.wide.step_cycles if shape.ifm_bits == 16 else 1) / shape.sparse_speedup
+        total += (cycles + _delay(shape, array, ublocks, steps)) * repeats
     if shape.op == "conv":
         total *= ceil(shape.ifm[2] / ifm_depth)
     return total // array.cores
 
 
-def _delay(shape: Shape, array: MacArray, area: int, deep: int, steps: int) -> int:
+def _delay(shape: Shape, array: MacArray, ublocks: list[int], steps: int) -> int:
     """A block one micro-block wide waits for its own sums."""
-    if area > 1:
-        return 0
-    return array.pipeline_delay * (steps if deep == 1 else (steps - 1) * deep)
+    wide = _wide_accumulators(shape)
+    delay = array.wide.pipeline_delay if wide else array.pipeline_delay
+    height, width, deep = ublocks
+    rows = delay * deep if wide and array.wide.delays_rows and deep > 1 and min(height, width) == 1 else 0
+    if height * width > 1:
+        return rows
+    return delay * (steps if deep == 1 else (steps - 1) * deep) + rows
 
 
 def _elementwise(shape: Shape, array: MacArray, feed: Feed) -> Work:
@@ -321,7 +347,8 @@ def _softmax(shape: Shape, array: MacArray, feed: Feed) -> Work:
     """Softmax as V decomposes it (V ethosu/regor/compiler/softmax.cpp): passes over the map and over one value a row.
 
     Over the map: maximum, difference with the exponential's table, shift, sum, product, a copy of the shift, shift.
-    Over the rows' sums: their leading zeros, and three Newton-Raphson steps towards the reciprocal.
+    Over the rows' sums: their leading zeros, and three Newton-Raphson steps towards the reciprocal. Of 16 bits: the
+    difference apart from its scale, and of the sums a table of the reciprocal; tables come with the pass before.
     """
     (height, width, depth), unit = shape.ofm, (1, 1)
     rows = height * width
@@ -330,14 +357,16 @@ def _softmax(shape: Shape, array: MacArray, feed: Feed) -> Work:
     def binary(dims: Dims, bits: int) -> Work:
         return _elementwise(Shape("add", dims, dims, unit, unit, unit, 1, bits, 32, 0, 1, dims), array, feed)
 
-    maximum = Shape("max_pool", (rows, 1, 1), (rows, depth, 1), (1, depth), unit, unit, 1, 8, 8, 0, 1)
+    bits = shape.ifm_bits
+    maximum = Shape("max_pool", (rows, 1, 1), (rows, depth, 1), (1, depth), unit, unit, 1, bits, bits, 0, 1)
     total = Shape("conv", (height, width, 1), (height, width, depth), unit, unit, unit, 1, 32, 32, 0, 1)
+    over_map, over_rows = _SOFTMAX_PASSES[bits]
     passes = [
         _blocked(maximum, array, feed),
-        binary(shape.ofm, 8),
+        binary(shape.ofm, bits),
         _blocked(total, array, feed),
-        *[binary(shape.ofm, 32)] * _SOFTMAX_MAP_PASSES,
-        *[binary(brick, 32)] * _SOFTMAX_ROW_PASSES,
+        *[binary(shape.ofm, 32)] * over_map,
+        *[binary(brick, 32)] * over_rows,
     ]
     return Work(
         sum(one.cycles for one in passes),
@@ -349,6 +378,8 @@ def _softmax(shape: Shape, array: MacArray, feed: Feed) -> Work:
 
 def _output_cycles(shape: Shape, array: MacArray) -> float:
     """Of one element in the output stage."""
+    if shape.ofm_bits == 16 and array.wide.output_cycles is not None:
+        return array.wide.output_cycles
     if shape.ifm_bits == 32 and shape.op in _ELEMENTWISE:
         return array.output_cycles[_BINARY_INT32]
     match shape.op:
@@ -367,13 +398,22 @@ def _output_cycles(shape: Shape, array: MacArray) -> float:
 def _micro_block(shape: Shape, array: MacArray) -> Dims:
     """The one that exceeds the OFM least; a single 2-high one turns 4 wide for rows of even width and flat kernels."""
     if array.micro_blocks:
-        op = shape.op if shape.op in ("conv", "depthwise") else "pool"
-        fitting = [block.shape for block in array.micro_blocks if op in block.ops]
-        return min(fitting or [array.ublock], key=lambda block: _covered(shape.ofm, block))
+        chosen = _chosen(shape, array)
+        return array.ublock if chosen is None else chosen.shape
     height, width, depth = array.ublock
     if height == 2 and shape.op == "conv" and shape.ofm[0] == 1 and shape.ofm[1] % 2 == 0 and shape.kernel[0] == 1:
         return 1, width * 2, depth
     return height, width, depth
+
+
+def _chosen(shape: Shape, array: MacArray) -> MicroBlock | None:
+    """Of an array's several micro-blocks."""
+    ops: list[MicroBlockOp] = ["depthwise" if shape.op == "depthwise" else "conv" if shape.op == "conv" else "pool"]
+    if shape.op == "conv" and shape.kernel == (1, 1) and _traversal(shape, array) == "depth_first":
+        ops.append("pointwise")
+    wide = shape.ifm_bits == 16
+    fitting = [b for b in array.micro_blocks if any(op in ((wide and b.wide_ops) or b.ops) for op in ops)]
+    return min(fitting, key=lambda block: _covered(shape.ofm, block.shape), default=None)
 
 
 def _covered(ofm: Dims, block: Dims) -> int:

@@ -257,12 +257,18 @@ def test_mac_array_rescales_and_looks_up_as_pools_of_one(opcode: isa.Opcode, arg
 
 
 @pytest.mark.parametrize(
-    ("target", "classes", "vela"),
-    [("ethos-u55-128", 12, 807), ("ethos-u55-32", 1001, 22341), ("ethos-u55-128", 1001, 13842)],
-)
-def test_mac_array_softmax_takes_as_long_as_its_passes_in_vela(target: str, classes: int, vela: int) -> None:
+    ("target", "dtype", "classes", "vela"),
+    [
+        ("ethos-u55-128", "int8", 12, 807), ("ethos-u55-32", "int8", 1001, 22341),
+        ("ethos-u55-128", "int8", 1001, 13842), ("ethos-u55-128", "int16", 100, 2424),
+        ("ethos-u55-128", "int16", 1000, 20655),
+    ],
+)  # fmt: skip
+def test_mac_array_softmax_takes_as_long_as_its_passes_in_vela(
+    target: str, dtype: str, classes: int, vela: int
+) -> None:
     """ethos-u-vela 5.2.0: NPU cycles of a softmax's operators in its debug database, for [1, classes]."""
-    words = [*maps((1, 1, classes), (1, 1, classes)), *word(isa.SOFTMAX, 0, 0, 1)]
+    words = [*maps((1, 1, classes), (1, 1, classes), types=(dtype, dtype)), *word(isa.SOFTMAX, 0, 0, 1)]
     command = only(price(words, load_target(target)))
     assert command.end - command.start == pytest.approx(vela, rel=0.05)
 
