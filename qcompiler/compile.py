@@ -317,7 +317,7 @@ def prepare(
     from qcompiler.quant.half import to_half
     from qcompiler.quant.plan import plan
     from qcompiler.quant.prune import prune as prune_weights
-    from qcompiler.quant.repair import EFFORTS, change_if_better, equalizers, repair
+    from qcompiler.quant.repair import EFFORTS, change_if_better, closest, equalizers, repair, repaired_plans
     from qcompiler.quant.weight_bits import activation_dtype
     from qcompiler.quant.weight_only import has_grouped_weights, is_weight_only, note_compute, weight_only
     from qcompiler.target_loader import load_target
@@ -390,17 +390,22 @@ def prepare(
                     graph, ranges, formats = change_if_better(graph, change, ranges, formats, planned, data)
             if effort.steps and learn:
                 progress.stage("repair")
-                formats = repair(graph, formats, data, effort, progress.advance)
-            if effort.tuning_seconds and learn:
-                progress.stage("tune scales")
-                formats = tune_scales(
-                    graph,
-                    formats,
-                    data,
-                    effort.tuning_seconds,
-                    power_of_two=chip.quantization.requantize == "shift",
-                    progress=progress.advance,
-                )
+                plans = repaired_plans(graph, formats, data, effort, progress.advance)
+                if effort.tuning_seconds:
+                    progress.stage("tune scales")
+                    # Of the least effort, which knows the samples least by heart: it gains most.
+                    shifts = chip.quantization.requantize == "shift"
+                    plans.append(
+                        tune_scales(
+                            graph,
+                            plans[-1],
+                            data,
+                            effort.tuning_seconds,
+                            power_of_two=shifts,
+                            progress=progress.advance,
+                        )
+                    )
+                formats = closest(graph, plans, data)
         elif has_grouped_weights(graph) and options.formats in (_FLOAT, _DYNAMIC):
             note_compute(graph, options.formats)
         elif options.formats != EIGHT_BITS:

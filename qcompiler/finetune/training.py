@@ -9,13 +9,12 @@ from torch.nn import functional as F  # noqa: N812  # pyright: ignore[reportMiss
 
 from qcompiler.finetune.network import Network
 from qcompiler.finetune.options import Schedule
+from qcompiler.quant.repair import LEAST_PROBABILITY
 
 Tensors = Mapping[str, torch.Tensor]
 
 SCALE_RATE = 0.5
 """The rate of the scales' logarithms, over that of weights in their units."""
-LEAST_PROBABILITY = 1 / 512
-"""Probabilities a network gives out in 8 bits count as at least this, half a step."""
 
 
 @dataclass(frozen=True)

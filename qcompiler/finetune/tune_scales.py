@@ -19,8 +19,7 @@ from qcompiler.quant.dynamic import shift_bias
 from qcompiler.quant.formats import bias_format, quantize_array
 from qcompiler.quant.operators import inherits_format, own_producer
 from qcompiler.quant.plan import has_weights
-from qcompiler.quant.quantize import quantize
-from qcompiler.quant.repair import SAMPLES, output_errors, split_samples
+from qcompiler.quant.repair import SAMPLES, closest, split_samples
 from qcompiler.quant.types import QuantPlan
 
 _log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def tune_scales(
 
     from qcompiler.finetune.scale_training import train_scales
 
-    learned, judged = split_samples(list(islice(samples, SAMPLES)))
+    learned, _ = split_samples(list(islice(samples, SAMPLES)))
     biased = _with_own_biases(_with_integers(plan, model), layers)
     shifted = model.clone()
     for node in shifted.graph:
@@ -78,9 +77,7 @@ def tune_scales(
         progress=progress,
     )
     tuned = _learned(biased, found.plan, found.biases, layers)
-    before, after = output_errors(model, [quantize(model, plan), quantize(model, tuned)], judged)
-    _log.info("tuned scales: output error %.3g -> %.3g on %d samples", before, after, len(judged))
-    return tuned if after < before else plan
+    return closest(model, [plan, tuned], samples)
 
 
 def compared_tensors(graph: ir.Graph, plan: QuantPlan) -> list[str]:

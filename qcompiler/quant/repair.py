@@ -31,7 +31,7 @@ from qcompiler.passes.migrate_scales import MigrateScales
 from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, step, weight_limits
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, Sample, Tap, collect
-from qcompiler.quant.operators import MAC_OPS
+from qcompiler.quant.operators import MAC_OPS, own_producer
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.rounding import Problem, adaround, damped, descend, gptq
 from qcompiler.quant.types import Quality, QuantPlan, Ranges, TensorFormat
@@ -46,6 +46,8 @@ JUDGED_BY = 16
 """Samples that decide whether equalizing helps."""
 LOW_BITS = 6
 """Weights of fewer bits gain from smaller scales and learned rounding; eight bits hardly do."""
+LEAST_PROBABILITY = 1 / 512
+"""Probabilities a network gives out in 8 bits count as at least this, half a step."""
 _FACTORS = np.linspace(1.0, 0.4, 13)
 
 _log = logging.getLogger(__name__)
@@ -89,23 +91,37 @@ def repair(
         progress: told (layers done, layers in all).
 
     Returns:
-        The best plan on held-out samples, by the squared error of the outputs relative to their power: as given, or
-        repaired by one of the efforts.
+        The `closest` of `repaired_plans`.
     """
+    return closest(model, repaired_plans(model, plan, samples, effort, progress), samples)
+
+
+def repaired_plans(
+    model: ir.Model, plan: QuantPlan, samples: Samples, effort: Effort, progress: Progress | None = None
+) -> list[QuantPlan]:
+    """The plan as given, and what each effort makes of it, the least effort last. Arguments as of `repair`."""
     layers = [node for node in model.graph if _repairable(node, plan)]
     if samples.synthetic or not effort.steps or not layers:
         if samples.synthetic and effort.steps:
             _log.warning("without calibration data there is nothing to repair the quantized model by")
-        return plan
-    learned, judged = split_samples(list(islice(samples, SAMPLES)))
-    candidates = [plan]
+        return [plan]
+    learned, _ = split_samples(list(islice(samples, SAMPLES)))
+    plans = [plan]
     chosen: Effort | None = effort
     while chosen is not None:
-        candidates.append(_repaired(model, plan, layers, learned, chosen, progress))
+        plans.append(_repaired(model, plan, layers, learned, chosen, progress))
         chosen = chosen.otherwise
-    errors = output_errors(model, [quantize(model, each) for each in candidates], judged)
+    return plans
+
+
+def closest(model: ir.Model, plans: Sequence[QuantPlan], samples: Samples) -> QuantPlan:
+    """The plan with the least `output_errors` on the samples that repair does not learn from."""
+    if len(plans) == 1:
+        return plans[0]
+    _, judged = split_samples(list(islice(samples, SAMPLES)))
+    errors = output_errors(model, [quantize(model, each) for each in plans], judged)
     _log.info("repair: output errors %s on %d samples", ", ".join(f"{error:.3g}" for error in errors), len(judged))
-    return candidates[int(np.argmin(errors))]
+    return plans[int(np.argmin(errors))]
 
 
 def _repaired(
@@ -214,16 +230,31 @@ def change_if_better(
 
 
 def output_errors(model: ir.Model, candidates: Sequence[ir.Model], samples: Sequence[Sample]) -> list[float]:
-    """For each candidate the squared error of its outputs relative to their power in the float model."""
+    """For each candidate the squared error of its outputs relative to their power in the float model.
+
+    Of probabilities that a Softmax makes, Kullback-Leibler's divergence: squares see little but the likeliest class.
+    """
+    makers = [own_producer(value) for value in model.graph.outputs]
+    probable = [maker is not None and is_op(maker, "Softmax") for maker in makers]
     taps = [Tap(each, [value_name(value) for value in each.graph.outputs]) for each in (model, *candidates)]
     errors = np.zeros(len(candidates))
     for sample in samples:
         exact, *others = ([tap.run(sample)[name] for name in taps[0].names] for tap in taps)
         for index, outputs in enumerate(others):
-            for output, wanted in zip(outputs, exact, strict=True):
-                power = float(np.square(wanted, dtype=np.float64).mean())
-                errors[index] += float(np.square(output.astype(np.float64) - wanted).mean()) / max(power, 1e-30)
+            for output, wanted, divergence in zip(outputs, exact, probable, strict=True):
+                errors[index] += _divergence(output, wanted) if divergence else _relative(output, wanted)
     return (errors / len(samples)).tolist()
+
+
+def _relative(output: np.ndarray, wanted: np.ndarray) -> float:
+    power = float(np.square(wanted, dtype=np.float64).mean())
+    return float(np.square(output.astype(np.float64) - wanted).mean()) / max(power, 1e-30)
+
+
+def _divergence(output: np.ndarray, wanted: np.ndarray) -> float:
+    """Of probabilities that are at least `LEAST_PROBABILITY`, and so need not sum to 1; of a sample, in nats."""
+    found, exact = (np.maximum(each.astype(np.float64), LEAST_PROBABILITY) for each in (output, wanted))
+    return float((exact * np.log(exact / found) - exact + found).sum()) / output.shape[0]
 
 
 def learns_from(index: int, count: int) -> bool:

@@ -55,6 +55,20 @@ def test_the_output_mean_of_each_layer_is_restored(four_bits):
     assert np.mean(drift) < 0.5 * np.mean(before)
 
 
+def test_probabilities_are_compared_by_their_divergence(parse, samples, run):
+    text = "g (float[1,8] x) => (float[1,4] p) { y = Gemm(x, w, b) \n p = Softmax(y) }"
+    model = parse(text, {"w": (8, 4), "b": (4,)})
+    data = samples(model, 6)
+    plan = make_plan(model, calibrate(model, data), load_target("x86-cpu"))
+    (found,) = output_errors(model, [quantize(model, plan)], list(data))
+    expected = []
+    for sample in data:
+        exact, coarse = (np.maximum(run(each, sample)[0], 1 / 512) for each in (model, quantize(model, plan)))
+        expected.append((exact * np.log(exact / coarse) - exact + coarse).sum())
+    assert found == pytest.approx(np.mean(expected), rel=1e-3) and found > 0
+    assert output_errors(model, [model], list(data)) == [0.0]
+
+
 def test_nothing_is_learned_from_synthetic_data(four_bits, samples, caplog):
     model, plan, _ = four_bits
     assert repair(model, plan, samples(model, 8, synthetic=True), EFFORTS["best"]) is plan
