@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Annotated
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import typer
 from accuracy import (
@@ -40,12 +41,15 @@ from accuracy import (
     held_out,
     recorded,
 )
+from onnx import version_converter
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 
 from qcompiler.quant.types import Quality
 
+OPSET = 13
+"""Older ones have no scales per channel."""
 NNCF_SCRIPT = Path(__file__).parent / "nncf_quantize.py"
 
 Calibration = Mapping[str, np.ndarray]
@@ -166,7 +170,11 @@ class _Reader(CalibrationDataReader):
 def _by_onnxruntime(model: Model, calibration: Calibration) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         ready, quantized = Path(folder) / "ready.onnx", Path(folder) / "quantized.onnx"
-        quant_pre_process(str(model.path), str(ready), skip_symbolic_shape=True)
+        source, proto = model.path, onnx.load(model.path)
+        if next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx")) < OPSET:
+            source = Path(folder) / "converted.onnx"
+            onnx.save(version_converter.convert_version(proto, OPSET), source)
+        quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
         for per_channel in (True, False):
             try:
                 quantize_static(
