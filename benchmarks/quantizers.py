@@ -212,11 +212,12 @@ def _markdown(
         "smaller sets): in the first draw those spread evenly over the data, in the others random ones. ± is the "
         "standard error of the mean over draws; it does not say how the metric would differ on other data. Same class: "
         "as the float model. Run in "
-        f"onnxruntime {ort.__version__} without its rewrites. Made by `benchmarks/quantizers.py --target {target} "
+        f"onnxruntime {ort.__version__} without its rewrites; models of opsets before {OPSET} are converted for the "
+        f"others. Made by `benchmarks/quantizers.py --target {target} "
         f"--quality {quality} --draws {draws} --nncf PYTHON`.",
         "",
-        f"| model | metric, float | quantizer | lost, first draw | lost, {draws} draws | same class | SQNR | s |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| model | metric, float | quantizer | lost, first draw | lost, {draws} draws | same class | SQNR |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model, original, found in rows.values():
         unit = " %" if model.task == "recon" else ""
@@ -230,7 +231,6 @@ def _markdown(
                 f"{_mean([each.lost for each in results], '+.2f')}{unit}",
                 f"{_mean(agreements, '.2f')} %" if agreements else "",
                 f"{_mean([each.sqnr for each in results], '.2f')} dB",
-                f"{np.mean([each.seconds for each in results]):.0f}",
             )
             lines.append("| " + " | ".join(cells) + " |")
     classifiers = [found for model, _, found in rows.values() if model.task == "cls"]
