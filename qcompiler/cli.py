@@ -26,7 +26,17 @@ from rich.text import Text
 
 from qcompiler.errors import QCompilerError
 from qcompiler.options import WeightOperators
-from qcompiler.quant.types import ActivationType, HalfType, Quality, RangeMethod, Scheme, WeightRequest, WeightType
+from qcompiler.quant.types import (
+    TECHNIQUES,
+    ActivationType,
+    HalfType,
+    Quality,
+    RangeMethod,
+    Scheme,
+    Technique,
+    WeightRequest,
+    WeightType,
+)
 
 if TYPE_CHECKING:
     from qcompiler.bundle import Bundle
@@ -143,6 +153,14 @@ RepairQuality = Annotated[
         "--quality",
         help="How long to learn better weights and biases from the calibration data: not at all, about a minute, or up "
         "to ten.",
+    ),
+]
+WithoutRepair = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--no-repair",
+        metavar="NAME",
+        help=f"Leave a technique of --quality out, may be repeated: {', '.join(TECHNIQUES)}.",
     ),
 ]
 Weights = Annotated[
@@ -287,6 +305,7 @@ def compile_command(
     float16: Float16 = None,
     bfloat16: BFloat16 = None,
     quality: RepairQuality = "fast",
+    no_repair: WithoutRepair = None,
     runtime: Annotated[
         list[Path] | None,
         typer.Option(
@@ -325,7 +344,7 @@ def compile_command(
     def options(progress: "ConsoleProgress") -> "Options":
         given = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            chosen, quality, dump, threads, _tile_file(database) if tuned else None,
+            chosen, quality, dump, threads, _tile_file(database) if tuned else None, no_repair,
         )  # fmt: skip
         return _within_budget(model, target, given, chosen, limits, progress)
 
@@ -457,6 +476,7 @@ def quantize(
     scheme: RoundingScheme = None,
     formats: FormatsFile = None,
     quality: RepairQuality = "fast",
+    no_repair: WithoutRepair = None,
 ) -> None:
     """Write the quantized model as ONNX, for other runtimes: QuantizeLinear and DequantizeLinear with weights stored.
 
@@ -468,6 +488,7 @@ def quantize(
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
             Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme), quality,
+            without_repair=no_repair,
         )  # fmt: skip
         written = quantize_file(model, target, options, output, operators, progress=progress)
         progress.finish()
@@ -955,6 +976,7 @@ def _options(
     dump: Path | None = None,
     threads: int | None = None,
     tiles: Path | None = None,
+    without_repair: list[str] | None = None,
 ) -> "Options":
     """Read what was typed. Raises QCompilerError where it makes no sense."""
     from qcompiler.options import Options
@@ -987,9 +1009,17 @@ def _options(
         prune=None if formats.prune is None else parse_prune(formats.prune),
         half=formats.half,
         quality=quality,
+        without_repair=[_technique(name) for name in without_repair or ()],
         tiles=tiles,
         dump=dump,
     )
+
+
+def _technique(name: str) -> Technique:
+    known: dict[str, Technique] = {each: each for each in TECHNIQUES}
+    if name not in known:
+        raise QCompilerError(f"--no-repair knows no technique {name!r}; there are {', '.join(TECHNIQUES)}.")
+    return known[name]
 
 
 def _tile_file(database: Path | None) -> Path:

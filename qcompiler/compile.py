@@ -24,6 +24,7 @@ from qcompiler.quant.types import (
     RangeMethod,
     Ranges,
     Scheme,
+    Technique,
     WeightRequest,
     WeightType,
 )
@@ -100,6 +101,7 @@ def compile(
     prune: str | None = None,
     half: Mapping[str, HalfType] | None = None,
     quality: Quality = "fast",
+    without_repair: Sequence[Technique] = (),
     runtime: Sequence[str | os.PathLike[str]] = (),
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -138,6 +140,7 @@ def compile(
         half: layers in 16-bit floats by name, "float16" or "bfloat16"; the name "all" for every one.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
+        without_repair: techniques that the quality includes and that are to be left out, such as "gptq".
         runtime: C files that implement `runtime_stubs/abi/qrt.h`, the driver of an accelerator, to link in place of
             the simulator. The bundle is not checked then.
         progress: told of stages as they begin.
@@ -159,6 +162,7 @@ def compile(
         prune=None if prune is None else parse_prune(prune),
         half=half or {},
         quality=quality,
+        without_repair=without_repair,
         dump=dump,
     )
     return build(
@@ -317,12 +321,21 @@ def prepare(
     from qcompiler.quant.half import to_half
     from qcompiler.quant.plan import plan
     from qcompiler.quant.prune import prune as prune_weights
-    from qcompiler.quant.repair import EFFORTS, change_if_better, closest, equalizers, repair, repaired_plans
+    from qcompiler.quant.repair import (
+        EFFORTS,
+        change_if_better,
+        closest,
+        equalizers,
+        repair,
+        repaired_plans,
+        uncorrected,
+    )
     from qcompiler.quant.weight_bits import activation_dtype
     from qcompiler.quant.weight_only import has_grouped_weights, is_weight_only, note_compute, weight_only
     from qcompiler.target_loader import load_target
 
-    source, effort = Path(model), EFFORTS[options.quality]
+    left_out = options.without_repair
+    source, effort = Path(model), EFFORTS[options.quality].without(left_out)
     run = partial(run_passes, dumper=dumper)
     with _Warnings(source) as warnings:
         chip = load_target(target, options.overrides)
@@ -381,14 +394,16 @@ def prepare(
                     graph, data, options.method, progress.advance, bits=16 if wide else 8, symmetric=symmetric
                 )
                 made = plan(graph, ranges, chip, keep_float, options.formats)
+                made = uncorrected(graph, made) if "bias" in left_out else made
                 return ranges, replace(made, pruned=pruned)
 
             ranges, formats = planned(graph)
-            if effort.steps and not data.synthetic:
+            if options.quality != "fast" and not data.synthetic:
                 progress.stage("equalize")
-                for change in equalizers(graph, data, per_channel=chip.quantization.weights.per_channel):
+                per_channel = chip.quantization.weights.per_channel
+                for change in equalizers(graph, data, per_channel=per_channel, without=left_out):
                     graph, ranges, formats = change_if_better(graph, change, ranges, formats, planned, data)
-            if effort.steps and learn:
+            if (effort.steps or effort.tuning_seconds) and learn:
                 progress.stage("repair")
                 plans = repaired_plans(graph, formats, data, effort, progress.advance)
                 if effort.tuning_seconds:

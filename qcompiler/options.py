@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from qcompiler.quant.types import HalfType, PruneRequest, Quality, RangeMethod, WeightRequest
+from qcompiler.quant.types import HalfType, PruneRequest, Quality, RangeMethod, Technique, WeightRequest
 
 if TYPE_CHECKING:
     from qcompiler.dataset import ImageOptions
@@ -46,6 +46,8 @@ class Options:
     quality: Quality = "fast"
     """"balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in about a
     minute or ten at most."""
+    without_repair: Sequence[Technique] = ()
+    """Techniques that the quality includes and that are to be left out."""
     tiles: str | os.PathLike[str] | None = None
     """A database of `qcompile tune`: CPU kernels take the tiles that were measured best. Not needed to exist."""
     dump: str | os.PathLike[str] | None = None

@@ -15,7 +15,7 @@ At last both plans run on samples that were not learned from, and the repaired o
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -34,7 +34,7 @@ from qcompiler.quant.moments import Moments, Sample, Tap, collect
 from qcompiler.quant.operators import MAC_OPS, own_producer
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.rounding import Problem, adaround, damped, descend, gptq
-from qcompiler.quant.types import Quality, QuantPlan, Ranges, TensorFormat
+from qcompiler.quant.types import Quality, QuantPlan, Ranges, Technique, TensorFormat
 
 Step = Literal["scales", "gptq", "adaround", "feedback", "bias"]
 
@@ -66,6 +66,15 @@ class Effort:
     """What to try besides: with few rows to learn from, less may be more."""
     tuning_seconds: float = 0.0
     """How long scales and biases are tuned as a whole (`qcompiler.finetune.tune_scales`); 0: not at all."""
+
+    def without(self, techniques: Collection[Technique]) -> "Effort":
+        """The effort but for some of its steps."""
+        return replace(
+            self,
+            steps=tuple(step for step in self.steps if step not in techniques),
+            otherwise=None if self.otherwise is None else self.otherwise.without(techniques),
+            tuning_seconds=0.0 if "tune" in techniques else self.tuning_seconds,
+        )
 
 
 _BALANCED = Effort(("scales", "gptq", "bias"), 40.0, 4)
@@ -157,20 +166,29 @@ def _repaired(
     return repaired
 
 
-def equalizers(model: ir.Model, samples: Samples, *, per_channel: bool) -> list[ir.passes.InPlacePass]:
+def uncorrected(model: ir.Model, plan: QuantPlan) -> QuantPlan:
+    """The plan without corrections of biases, and without biases where the model has none."""
+    given = {node.name for node in model.graph if input_of(node, 2) is not None}
+    return replace(plan, bias_shifts={}, biases={name: fmt for name, fmt in plan.biases.items() if name in given})
+
+
+def equalizers(
+    model: ir.Model, samples: Samples, *, per_channel: bool, without: Collection[Technique] = ()
+) -> list[ir.passes.InPlacePass]:
     """Passes that may make a float model quantize better.
 
     Args:
         samples: the first `JUDGED_BY` say how large channels become.
         per_channel: whether weights have one scale per output channel; else `EqualizeLayers` is among them.
+        without: "absorb", "equalize" and "migrate" leave out theirs.
     """
-    moments = _output_moments(model, samples)
+    moments = {} if "absorb" in without else _output_moments(model, samples)
     absorbable = any((channel.mean > DEVIATIONS * channel.deviation).any() for channel in moments.values())
     passes: list[ir.passes.InPlacePass] = [AbsorbBiases(moments)] if absorbable else []
-    if not per_channel:
+    if not per_channel and "equalize" not in without:
         passes.append(EqualizeLayers())
     names = [value_name(data_input(node)) for node in model.graph if is_op(node, "MatMul") and has_rows(node)]
-    if names:
+    if names and "migrate" not in without:
         tap, maxima = Tap(model, names), dict[str, np.ndarray]()
         for sample in islice(samples, JUDGED_BY):
             for name, tensor in tap.run(sample).items():

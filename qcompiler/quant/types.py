@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -10,6 +10,9 @@ RangeMethod = Literal["minmax", "moving_average", "percentile", "entropy", "mse"
 """How the interval of an activation follows from what was seen; see `qcompiler.calibrate.calibrate`."""
 Quality = Literal["fast", "balanced", "best"]
 """How much time to spend on repairing the quantized model; see `qcompiler.quant.repair.EFFORTS`."""
+Technique = Literal["absorb", "equalize", "migrate", "scales", "gptq", "adaround", "feedback", "bias", "tune"]
+"""What qualities are made of: passes over the float model, steps of `qcompiler.quant.repair`, and `tune_scales`."""
+TECHNIQUES: tuple[Technique, ...] = get_args(Technique)
 DTypeName = Literal["int1", "int2", "int4", "int8", "uint8", "int16", "int32"]
 """int1 holds -1 and 1."""
 WeightType = Literal["int8", "int4", "int2", "binary"]

@@ -1,16 +1,21 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from typer.testing import CliRunner
 
+from qcompiler import cli
 from qcompiler.calibrate import calibrate
 from qcompiler.graph import const_of
 from qcompiler.quant.moments import collect
 from qcompiler.quant.plan import plan as make_plan
 from qcompiler.quant.quantize import quantize
-from qcompiler.quant.repair import EFFORTS, Effort, change_if_better, equalizers, output_errors, repair
+from qcompiler.quant.repair import EFFORTS, Effort, change_if_better, equalizers, output_errors, repair, uncorrected
 from qcompiler.target_loader import load_target
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def _errors(model, data, *plans):
@@ -128,3 +133,51 @@ def test_outliers_behind_a_normalization_are_migrated(parse, samples):
     chosen, _, formats = change_if_better(model, migrate, ranges, plan, planned, data)
     (before,), (after,) = _errors(model, data, plan), _errors(chosen, data, formats)
     assert chosen is not model and after < before
+
+
+# --- leaving techniques out ---------------------------------------------------------------------------------
+
+
+def test_an_effort_leaves_techniques_out():
+    effort = EFFORTS["best"].without(("gptq", "tune"))
+    assert effort.steps == ("scales", "adaround", "feedback", "bias") and effort.tuning_seconds == 0
+    assert effort.otherwise is not None and effort.otherwise.steps == ("scales", "bias")
+    assert EFFORTS["best"].without(()) == EFFORTS["best"]
+
+
+def test_passes_are_left_out(parse, samples, network):
+    model = parse(*network)
+    data = samples(model, 4)
+    (equalize,) = equalizers(model, data, per_channel=False, without=("absorb",))
+    assert type(equalize).__name__ == "EqualizeLayers"
+    assert equalizers(model, data, per_channel=False, without=("absorb", "equalize")) == []
+    product = parse("g (float[1,7,16] x) => (float[1,7,8] y) { y = MatMul(x, w) }", {"w": (16, 8)})
+    assert len(equalizers(product, samples(product, 2), per_channel=True)) == 1
+    assert equalizers(product, samples(product, 2), per_channel=True, without=("migrate",)) == []
+
+
+@pytest.mark.parametrize("bias", ["", ", b1"])
+def test_without_corrections_biases_are_the_models_own(parse, samples, run, bias):
+    text = f"g (float[1,3,8,8] x) => (float[1,16,6,6] y) {{ y = Conv(x, w1{bias}) }}"
+    model = parse(text, {"w1": (16, 3, 3, 3), "b1": (16,)})
+    data = samples(model, 4)
+    plan = make_plan(model, calibrate(model, data), load_target("systolic-npu"))
+    bare = uncorrected(model, plan)
+    assert plan.bias_shifts and not bare.bias_shifts
+    assert set(bare.biases) == ({"y"} if bias else set())
+    (sample, *_) = data
+    (found,), (exact,) = run(quantize(model, bare), sample), run(model, sample)
+    assert np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_the_command_line_leaves_a_technique_out(tmp_path):
+    arguments = ["quantize", str(EXAMPLES / "digits.onnx"), "-t", "systolic-npu", "--samples", "16",
+                 "-c", str(EXAMPLES / "digits_calibration.npz"), "--quality", "balanced"]  # fmt: skip
+    written = []
+    for name, options in (("all", []), ("less", ["--no-repair", "gptq", "--no-repair", "bias"])):
+        path = tmp_path / f"{name}.onnx"
+        result = CliRunner().invoke(cli.app, [*arguments, *options, "-o", str(path)])
+        assert result.exit_code == 0, result.output
+        written.append(path.read_bytes())
+    assert written[0] != written[1]
+    assert CliRunner().invoke(cli.app, [*arguments, "--no-repair", "magic", "-o", str(path)]).exit_code == 2
