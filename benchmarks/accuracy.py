@@ -1,7 +1,7 @@
 """Accuracy of compiled models beside their float originals, over all labelled data of the model zoo.
 
     python benchmarks/accuracy.py --target arm-npu [--only NAME] [--limit N] [--zoo DIR] [--executor bundle|ort]
-        [--format w8a8,w4a8,w8a16,dynamic,…] [--quality fast|balanced|best]
+        [--format w8a8,w4a8,w4a8g32,w8a16,dynamic,…] [--quality fast|balanced|best]
 
 `bundle` compiles each model and runs the bundle; `ort` stops at the QDQ graph and runs that in onnxruntime, which
 tells errors of quantization from errors of code generation. Float models are calibrated on 64 samples of their data;
@@ -68,6 +68,7 @@ class Format(StrEnum):
     W8A16 = "w8a16"
     W4A8 = "w4a8"
     W4A16 = "w4a16"
+    W4A8_GROUPS = "w4a8g32"
     W2A8 = "w2a8"
     W1A8 = "w1a8"
     DYNAMIC = "dynamic"
@@ -80,6 +81,11 @@ class Format(StrEnum):
     @property
     def activations(self) -> ActivationType:
         return "dynamic" if self is Format.DYNAMIC else "int16" if self.value.endswith("a16") else "int8"
+
+    @property
+    def group(self) -> int | None:
+        """How many weights share a scale."""
+        return 32 if self is Format.W4A8_GROUPS else None
 
     @property
     def holds_out(self) -> bool:
@@ -100,7 +106,7 @@ def goal(model: Model, form: Format) -> float | None:
             return 0.5 if model.task == "cls" else 1.0
         case Format.W8A16:
             return 1.0 if model.task == "recon" else 0.1
-        case Format.W4A8 | Format.W4A16:
+        case Format.W4A8 | Format.W4A16 | Format.W4A8_GROUPS:
             return POINTS_W4.get(model.name)
         case Format.DYNAMIC:
             return 0.5 if model.name in DYNAMIC_GOALS else None
@@ -329,6 +335,7 @@ def _compiled(
         target=target,
         calibration=calibration,
         weights=form.weights,
+        group=form.group,
         activations=form.activations,
         quality=quality,
     )
@@ -347,7 +354,7 @@ def _quantized(
     from qcompiler.options import Options
     from qcompiler.quant.types import WeightRequest
 
-    request = WeightRequest(form.weights, {}, form.activations)
+    request = WeightRequest(form.weights, {}, form.activations, group=form.group)
     options = Options(calibration=calibration, formats=request, quality=quality)
     placed = place(model.path, target, options)
     return _session(ir.to_proto(placed.quantized).SerializeToString(), optimize=False)

@@ -132,7 +132,8 @@ def compile(
             needs no calibration data. With a `group` it rounds each group of a row to 8 bits. "float" quantizes the
             weights of matrix products only.
         all_layers: whether `weights` is for the first and last layers too.
-        group: how many weights of an output share a scale, such as 32 or 128; only with float or dynamic activations.
+        group: how many weights of an output share a scale, such as 32 or 128. Beside integer activations they have less
+            than 8 bits.
         scheme: how weights with float activations are rounded: "rtn", "hqq", or "gptq" and "awq", which learn from the
             calibration data. By default the quality decides.
         prune: make weights zero first, a fraction of them ("0.5") or two of every four neighbours ("2:4"); those that
@@ -363,7 +364,7 @@ def prepare(
                 )
             if is_weight_only(options.formats):
                 raise QCompilerError(
-                    "--prune is for weights with one scale per output; leave it out, or --group-size and --activations."
+                    "--prune is for weights beside quantized activations; leave it out, or --activations."
                 )
             progress.stage("prune")
             graph, pruned = prune_weights(graph, options.prune, data, progress.advance)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.diagnose_report import Cause
 from qcompiler.graph import Shape, const_of, data_input, is_op, value_name
-from qcompiler.quant.formats import activation_format, limits, quantize_array, weight_format
+from qcompiler.quant.formats import activation_format, limits, quantize_array, spread, weight_format
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS
 from qcompiler.quant.plan import weight_axis
 from qcompiler.quant.types import QuantPlan, Ranges, TensorFormat
@@ -279,30 +279,21 @@ def _weight_cause(
                 f"channel {typical:.3g}, but one scale serves all {extents.size}",
                 f"{remedy}{keep}",
             )
-    usual = _usual(array.reshape(-1) / np.maximum(_per_weight(array, fmt), 1e-30))
-    spread = float(np.abs(array / np.maximum(_per_weight(array, fmt), 1e-30)).max())
+    steps = np.abs(array / np.maximum(spread(fmt.scale.astype(np.float64), fmt, array.shape), 1e-30))
+    usual, reach = _usual(steps.reshape(-1)), float(steps.max())
     if fmt.dtype in ("int4", "int2", "int1"):
         return Explanation(
             "few bits",
             "its weights have four bits",
             f"eight (--layer-weights '{unit.name}=int8'), or --quality best; or {keep}",
         )
-    if usual and spread / usual >= OUTLIER_RATIO:
+    if usual and reach / usual >= OUTLIER_RATIO:
         return Explanation(
             "range outlier",
-            f"its largest weight is {spread / usual:.1f} times as large, in steps, as all but a thousandth of them",
+            f"its largest weight is {reach / usual:.1f} times as large, in steps, as all but a thousandth of them",
             f"--quality balanced chooses scales that clip it; or {keep}",
         )
     return None
-
-
-def _per_weight(array: np.ndarray, fmt: TensorFormat) -> np.ndarray:
-    """The scale of each weight, broadcast."""
-    if fmt.axis is None:
-        return np.asarray(fmt.scale, np.float64)
-    shape = [1] * array.ndim
-    shape[fmt.axis] = -1
-    return fmt.scale.astype(np.float64).reshape(shape)
 
 
 def _accumulator(
@@ -317,6 +308,8 @@ def _accumulator(
     reach = max(largest - zero, zero - smallest)
     axis = weight_axis(node)
     integers = np.abs(quantize_array(array, fmt).astype(np.int64))
+    if fmt.factor is not None:
+        integers = integers * spread(fmt.factor.astype(np.int64), fmt, array.shape)
     sums = (
         np.moveaxis(integers, axis, 0).reshape(array.shape[axis], -1).sum(axis=1)
         if axis is not None
@@ -332,6 +325,8 @@ def _accumulator(
             f"in the worst case its sums reach {worst:.3g}, {worst / ACCUMULATOR:.1f} times what 32 bits hold",
             keep,
         )
+    if fmt.factor is not None:
+        return None
     spec = target.quantization
     natural = weight_format(
         array, fmt.dtype, fmt.axis, symmetric=spec.weights.symmetric, narrow=spec.weights.narrow_range,

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.graph import Shape as TensorShape
 from qcompiler.graph import const_of, data_input, dtype_of, element_count, ints, is_op, shape_of
+from qcompiler.integer.weight_groups import stored_bytes
 from qcompiler.recurrent import OPS as RECURRENT
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
@@ -129,7 +130,8 @@ def multiplications(node: ir.Node, facts: OpFacts) -> int:
 
 def tensor_bytes(value: ir.Value) -> int:
     assert value.dtype is not None
-    return int(element_count(shape_of(value)) * value.dtype.itemsize)
+    grouped = stored_bytes(value)
+    return int(element_count(shape_of(value)) * value.dtype.itemsize) if grouped is None else grouped
 
 
 def _weight_bytes(node: ir.Node) -> int:

@@ -402,6 +402,10 @@ class WeightFormat(Spec):
     symmetric: bool = True
     per_channel: bool = True
     narrow_range: bool = True
+    group_multiple: int | None = Field(default=None, ge=1)
+    """Weights of less than 8 bits may share scales in groups along the input channels, of any multiple of so many: a
+    small whole factor a group makes 8-bit weights of them as they are loaded (`arithmetic.scaled_codes`). None: the
+    chip has no groups."""
 
 
 class Quantization(Spec):

@@ -52,7 +52,8 @@ def _identity(target: Target) -> Table:
         (
             "weights",
             f"{', '.join(weights.dtypes)}, {_symmetry(weights.symmetric)}, "
-            f"per {'channel' if weights.per_channel else 'tensor'}{', narrow range' if weights.narrow_range else ''}",
+            f"per {'channel' if weights.per_channel else 'tensor'}{', narrow range' if weights.narrow_range else ''}"
+            + (f", in groups of multiples of {weights.group_multiple}" if weights.group_multiple else ""),
         ),
         ("requantize", quantization.requantize),
         ("shared scale", ", ".join(quantization.shared_scale)),

@@ -27,6 +27,7 @@ from qcompiler.backends.schedules.matrix import matrix_multiply
 from qcompiler.backends.te import Expr
 from qcompiler.graph import data_input, dtype_of, shape_of
 from qcompiler.integer.ops import QConv, QConvTranspose, QGemm
+from qcompiler.integer.weight_groups import Groups, groups_of
 from qcompiler.integer.weight_types import stored_bits
 from qcompiler.quant.arithmetic import RequantizeVariant, wrap_int32
 
@@ -52,6 +53,8 @@ class Problem(Geometry):
     x_zero_point: int
     w_zero_point: int
     epilogue: Epilogue
+    groups: Groups | None = None
+    """How the weights may be stored, if they share factors in groups."""
 
 
 def lower(node: ir.Node, host: HostCode, after: Finish | None = None) -> Kernel:
@@ -84,6 +87,7 @@ def conv_problem(node: ir.Node) -> Problem:
         out_size=(y[1], y[2]),
         group=op.group,
         epilogue=_epilogue(node, op),
+        groups=groups_of(data_input(node, 1)),
     )
 
 
@@ -124,6 +128,7 @@ def gemm_problem(node: ir.Node) -> Problem:
         out_size=(1, rows),
         group=1,
         epilogue=_epilogue(node, op),
+        groups=groups_of(data_input(node, 1)),
     )
 
 
@@ -193,6 +198,7 @@ def fold_zero_points(problem: Problem, x_dtype: str) -> Operands:
         # A zero point would take weights of few bits out of their range.
         bits=8 if problem.w_zero_point else stored_bits(problem.weights),
         sums=sum_dtype(problem),
+        groups=problem.groups,
     )
 
 

@@ -182,9 +182,9 @@ def plain_convolution(
 
     taps = np.ascontiguousarray(operands.weights[..., 0].transpose(1, 2, 0))
     stored = packed_bits.store(taps, operands.bits)
-    arrays = [stored.array, operands.bias, *finish.channels]
+    arrays = [*stored.arrays, operands.bias, *finish.channels]
     w, bias, *channels = parameters_of(arrays)
-    weights = stored.read(w)
+    weights = stored.read((w,))
     maps = [placeholder(value, (n, oh, ow, c)) for value in finish.maps]
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
     sums = operands.sums

@@ -4,6 +4,8 @@ An instruction takes eight channels of two neighbouring pixels and of two filter
 It wants channels in eights and rows of at least two pixels; `cpu_packed` has the other shapes.
 """
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -60,14 +62,14 @@ def matrix_convolution(
             (n, rows, columns // sx, sx * c), lambda b, i, p, k: element(b, i, p * (sx * c) + k), "staged"
         )
 
-    packed = _pack(operands.weights, blocks)
-    stored = packed_bits.store(packed, operands.bits)
-    arrays = [
-        stored.array,
-        *(_per_lane(array, blocks) for array in (operands.bias, *finish.channels)),
-    ]
-    w, bias, *channels = parameters_of(arrays)
-    weights = stored.read(w)
+    if operands.groups is None:
+        stored = packed_bits.store(_pack(operands.weights, blocks), operands.bits)
+    else:
+        stored = packed_bits.store_groups(operands.weights, operands.groups, partial(_pack, blocks=blocks), _QUADS)
+    arrays = [*stored.arrays, *(_per_lane(array, blocks) for array in (operands.bias, *finish.channels))]
+    parameters = parameters_of(arrays)
+    count = len(stored.arrays)
+    weights, (bias, *channels) = stored.read(parameters[:count]), parameters[count:]
     maps = [placeholder(value, (n, oh, ow, blocks, LANES)) for value in finish.maps]
     scalars = [placeholder(value, (1,)) for value in finish.scalars]
 
@@ -93,10 +95,14 @@ def matrix_convolution(
         result = te.compute(
             (n, oh, ow, out_channels), lambda b, i, j, o: output[b, i, j, o // LANES, o % LANES], "cropped"
         )
-    function = te.prim_func([x, *maps, *scalars, w, bias, *channels, result])
+    function = te.prim_func([x, *maps, *scalars, *parameters, result])
     scheduled = schedule.schedule_matrix_convolution(function, instruction, tile, threads=threads)
     scheduled = stored.scheduled(scheduled, threads=threads)
     return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays), tiling)
+
+
+_QUADS = 3
+"""The axis of the quads, eights here, in what `_pack` returns."""
 
 
 def _pack(weights: np.ndarray, blocks: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from qcompiler.backends.schedules.loops import threads_for
 from qcompiler.backends.te import Expr
 from qcompiler.backends.tiles import Tiling
 from qcompiler.graph import Shape, dtype_of
+from qcompiler.integer.weight_groups import Groups
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Operands:
     """Bits of a stored weight. Less than 8: several to a byte. One: -1 and 1, and two where padding adds zeros."""
     sums: str
     """The accumulators' type."""
+    groups: Groups | None = None
+    """How the weights share factors, if they do."""
     zero_scalar: int | None = None
     """Which of the Finish's scalars holds the zero point of x, where it is known at run time only: `x_zero_point` is
     then what a zero point of 0 would make, and the Finish takes in the rest."""
@@ -144,7 +147,7 @@ def packed_convolution(
     (sy, sx), (dy, dx) = geometry.strides, geometry.dilations
 
     # A window row of adjacent pixels is one run of elements: if the depth does not fill quads, reduce over the run.
-    run = depth % quad != 0 and dx == 1 and group == 1
+    run = depth % quad != 0 and dx == 1 and group == 1 and operands.groups is None
     padded_depth = depth if run else round_up(depth, quad)
     pitch = group * padded_depth
     taps, run_length = (1, kw * depth) if run else (kw, padded_depth)
@@ -172,14 +175,17 @@ def packed_convolution(
     zero = zero_of(operands, scalars)
     staged = x if as_is else stage(x, geometry, operands, (rows, row_length), (pitch, padded_depth, depth), zero)
 
-    packed = _pack(operands.weights, group, blocks, lanes, quads, quad, run=run)
-    stored = packed_bits.store(packed, operands.bits)
-    arrays = [
-        stored.array,
-        *_per_lane([operands.bias, *finish.channels], group, blocks, lanes),
-    ]
-    w, bias, *channels = parameters_of(arrays)
-    weights = stored.read(w)
+    def pack(weights: np.ndarray) -> np.ndarray:
+        return _pack(weights, group, blocks, lanes, quads, quad, run=run)
+
+    if operands.groups is None:
+        stored = packed_bits.store(pack(operands.weights), operands.bits)
+    else:
+        stored = packed_bits.store_groups(operands.weights, operands.groups, pack, _QUADS)
+    arrays = [*stored.arrays, *_per_lane([operands.bias, *finish.channels], group, blocks, lanes)]
+    parameters = parameters_of(arrays)
+    count = len(stored.arrays)
+    weights, (bias, *channels) = stored.read(parameters[:count]), parameters[count:]
     maps = [placeholder(value, (n, oh, ow, group, blocks, lanes)) for value in finish.maps]
 
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(taps, "kx")
@@ -212,7 +218,7 @@ def packed_convolution(
         result = te.compute((n, oh, ow, out_channels), crop, "cropped")
     else:
         result = output
-    function = te.prim_func([x, *maps, *scalars, w, bias, *channels, result])
+    function = te.prim_func([x, *maps, *scalars, *parameters, result])
     scheduled = schedule.schedule_dot_convolution(function, dot, tile, threads=threads)
     scheduled = stored.scheduled(scheduled, threads=threads)
     return Kernel(scheduled, (x_value, *finish.maps, *finish.scalars), tuple(arrays), tiling)
@@ -224,6 +230,7 @@ def workload(template: str, geometry: Geometry, operands: Operands, finish: Fini
     parts = (
         f"{template} {_by(geometry.x_shape)} {operands.x_dtype} by {_by(weights.shape)} {weights.dtype}",
         f"in {operands.bits} bits" if operands.bits < 8 else "",
+        f"by the {operands.groups.size}" if operands.groups is not None else "",
         f"in {geometry.group} groups" if geometry.group > 1 else "",
         f"to {_by(geometry.out_size)} {finish.dtype}",
         f"strides {_by(geometry.strides)} dilations {_by(geometry.dilations)} padding {_by(geometry.pad)}",
@@ -301,6 +308,10 @@ def _window_sum(staged: te.Tensor, geometry: Geometry, operands: Operands, layou
         ),
         "window_sum",
     )
+
+
+_QUADS = 4
+"""The axis of the quads in what `_pack` returns."""
 
 
 def _pack(weights: np.ndarray, group: int, blocks: int, lanes: int, quads: int, quad: int, *, run: bool) -> np.ndarray:

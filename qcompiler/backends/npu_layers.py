@@ -44,6 +44,7 @@ from qcompiler.graph import (
 from qcompiler.integer import ops
 from qcompiler.integer.facts import facts_of_integer
 from qcompiler.integer.sparsity import is_2_of_4, pack_2_of_4
+from qcompiler.integer.weight_groups import Groups, groups_of
 from qcompiler.integer.weight_types import stored_bits, stored_type
 from qcompiler.quant import arithmetic
 from qcompiler.simulator import isa
@@ -194,8 +195,17 @@ def _bytes(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def _weight_stream(weights: np.ndarray, zero_point: int, *, sparse: bool = False) -> Stream:
+def _weight_stream(
+    weights: np.ndarray, zero_point: int, *, sparse: bool = False, groups: Groups | None = None
+) -> Stream:
     """Weights [O, …] as `isa.WEIGHTS` reads them."""
+    if groups is not None:
+        codes, factors = arithmetic.split_codes(weights, groups.size, weights.ndim - 1, groups.bits)
+        less_one = (factors - 1).reshape(factors.shape[0], -1)
+        held = arithmetic.pack_bits(less_one.view(np.int8), 4) if groups.factor_bits == 4 else less_one
+        packed = [arithmetic.pack_bits(codes.reshape(codes.shape[0], -1), groups.bits), held]
+        assert sum(part.shape[1] for part in packed) == groups.row_bytes(weights)
+        return Stream(_bytes(np.concatenate(packed, axis=1)), groups.row_bytes(weights))
     if sparse:
         packed = pack_2_of_4(weights.reshape(weights.shape[0], -1))
         return Stream(_bytes(packed), packed.shape[1], "int8", places=packed.shape[1] - weights[0].size // 2)
@@ -280,15 +290,19 @@ def _convolution(
     if isinstance(scales, str):
         return scales
     in_depth, out_depth = ifm[3] // op.group, ofm[3] // op.group
-    sparse = _skips_zeros(node, op, weights, target)
+    groups = groups_of(data_input(node, 1))
+    sparse = groups is None and _skips_zeros(node, op, weights, target)
     weights_dtype = isa.SPARSE_WEIGHTS if sparse else isa.DTYPES.index(stored_type(weights))
+    if groups is not None:
+        weights_dtype = isa.DTYPES.index(f"int{groups.bits}")
     variant = _variant(op.requantize)
 
     def issue(emit: Emitter, tile: Tile) -> None:
         rows, columns, _ = tile.windows[0]
         emit.call(isa.KERNEL, *op.kernel_shape, *op.strides, *op.dilations, rows.before, columns.before)
         weights_at, scales_at = tile.streams
-        emit.call(isa.WEIGHTS, weights_at.base, weights_at.offset, weights_dtype, op.w_zero_point)
+        size = groups.size if groups is not None else 0
+        emit.call(isa.WEIGHTS, weights_at.base, weights_at.offset, weights_dtype, op.w_zero_point, size)
         emit.call(isa.SCALES, scales_at.base, scales_at.offset, variant)
         emit.call(opcode, in_depth, min(out_depth, tile.full_depth) if op.group > 1 else tile.depth)
 
@@ -299,7 +313,7 @@ def _convolution(
         op.y_zero_point,
         (op.clamp_min, op.clamp_max),
         (MapOperand(0, ifm, y, x, c, _dtype_index(data_input(node)), op.x_zero_point),),
-        (_weight_stream(weights, op.w_zero_point, sparse=sparse), scales),
+        (_weight_stream(weights, op.w_zero_point, sparse=sparse, groups=groups), scales),
         issue,
         group=out_depth if op.group > 1 else 1,
     )
@@ -711,7 +725,7 @@ def _pick(node: ir.Node, channels: np.ndarray, target: Target) -> Work:
     def issue(emit: Emitter, tile: Tile) -> None:
         weights_at, scales_at = tile.streams
         emit.call(isa.KERNEL, 1, 1, 1, 1, 1, 1, 0, 0)
-        emit.call(isa.WEIGHTS, weights_at.base, weights_at.offset, isa.DTYPES.index("int8"), 0)
+        emit.call(isa.WEIGHTS, weights_at.base, weights_at.offset, isa.DTYPES.index("int8"), 0, 0)
         emit.call(isa.SCALES, scales_at.base, scales_at.offset, variant)
         emit.call(isa.CONV, ifm[3], tile.depth)
 

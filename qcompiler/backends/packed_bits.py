@@ -2,9 +2,11 @@
 
 Runs of `RUN` weights share the bytes of one run, the first in the lowest bits, the next above them and so on, so that
 whole vectors unpack by a shift and no element changes its place among its neighbours. One bit stands for -1 or 1.
+
+Weights in groups are such codes, and a factor for each group that they are multiplied by as they are unpacked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -16,7 +18,8 @@ from qcompiler.backends.schedules.loops import open_schedule
 from qcompiler.backends.te import Expr
 from qcompiler.backends.te_arithmetic import from_bfloat16
 from qcompiler.graph import Shape, element_count
-from qcompiler.quant.arithmetic import pack_bits
+from qcompiler.integer.weight_groups import Groups
+from qcompiler.quant.arithmetic import pack_bits, split_codes
 
 RUN = 64
 """The widest vector register, in bytes."""
@@ -24,24 +27,50 @@ _BLOCK = "unpacked"
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What codes are multiplied by, [..., quads, lanes..., quad] of them: one for so many quads of each lane."""
+
+    shape: Shape
+    """Of the factors: [..., groups, lanes...]."""
+    axis: int
+    """Of the quads, and of the groups."""
+    quads: int
+    """That share a factor."""
+    bits: int
+    """Of a stored factor: 4, which then hold the factor less `_LEAST`, or 8."""
+
+    def read(self, parameter: te.Tensor) -> te.Tensor:
+        return unpacked(parameter, self.shape, 4, "factors") if self.bits == 4 else parameter
+
+
+_LEAST = 9
+"""What is taken off factors from 1 to 16, so that they are signed integers of 4 bits."""
+
+
+@dataclass(frozen=True)
 class Stored:
     """Weights as a kernel holds them."""
 
-    array: np.ndarray
-    """The kernel's parameter."""
+    arrays: tuple[np.ndarray, ...]
+    """The kernel's parameters: the weights, and factors if there are any."""
     shape: Shape
     bits: int
+    factors: Factors | None = None
 
-    def read(self, parameter: te.Tensor) -> te.Tensor:
-        """The weights behind the parameter, of their own shape."""
+    def read(self, parameters: Sequence[te.Tensor]) -> te.Tensor:
+        """The weights behind the parameters, of their own shape."""
+        if self.factors is not None:
+            return scaled(parameters[0], self.factors.read(parameters[1]), self.shape, self.bits, self.factors)
         if self.bits < 8:
-            return unpacked(parameter, self.shape, self.bits)
-        return widened(parameter) if self.bits == 16 else parameter
+            return unpacked(parameters[0], self.shape, self.bits)
+        return widened(parameters[0]) if self.bits == 16 else parameters[0]
 
     def scheduled(self, function: tirx.PrimFunc, *, threads: int) -> tirx.PrimFunc:
         """The kernel with the unpacking scheduled, if there is any."""
         if self.bits < 8 or self.bits == 16:
-            return schedule_unpacking(function, self.shape, threads=threads)
+            # Along more than the lanes of one quad, factors would not lie side by side.
+            vector = RUN if self.factors is None else element_count(self.shape[self.factors.axis + 1 :])
+            return schedule_unpacking(function, self.shape, vector, threads=threads)
         return function
 
 
@@ -50,8 +79,28 @@ def store(weights: np.ndarray, bits: int) -> Stored:
     if bits == 1 and (weights == 0).any():
         bits = 2
     if weights.dtype == ml_dtypes.bfloat16:
-        return Stored(weights.view(np.uint16), weights.shape, bits)
-    return Stored(pack_runs(weights, bits) if bits < 8 else weights, weights.shape, bits)
+        return Stored((weights.view(np.uint16),), weights.shape, bits)
+    return Stored((pack_runs(weights, bits) if bits < 8 else weights,), weights.shape, bits)
+
+
+def store_groups(weights: np.ndarray, groups: Groups, pack: Callable[[np.ndarray], np.ndarray], axis: int) -> Stored:
+    """Weights that share factors in groups of their last axis.
+
+    Args:
+        weights: int8 [O, KH, KW, depth].
+        pack: lays weights out as [..., quads, lanes..., quad], a quad being neighbours along the depth, within a group.
+        axis: of the quads.
+    """
+    codes, factors = split_codes(weights, groups.size, weights.ndim - 1, groups.bits)
+    spread = factors.take(np.arange(weights.shape[-1]) // groups.size, -1).astype(np.int8)
+    laid_out = pack(codes)
+    quads = groups.size // laid_out.shape[-1]
+    assert quads * laid_out.shape[-1] == groups.size, f"groups of {groups.size} divide quads of {laid_out.shape[-1]}"
+    first = pack(spread)[..., 0].take(np.arange(0, laid_out.shape[axis], quads), axis)
+    held = pack_runs(first - _LEAST, 4) if groups.factor_bits == 4 else first
+    form = Factors(first.shape, axis, quads, groups.factor_bits)
+    stored = store(laid_out, groups.bits)
+    return Stored((*stored.arrays, held), stored.shape, stored.bits, form)
 
 
 def pack_runs(weights: np.ndarray, bits: int) -> np.ndarray:
@@ -62,8 +111,26 @@ def pack_runs(weights: np.ndarray, bits: int) -> np.ndarray:
     return pack_bits(flat.reshape(-1, per_byte, RUN).swapaxes(1, 2), bits)[..., 0]
 
 
-def unpacked(packed: te.Tensor, shape: Sequence[int], bits: int) -> te.Tensor:
+def unpacked(packed: te.Tensor, shape: Sequence[int], bits: int, name: str = _BLOCK) -> te.Tensor:
     """What `pack_runs` packed, as int8 of `shape`; its own stage, which `schedule_unpacking` vectorizes."""
+    return te.compute(shape, _code(packed, shape, bits), name)
+
+
+def scaled(codes: te.Tensor, factors: te.Tensor, shape: Sequence[int], bits: int, form: Factors) -> te.Tensor:
+    """Codes that `pack_runs` packed times their factors, as int8 of `shape`."""
+    code, least = _code(codes, shape, bits), _LEAST if form.bits == 4 else 0
+    # Spread over quads a vector of factors lies like one of codes.
+    wide = te.compute((*form.shape, shape[-1]), lambda *index: factors[index[:-1]] + te.const(least, "int8"), "spread")
+
+    def element(*index: Expr) -> Expr:
+        before, quad, after = index[: form.axis], index[form.axis], index[form.axis + 1 :]
+        return code(*index) * wide[(*before, quad // form.quads, *after)]
+
+    return te.compute(shape, element, _BLOCK)
+
+
+def _code(packed: te.Tensor, shape: Sequence[int], bits: int) -> Callable[..., Expr]:
+    """What `pack_runs` packed, at a place in `shape`."""
     per_byte = 8 // bits
 
     def element(*index: Expr) -> Expr:
@@ -79,7 +146,7 @@ def unpacked(packed: te.Tensor, shape: Sequence[int], bits: int) -> te.Tensor:
         # A single bit comes down as -1 where it is set and 0 where not.
         return code * te.const(-2, "int8") - te.const(1, "int8") if bits == 1 else code
 
-    return te.compute(shape, element, _BLOCK)
+    return element
 
 
 def widened(halves: te.Tensor) -> te.Tensor:
@@ -92,11 +159,11 @@ def widened(halves: te.Tensor) -> te.Tensor:
     return te.compute(te.shape_of(halves), element, _BLOCK)
 
 
-def schedule_unpacking(function: tirx.PrimFunc, shape: Sequence[int], *, threads: int) -> tirx.PrimFunc:
-    """Vectorize the stage `unpacked`, and share it among threads."""
+def schedule_unpacking(function: tirx.PrimFunc, shape: Sequence[int], length: int, *, threads: int) -> tirx.PrimFunc:
+    """Vectorize the stage `unpacked` by so many elements, which divide `RUN`, and share it among threads."""
     s = open_schedule(function)
     flat = s.fuse(*s.get_loops(s.get_sblock(_BLOCK)))
-    runs, vector = s.split(flat, [None, RUN]) if element_count(shape) % RUN == 0 else (flat, None)
+    runs, vector = s.split(flat, [None, length]) if element_count(shape) % length == 0 else (flat, None)
     if vector is not None:
         s.vectorize(vector)
     if threads > 1:

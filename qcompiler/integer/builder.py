@@ -166,11 +166,19 @@ def real_constant(value: ir.Value | None) -> np.ndarray | None:
 class Builder:
     """Adds integer nodes before an insertion point of a graph, under fresh names and with types set."""
 
-    def __init__(self, graph: ir.Graph, variant: RequantizeVariant, weight_types: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        variant: RequantizeVariant,
+        weight_types: Collection[str] = (),
+        group_multiple: int | None = None,
+    ) -> None:
         self.graph = graph
         self.variant: RequantizeVariant = variant
         self.weight_types = weight_types
         """What the target can store weights as."""
+        self.group_multiple = group_multiple
+        """Of what the sizes of groups are multiples that share a factor where it stores weights, if any do."""
         self._before: ir.Node | None = None
         self._names = {value.name for node in graph for value in node.outputs}
         self._names |= set(graph.initializers) | {value.name for value in graph.inputs}
@@ -234,6 +242,10 @@ class Builder:
         """The multiplier and shift inputs for real `factors`."""
         multiplier, shift = arithmetic.multipliers(factors, self.variant)
         return [self.constant(multiplier, f"{hint}.multiplier"), self.constant(shift, f"{hint}.shift")]
+
+    def has_factors(self, factors: np.ndarray) -> bool:
+        """Whether the target can rescale by real `factors`: some can by powers of two only."""
+        return self.variant != "shift" or bool((np.frexp(factors)[0] == 0.5).all())
 
     def factor(self, scales: Sequence[np.ndarray | np.float32], out: np.float32) -> np.ndarray:
         """Product of `scales` over `out`, [channels] or [1].

@@ -78,7 +78,9 @@ def realize(model: ir.Model, target: Target) -> ir.Model:
     """
     model = model.clone()
     model.opset_imports[QCOMPILER_DOMAIN] = DOMAIN_VERSION
-    builder = Builder(model.graph, target.quantization.requantize, target.quantization.weights.dtypes)
+    quantization = target.quantization
+    weights = quantization.weights
+    builder = Builder(model.graph, quantization.requantize, weights.dtypes, weights.group_multiple)
     forms = Forms(builder)
     for node in nodes_of(model.graph, "Conv", "Gemm", "MatMul"):
         builder.insert_before(node)

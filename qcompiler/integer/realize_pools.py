@@ -47,7 +47,12 @@ def average_pool(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> 
         builder.variant,
     )
     counts = np.arange(1, element_count(kernel) + 1)
-    factors = builder.encoded(_mean_factors(builder, x.format, out.format, counts), out.name)
+    if builder.variant == "shift" and not any(pads) and not overhangs:
+        counts[:] = counts[-1]  # no other occurs, and most are no power of two
+    real = _mean_factors(builder, x.format, out.format, counts)
+    if not builder.has_factors(real):
+        return None
+    factors = builder.encoded(real, out.name)
     source = builder.feature_map(x.value, f"{out.name}.x")
     return builder.spatial(
         out,
@@ -68,7 +73,10 @@ def reduce_mean(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> i
     axes = sorted(axis % rank for axis in axes) or list(range(rank))
     op = ops.QReduceMean(tuple(axes), x.format.zero_point, out.format.zero_point, *out.clamp, builder.variant)
     count = np.array([element_count(x.shape[axis] for axis in axes)])
-    factors = builder.encoded(_mean_factors(builder, x.format, out.format, count), out.name)
+    real = _mean_factors(builder, x.format, out.format, count)
+    if not builder.has_factors(real):
+        return None
+    factors = builder.encoded(real, out.name)
     return builder.operator(op, [x.value, *factors], out.shape, out.format.dtype, out.name)
 
 

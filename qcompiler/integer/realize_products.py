@@ -1,6 +1,6 @@
 """Convolutions and matrix products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,7 @@ from qcompiler.integer.builder import (
 )
 from qcompiler.integer.formats import record
 from qcompiler.integer.realize_movement import Forms
+from qcompiler.integer.weight_groups import Groups, grouped_weights, record_groups
 
 _INT32 = np.iinfo(np.int32)
 _BIAS_TOLERANCE = 1e-5
@@ -44,11 +45,13 @@ class Weights:
     array: np.ndarray
     scale: np.ndarray
     zero_point: int
+    groups: Groups | None = None
+    """How they may be stored, if they share scales in groups along the input channels."""
 
 
 def conv(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
     """1-D and 2-D Conv with constant weights."""
-    x, weights = forms.of(data_input(node)), constant_weights(input_of(node, 1), 0)
+    x, weights = forms.of(data_input(node)), _weights(builder, input_of(node, 1), 0)
     if x is None or weights is None or len(x.shape) not in (3, 4) or not _multipliable(x, weights):
         return None
     kernel = weights.array.shape[2:]
@@ -101,7 +104,7 @@ def conv_transpose(builder: Builder, forms: Forms, node: ir.Node, out: Output) -
 def gemm(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value | None:
     """Gemm of an activation by constants."""
     outputs_axis = 0 if integer(node, "transB", 0) else 1
-    x, weights = forms.of(data_input(node)), constant_weights(input_of(node, 1), outputs_axis)
+    x, weights = forms.of(data_input(node)), _weights(builder, input_of(node, 1), outputs_axis)
     if x is None or weights is None or len(x.shape) != 2 or real(node, "alpha", 1.0) <= 0:
         return None
     source = x.value
@@ -111,7 +114,7 @@ def gemm(builder: Builder, forms: Forms, node: ir.Node, out: Output) -> ir.Value
     return _gemm(
         builder,
         Quantized(source, x.format),
-        Weights(rows, weights.scale * np.float32(real(node, "alpha", 1.0)), weights.zero_point),
+        replace(weights, array=rows, scale=weights.scale * np.float32(real(node, "alpha", 1.0))),
         input_of(node, 2),
         real(node, "beta", 1.0),
         out,
@@ -129,7 +132,7 @@ def matmul_and_bias(builder: Builder, forms: Forms, node: ir.Node, out: Output) 
         inner = producer(product, "MatMul")
         if inner is None or product is None or only_user(product) is not node or real_constant(bias) is None:
             continue
-        if constant_of(input_of(inner, 1)) is None or shape_of(product) != out.shape:
+        if _weights(builder, input_of(inner, 1), 1) is None or shape_of(product) != out.shape:
             return None
         return _matmul_plus(builder, forms, inner, bias, out)
     return None
@@ -139,12 +142,12 @@ def _matmul_plus(builder: Builder, forms: Forms, node: ir.Node, bias: ir.Value |
     a, second = forms.of(data_input(node)), data_input(node, 1)
     if a is None:
         return None
-    if constant_of(second) is not None and len(shape_of(second)) == 2:
-        weights = constant_weights(second, 1)
+    weights = _weights(builder, second, 1) if len(shape_of(second)) == 2 else None
+    if weights is not None or (constant_of(second) is not None and len(shape_of(second)) == 2):
         if weights is None or len(a.shape) < 2:
             return None
         rows = builder.reshape(a.value, (_leading(a.shape), a.shape[-1]), f"{out.name}.x")
-        transposed = Weights(weights.array.T, weights.scale, weights.zero_point)
+        transposed = replace(weights, array=weights.array.T)
         flat = Output(out.format, out.clamp, (_leading(a.shape), weights.array.shape[1]), f"{out.name}.rows")
         inner = flat if len(a.shape) > 2 else out
         product = _gemm(builder, Quantized(rows, a.format), transposed, bias, 1.0, inner)
@@ -164,9 +167,7 @@ def _gemm(
     if bias_integers is None or not _multipliable(x, weights):
         return None
     op = ops.QGemm(x.format.zero_point, weights.zero_point, out.format.zero_point, *out.clamp, builder.variant)
-    constant = builder.weights(weights.array, f"{out.name}.weights")
-    record(constant, weights.scale, weights.zero_point)
-    inputs = [x.value, constant, bias_integers]
+    inputs = [x.value, _constant(builder, weights.array, weights, out), bias_integers]
     factors = _factors(builder, x, weights, out)
     return builder.operator(op, [*inputs, *factors], out.shape, out.format.dtype, out.name)
 
@@ -186,6 +187,23 @@ def constant_weights(value: ir.Value | None, outputs_axis: int, repeat: int = 1)
     outputs = constant.array.shape[outputs_axis]
     scale = np.tile(np.broadcast_to(constant.scale.reshape(-1), (outputs,)), repeat)
     return Weights(constant.array, scale, int(constant.zero_point.reshape(-1)[0]))
+
+
+def _weights(builder: Builder, value: ir.Value | None, outputs_axis: int) -> Weights | None:
+    """`constant_weights`, or weights in groups."""
+    shifts = builder.variant == "shift"
+    found = grouped_weights(value, outputs_axis, builder.weight_types, power_of_two=shifts)
+    return constant_weights(value, outputs_axis) if found is None else Weights(found.array, found.unit, 0, found.groups)
+
+
+def _constant(builder: Builder, array: np.ndarray, weights: Weights, out: Output) -> ir.Value:
+    """`weights` in the layout of `array`, channels last."""
+    constant = builder.weights(array, f"{out.name}.weights")
+    record(constant, weights.scale, weights.zero_point)
+    multiple = builder.group_multiple
+    if weights.groups is not None and multiple is not None and weights.groups.size % multiple == 0:
+        record_groups(constant, weights.groups)
+    return constant
 
 
 def _bias(
@@ -224,9 +242,7 @@ def _spatial_product(
     bias: ir.Value,
     out: Output,
 ) -> ir.Value:
-    constant = builder.weights(filters, f"{out.name}.weights")
-    record(constant, weights.scale, weights.zero_point)
-    inputs = [constant, bias, *_factors(builder, x, weights, out)]
+    inputs = [_constant(builder, filters, weights, out), bias, *_factors(builder, x, weights, out)]
     source = builder.feature_map(x.value, f"{out.name}.x")
     return builder.spatial(
         out, lambda inner: builder.operator(op, [source, *inputs], inner.shape, inner.format.dtype, inner.name)

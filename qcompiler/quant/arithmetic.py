@@ -18,6 +18,12 @@ variant       y - zero_point, before saturation                                 
 Products of 16-bit activations and weights accumulate in 64 bits (48 bits suffice), where the fixed-point variants
 multiply by the upper half of the multiplier, rounded: see `rescale_wide`.
 
+Weights that share scales in groups along the input channels are 8-bit integers, too: code times factor, a code of few
+bits and one small factor for each group (`scaled_codes`). The scale of an output channel is that of the products, so
+sums over groups add up as they are, and nothing is rescaled before the end. This is the two-level scheme of Dai et al.,
+VS-Quant, MLSys 2021, with factors that keep the product within a byte: a chip may decode weights as it loads them and
+multiply them like any others, or multiply each group's sum by its factor; the integers are the same.
+
 A fixed-point multiplier is an int32 in [2^30, 2^31) with an exponent `shift`; the real factor is
 ``multiplier * 2^(shift - 31)`` (TFLite's `QuantizeMultiplier`). For `shift` the multiplier is 1 and the
 factor is ``2^shift``. For `float32` the multiplier is a float32 and `shift` is 0.
@@ -294,6 +300,42 @@ def unpack_bits(packed: npt.NDArray[np.uint8], count: int, bits: int) -> np.ndar
 def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> np.ndarray:
     """`unpack_bits` of 4 bits."""
     return unpack_bits(packed, count, 4)
+
+
+GROUP_FACTORS = {1: 127, 2: 64, 4: 16}
+"""By bits of the codes of weights in groups: the largest factor whose product with any code is an int8."""
+
+
+def scaled_codes(codes: IntArray, factors: IntArray, group: int, axis: int) -> np.ndarray:
+    """Weights that share a factor in groups, as the int8 they are multiplied as.
+
+    Args:
+        codes: integers of 4, 2 or 1 bits, any shape.
+        factors: from 1 to `GROUP_FACTORS`, of that shape but for `axis`, along which each serves `group` codes, the
+            last perhaps fewer.
+    """
+    spread = factors.take(np.arange(codes.shape[axis]) // group, axis)
+    return (codes.astype(np.int16) * spread.astype(np.int16)).astype(np.int8)
+
+
+def split_codes(weights: IntArray, group: int, axis: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `scaled_codes`, with the smallest factors: (codes int8, factors uint8).
+
+    Codes of one bit are -1 and 1. Weights must be products of codes of so many `bits` and factors.
+    """
+    moved = np.moveaxis(weights.astype(np.int16), axis, -1)
+    depth = moved.shape[-1]
+    fill = [(0, 0)] * (moved.ndim - 1) + [(0, -depth % group)]
+    blocks = np.pad(moved, fill).reshape(*moved.shape[:-1], -1, group)
+    low, high = (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    factors = np.zeros(blocks.shape[:-1], np.uint8)
+    for factor in range(GROUP_FACTORS[bits], 0, -1):
+        fits = (blocks % factor == 0).all(axis=-1)
+        fits &= (blocks.min(axis=-1) >= low * factor) & (blocks.max(axis=-1) <= high * factor)
+        factors[fits] = factor
+    assert factors.all(), f"weights that are no products of {bits}-bit codes and factors"
+    codes = (blocks // factors[..., None]).reshape(*moved.shape[:-1], -1)[..., :depth]
+    return np.moveaxis(codes, -1, axis).astype(np.int8), np.moveaxis(factors, -1, axis)
 
 
 WeightOnlyCompute = Literal["float32", "int8"]

@@ -46,7 +46,7 @@ def plan_dynamic(
     requested = named_nodes(nodes, keep_float)
     reasons = {node: reason for node in nodes if (reason := _reason(node, requested)) is not None}
     weighted = [node for node in nodes if node not in reasons]
-    dtypes = weight_dtypes(weighted, edge_layers(nodes, weighted), target, ACTIVATION, wanted)
+    dtypes = weight_dtypes(weighted, edge_layers(nodes, weighted), target, ACTIVATION, wanted, {})
     spec = target.quantization.weights
     formats: dict[str, TensorFormat] = {}
     for node in weighted:

@@ -170,8 +170,18 @@ def least_weight_scale(bias: np.ndarray, input_scale: float) -> np.ndarray:
 
 def bias_format(input_scale: np.ndarray, weight: TensorFormat) -> TensorFormat:
     """int32 with the scale of the accumulator: input scale times weight scale."""
-    scale = (input_scale.astype(np.float32) * weight.scale.astype(np.float32)).astype(np.float32)
+    scale = (input_scale.astype(np.float32) * unit_scale(weight).astype(np.float32)).astype(np.float32)
     return TensorFormat("int32", scale, np.zeros(scale.shape, np.int32), 0 if scale.ndim else None)
+
+
+def unit_scale(weight: TensorFormat) -> np.ndarray:
+    """The scale of products with a weight, per tensor or [output channels]: of weights in groups, that of factor 1."""
+    if weight.factor is None:
+        return weight.scale
+    # Groups lie along the input channels; the outputs are the other one of the first two axes.
+    inputs = 1 if weight.axis == 0 else 0
+    first = np.moveaxis(weight.scale / weight.factor, inputs, 0)
+    return first.reshape(first.shape[0], -1)[:, 0]
 
 
 def quantize_array(values: np.ndarray, fmt: TensorFormat, *, narrow: bool = False) -> np.ndarray:
@@ -182,18 +192,18 @@ def quantize_array(values: np.ndarray, fmt: TensorFormat, *, narrow: bool = Fals
     smallest, largest = weight_limits(fmt.dtype, narrow=narrow)
     if fmt.dtype == "int1":
         return np.where(values < 0, -1, 1).astype(np.int8)
-    scale, zero_point = (_along(parameter, fmt, values.shape) for parameter in (fmt.scale, fmt.zero_point))
+    scale, zero_point = (spread(parameter, fmt, values.shape) for parameter in (fmt.scale, fmt.zero_point))
     rounded = np.rint(values.astype(np.float64) / scale.astype(np.float64)) + zero_point
     return np.clip(rounded, smallest, largest).astype(_storage(fmt.dtype))
 
 
 def dequantize_array(integers: np.ndarray, fmt: TensorFormat) -> np.ndarray:
     """The real numbers behind integers of `fmt`, float32."""
-    scale, zero_point = (_along(parameter, fmt, integers.shape) for parameter in (fmt.scale, fmt.zero_point))
+    scale, zero_point = (spread(parameter, fmt, integers.shape) for parameter in (fmt.scale, fmt.zero_point))
     return arithmetic.dequantize(integers, scale, zero_point)
 
 
-def _along(parameter: np.ndarray, fmt: TensorFormat, shape: tuple[int, ...]) -> np.ndarray:
+def spread(parameter: np.ndarray, fmt: TensorFormat, shape: tuple[int, ...]) -> np.ndarray:
     """A scale or zero point in a shape that broadcasts against a tensor of `shape`."""
     if fmt.axis is None:
         return parameter

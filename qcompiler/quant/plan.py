@@ -40,10 +40,11 @@ from qcompiler.quant.formats import (
     quantize_array,
     weight_format,
 )
+from qcompiler.quant.grouped_weights import group_axes, grouped_format, takes_groups
 from qcompiler.quant.masks import is_masked, unmasked_ranges
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, UNIT_OUTPUTS_INT16, activation_inputs, is_activation
 from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat, WeightRequest
-from qcompiler.quant.weight_bits import activation_dtype, weight_dtypes
+from qcompiler.quant.weight_bits import activation_dtype, weight_dtypes, weight_groups
 from qcompiler.target import Match, Target
 
 TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
@@ -442,7 +443,8 @@ class _Planner:
         axes: dict[str, set[int | None]] = {}
         weighted = [node for node in self.nodes if node not in self.float_reasons and has_weights(node)]
         edges = edge_layers(self.nodes, weighted)
-        dtypes = weight_dtypes(weighted, edges, self.target, self.dtype, self.weight_request)
+        groups = weight_groups(weighted, self.target, self.weight_request)
+        dtypes = weight_dtypes(weighted, edges, self.target, self.dtype, self.weight_request, groups)
         for node in weighted:
             name = value_name(data_input(node, 1))
             bias = const_of(input_of(node, 2))
@@ -456,15 +458,9 @@ class _Planner:
             # One initializer in two roles gets the format that suits both.
             axis = next(iter(axes[name])) if len(axes[name]) == 1 else None
             floor = reduce(np.maximum, floors[name] if axis is not None else map(np.max, floors[name]))
-            weights[name] = weight_format(
-                array,
-                dtypes[name],
-                axis,
-                symmetric=spec.symmetric,
-                narrow=spec.narrow_range,
-                power_of_two=self.spec.requantize == "shift",
-                floor=floor,
-            )
+            sizes = {groups.get(reader, 0) for reader in users(value) if reader in weighted}
+            group = max(sizes) if len(sizes) == 1 and axis is not None else 0
+            weights[name] = self._weight_format(node, array, dtypes[name], axis, group, floor)
             means = self.channel_means.get(node.name or "")
             if means is not None and not is_op(node, "MatMul"):
                 rounded = dequantize_array(
@@ -484,6 +480,27 @@ class _Planner:
                     assert value is not None
                     weights[value_name(value)] = self._constant_format(node, value, activations)
         return weights, biases, shifts
+
+    def _weight_format(
+        self,
+        node: ir.Node,
+        array: np.ndarray,
+        dtype: DTypeName,
+        axis: int | None,
+        group: int,
+        floor: np.ndarray | float,
+    ) -> TensorFormat:
+        """Of constant weights, in groups of so many if they have few bits and enough input channels."""
+        spec, power_of_two = self.spec.weights, self.spec.requantize == "shift"
+        axes = group_axes(node)
+        if group and axes is not None and takes_groups(node, dtype, group):
+            return grouped_format(
+                array, dtype, axes, group, narrow=spec.narrow_range, power_of_two=power_of_two, floor=floor
+            )
+        return weight_format(
+            array, dtype, axis,
+            symmetric=spec.symmetric, narrow=spec.narrow_range, power_of_two=power_of_two, floor=floor,
+        )  # fmt: skip
 
 
 _OPERANDS = (*operators.BINARY_OPS, "Concat", "MatMul")

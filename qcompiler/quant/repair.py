@@ -323,7 +323,7 @@ def _repair_layer(
         # cross is E[x̂ xᵀ]; what the damping adds to the diagonal pulls towards the weights as they are.
         aim = exact + exact @ np.linalg.solve(hessian, cross - gram).transpose(0, 2, 1)
     low_bits = bit_width(fmt.dtype) < LOW_BITS
-    if "scales" in steps and low_bits and not _is_power_of_two(fmt.scale):
+    if "scales" in steps and low_bits and fmt.block is None and not _is_power_of_two(fmt.scale):
         fmt = _shrink_scales(node, plan, fmt, aim, hessian)
     problem = _problem(node, fmt, aim, hessian)
     if node.name in plan.pruned:
@@ -354,10 +354,13 @@ def _problem(node: ir.Node, fmt: TensorFormat, aim: np.ndarray, hessian: np.ndar
 
 
 def _per_row(node: ir.Node, fmt: TensorFormat, array: np.ndarray) -> np.ndarray:
-    """A scale or zero point as [groups, M, 1], or [1, 1, 1] per tensor."""
+    """A scale or zero point as [groups, M, 1], [1, 1, 1] per tensor, or of each weight, where some share it."""
     if fmt.axis is None:
         return array.reshape(1, 1, 1)
-    groups = weight_rows(node, np.empty(shape_of(data_input(node, 1)), np.int8)).shape[0]
+    shape = shape_of(data_input(node, 1))
+    if fmt.block is not None:
+        return weight_rows(node, array.take(np.arange(shape[fmt.axis]) // fmt.block, fmt.axis))
+    groups = weight_rows(node, np.empty(shape, np.int8)).shape[0]
     return array.reshape(groups, -1, 1)
 
 

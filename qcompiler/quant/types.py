@@ -40,9 +40,12 @@ class WeightRequest:
     edges: bool = False
     """Whether layers next to inputs and outputs have `default` too; else they keep 8 bits."""
     group: int | None = None
-    """How many weights of one output share a scale, along the input axis; None for all of them."""
+    """How many weights of one output share a scale, along the input axis; None for all of them. Beside integer
+    activations it is for weights of less than 8 bits."""
     scheme: Scheme | None = None
-    """Of weights in groups; None leaves the choice to the quality."""
+    """Of weights in groups beside float activations; None leaves the choice to the quality."""
+    groups: Mapping[str, int] = field(default_factory=dict)
+    """Layers in which another number of weights than `group` shares a scale; 0 for all of them."""
 
 
 HalfType = Literal["float16", "bfloat16"]
@@ -93,6 +96,9 @@ class TensorFormat:
     zero_point: np.ndarray
     axis: int | None = None
     block: int | None = None
+    factor: np.ndarray | None = None
+    """Of weights in groups beside integer activations, uint8 of the shape of `scale`: how many times the output
+    channel's unit each scale is; see `qcompiler.quant.grouped_weights`."""
     used: tuple[int, int] | None = None
     """Of an activation: the smallest and largest integer it may hold, if fewer than the type; see
     `qcompiler.finetune.four_bits`."""

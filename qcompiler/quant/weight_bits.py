@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -10,6 +11,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.graph import data_input, value_name
 from qcompiler.integer.facts import facts_of_float
 from qcompiler.layer_names import JOINT
+from qcompiler.quant.grouped_weights import takes_groups
 from qcompiler.quant.types import DTypeName, WeightRequest, WeightType
 from qcompiler.target import ActivationType, Match, Target
 
@@ -20,6 +22,7 @@ def weight_dtypes(
     target: Target,
     activation: DTypeName,
     wanted: WeightRequest,
+    groups: Mapping[ir.Node, int],
 ) -> dict[str, DTypeName]:
     """The type of every weight initializer, by name.
 
@@ -33,6 +36,7 @@ def weight_dtypes(
         target: its spec lists the types of weights there are.
         activation: the type of activations.
         wanted: what the user asks for.
+        groups: from `weight_groups`; weights in groups are multiplied as 8-bit ones.
 
     Raises:
         QCompilerError: the target has no weights of a type asked for, or no layer has a name asked for.
@@ -52,7 +56,10 @@ def weight_dtypes(
     chosen: dict[str, DTypeName] = {}
     for node in weighted:
         inner = wanted.edges or node not in edges
-        stored = few if few is not None and inner and _no_worse(node, target, activation, eight, few) else widest
+        stored = widest
+        if few is not None and inner:
+            decoded = node in groups and takes_groups(node, few, groups[node])
+            stored = few if decoded or _no_worse(node, target, activation, eight, few) else widest
         if node in by_layer:
             stored = FEW_BITS.get(by_layer[node], widest)
         name = value_name(data_input(node, 1))
@@ -62,6 +69,40 @@ def weight_dtypes(
 
 FEW_BITS: Mapping[WeightType, DTypeName] = {"int4": "int4", "int2": "int2", "binary": "int1"}
 """What weights of less than 8 bits are stored as."""
+
+
+def weight_groups(weighted: Sequence[ir.Node], target: Target, wanted: WeightRequest) -> dict[ir.Node, int]:
+    """How many weights share a scale in each layer where some do.
+
+    Args:
+        weighted: the operators with constant weights that will be quantized.
+        target: its spec says whether there are groups.
+        wanted: what the user asks for.
+
+    Raises:
+        QCompilerError: the target has no groups, or none of this size; no weights that could be in groups are asked
+            for; or no layer has a name asked for.
+    """
+    asked = {size for size in (wanted.group, *wanted.groups.values()) if size}
+    if not asked:
+        return {}
+    multiple = target.quantization.weights.group_multiple
+    if multiple is None:
+        raise QCompilerError(
+            f"{target.name} has no weights in groups beside integer activations: its spec gives no "
+            "quantization.weights.group_multiple. Leave out --group-size, or add --activations float or dynamic."
+        )
+    if unfit := sorted(size for size in asked if size % multiple):
+        raise QCompilerError(f"--group-size {unfit[0]}: groups of {target.name} are multiples of {multiple}.")
+    few = wanted.default != "int8" or any(dtype != "int8" for dtype in wanted.by_layer.values())
+    if not few:
+        raise QCompilerError(
+            "--group-size is for weights of less than 8 bits: times the factor of its group a weight must fit the 8 "
+            "it is multiplied in. Add --weights int4, or leave it out."
+        )
+    own = _by_node(weighted, wanted.groups)
+    sizes = {node: own.get(node, wanted.group or 0) for node in weighted}
+    return {node: size for node, size in sizes.items() if size}
 
 
 def activation_dtype(target: Target, wanted: WeightRequest) -> ActivationType:
@@ -89,10 +130,13 @@ def _no_worse(node: ir.Node, target: Target, activation: DTypeName, eight: DType
     return not target.accelerators or eight is None or taken(few) or not taken(eight)
 
 
-def _by_node(weighted: Sequence[ir.Node], by_layer: Mapping[str, WeightType]) -> dict[ir.Node, WeightType]:
+_Asked = TypeVar("_Asked")
+
+
+def _by_node(weighted: Sequence[ir.Node], by_layer: Mapping[str, _Asked]) -> dict[ir.Node, _Asked]:
     """A layer of several operators goes by their names joined, as in reports; one of them has the weights."""
     by_name = {node.name or "": node for node in weighted}
-    found: dict[ir.Node, WeightType] = {}
+    found: dict[ir.Node, _Asked] = {}
     for layer, dtype in by_layer.items():
         node = by_name.get(layer) or next((by_name[part] for part in layer.split(JOINT) if part in by_name), None)
         if node is None:

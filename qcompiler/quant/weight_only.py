@@ -45,6 +45,7 @@ from qcompiler.passes.quantize_embeddings import QuantizeEmbeddings
 from qcompiler.quant import operators
 from qcompiler.quant.formats import dequantize_array, limits, quantize_array
 from qcompiler.quant.moments import Moments, Sample, collect
+from qcompiler.quant.qdq import activation_dequantize
 from qcompiler.quant.rounding import Problem, damped, descend, gptq
 from qcompiler.quant.types import DTypeName, Quality, QuantPlan, Scheme, TensorFormat, WeightRequest, WeightType
 
@@ -64,13 +65,13 @@ _NORM, _PRESSURE, _GROWTH = 0.7, 10.0, 1.05
 
 
 def is_weight_only(wanted: WeightRequest) -> bool:
-    """Whether a request leaves activations in float."""
-    return wanted.activations == "float" or wanted.group is not None
+    """Whether a request leaves activations in float, or rounds them inside products of weights in groups."""
+    return wanted.activations == "float" or (wanted.activations == "dynamic" and wanted.group is not None)
 
 
 def has_grouped_weights(model: ir.Model) -> bool:
-    """Whether some matrix product has weights with scales in groups: then the model is meant to compute in float."""
-    products = nodes_of(model.graph, "Gemm")
+    """Whether some matrix product of float activations has weights with scales in groups."""
+    products = [node for node in nodes_of(model.graph, "Gemm") if activation_dequantize(data_input(node)) is None]
     sources = [producer(data_input(node, 1), "DequantizeLinear") for node in products]
     return any(node is not None and integer(node, "block_size", 0) for node in sources)
 
@@ -105,7 +106,7 @@ def weight_only(
 
     Raises:
         QCompilerError: no matrix product has constant weights, a name nobody has, groups that do not suit the kernels,
-            integer activations, or a scheme that has nothing to learn from.
+            or a scheme that has nothing to learn from.
     """
     scheme = _scheme(wanted, quality, synthetic=samples.synthetic)
     _check(wanted)
@@ -124,13 +125,16 @@ def weight_only(
     by_layer: dict[str | None, WeightType] = {}
     for layer, dtype in wanted.by_layer.items():
         by_layer |= {node.name: dtype for node in _named(products, [layer], "--layer-weights")}
+    sizes = {node: wanted.group for node in products}
+    for layer, size in wanted.groups.items():
+        sizes |= {node: size or None for node in _named(products, [layer], "--layer-weights")}
     layers = [node for node in products if node.name not in kept]
     types: dict[ir.Node, WeightType] = {node: by_layer.get(node.name, wanted.default) for node in layers}
     plan = QuantPlan({}, {}, {}, {name or "": reason for name, reason in kept.items()})
     done = 0
     for part, moments in _learned(result, layers, samples, learning=scheme in LEARNING):
         for node in part:
-            plan = _plan_layer(plan, node, types[node], wanted.group, scheme, moments.get(node.name or ""))
+            plan = _plan_layer(plan, node, types[node], sizes[node], scheme, moments.get(node.name or ""))
         done += len(part)
         if progress is not None:
             progress(done, len(layers))
@@ -150,18 +154,13 @@ def _scheme(wanted: WeightRequest, quality: Quality, *, synthetic: bool) -> Sche
 
 
 def _check(wanted: WeightRequest) -> None:
-    if wanted.activations not in ("float", "dynamic"):
-        raise QCompilerError(
-            f"--group-size {wanted.group} with --activations {wanted.activations}: sums over groups would each have to "
-            "be rescaled before they are added, which no target here does in integers. Use --activations float, or "
-            "dynamic, which rounds activations to 8 bits inside the products."
-        )
     if others := {wanted.default, *wanted.by_layer.values()} - {"int4", "int8"}:
         raise QCompilerError(
             f"weights with float activations, or in groups, are int4 or int8, not {', '.join(sorted(others))}."
         )
-    if wanted.group is not None and (wanted.group < WORD or wanted.group % WORD):
-        raise QCompilerError(f"--group-size {wanted.group}: groups are multiples of {WORD}; 32 and 128 are usual.")
+    for group in (wanted.group, *wanted.groups.values()):
+        if group and group % WORD:
+            raise QCompilerError(f"--group-size {group}: groups are multiples of {WORD}; 32 and 128 are usual.")
 
 
 def _is_product(node: ir.Node) -> bool:

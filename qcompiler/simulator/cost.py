@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.integer.sparsity import KEPT
+from qcompiler.integer.weight_groups import Groups
 from qcompiler.quant import interpolation
 from qcompiler.simulator import contention, engines, isa
 from qcompiler.simulator.contention import Ports, Run, Task, Use
@@ -230,7 +231,7 @@ _IFM = _picker(isa.IFM, "base", "height", "width", "depth", "dtype")
 _IFM_STRIDES = _picker(isa.IFM, "stride_y", "stride_x", "stride_c")
 _OFM = _picker(isa.OFM, "base", "height", "width", "depth", "dtype")
 _KERNEL = _picker(isa.KERNEL, "height", "width", "stride_y", "stride_x", "dilation_y", "dilation_x")
-_WEIGHTS = _picker(isa.WEIGHTS, "base", "dtype")
+_WEIGHTS = _picker(isa.WEIGHTS, "base", "dtype", "group")
 _GROUPS = _picker(isa.CONV, "ifm_group_depth", "ofm_group_depth")
 
 _OPERATORS: Mapping[int, tuple[str, ...]] = {
@@ -538,13 +539,16 @@ class _Pricer:
         ifm_base, *ifm_shape, ifm_dtype = _IFM(ifm[0])
         ofm_base, *ofm_shape, ofm_dtype = _OFM(registers[isa.OFM.code])
         kernel = _KERNEL(registers[isa.KERNEL.code]) if code in _WINDOWED else (1, 1, 1, 1, 1, 1)
-        precision, weight_base, weight_bits, groups, sparse = isa.DTYPES[ifm_dtype], -1, 0, 1, False
+        precision, weight_base, weight_bits, groups, sparse = isa.DTYPES[ifm_dtype], -1, 0.0, 1, False
         if code in _CONVOLUTIONS:
-            weight_base, weight_dtype = _WEIGHTS(registers[isa.WEIGHTS.code])
+            weight_base, weight_dtype, sharing = _WEIGHTS(registers[isa.WEIGHTS.code])
             sparse = weight_dtype == isa.SPARSE_WEIGHTS
-            weights = "int8" if sparse else isa.DTYPES[weight_dtype]
-            precision, weight_bits = f"{precision}*{weights}", isa.BITS[weight_dtype]
+            weights = "int8" if sparse or sharing else isa.DTYPES[weight_dtype]
+            precision, weight_bits = f"{precision}*{weights}", float(isa.BITS[weight_dtype])
             ifm_group_depth, ofm_group_depth = _GROUPS(command)
+            if sharing:
+                held = Groups(sharing, isa.BITS[weight_dtype])
+                weight_bits += held.count(ifm_group_depth) * held.factor_bits / ifm_group_depth
             groups = ifm_shape[2] // ifm_group_depth
             depthwise = groups > 1 and ifm_group_depth == ofm_group_depth == 1
             op = "depthwise" if depthwise else "conv"

@@ -85,11 +85,13 @@ KERNEL = Opcode(
 """Padding below and to the right follows from the IFM's size: reads outside it see the zero point. `pad_top` and
 `pad_left` are negative where a tile's windows start inside its IFM. A transposed convolution's output (y, x)
 gathers pixels with ``y + pad_top == iy * stride_y + ky * dilation_y``."""
-WEIGHTS = Opcode(13, "weights", ("base", "offset", "dtype", "zero_point"))
+WEIGHTS = Opcode(13, "weights", ("base", "offset", "dtype", "zero_point", "group"))
 """[OFM depth, kernel height, kernel width, IFM depth per group], dense. int4: two to a byte, the first in the low
 nibble; int2: four to a byte; int1, which stands for 2 * bit - 1: eight to a byte. The first weight lies lowest, and
 every OFM channel starts at a whole byte (`arithmetic.pack_bits`). int8_2of4: two weights of every four neighbours along
-the IFM depth and where they stand, as `integer.sparsity.pack_2_of_4` lays out an OFM channel."""
+the IFM depth and where they stand, as `integer.sparsity.pack_2_of_4` lays out an OFM channel. With a `group` they are
+codes of int4, int2 or int1 that become int8 as they are loaded: every so many neighbours along the IFM depth are
+multiplied by a factor, which stands, less 1, behind the channel's codes: in a nibble beside int4, else in a byte."""
 SCALES = Opcode(14, "scales", ("base", "offset", "variant"))
 """One record a channel: bias int32, multiplier (int32, or the bits of a float32), shift int32."""
 WRAP = Opcode(15, "wrap", ("map", "height", "offset"))

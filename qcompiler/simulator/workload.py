@@ -30,7 +30,8 @@ class Shape:
     """Convolutions only: independent convolutions over ifm[2] / groups and ofm[2] / groups channels."""
     ifm_bits: int
     ofm_bits: int
-    weight_bits: int
+    weight_bits: float
+    """On average: weights in groups take their codes' bits and a share of their factors'."""
     upsampling: int
     """Output positions per input position of a transposed convolution, else 1."""
     second: Dims | None = None

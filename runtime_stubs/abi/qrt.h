@@ -44,7 +44,7 @@ int32_t qrt_ofm(int32_t base, int32_t offset, int32_t height, int32_t width, int
 int32_t qrt_wrap(int32_t map, int32_t height, int32_t offset);
 int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stride_x, int32_t dilation_y,
                    int32_t dilation_x, int32_t pad_top, int32_t pad_left);
-int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point);
+int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point, int32_t group);
 int32_t qrt_scales(int32_t base, int32_t offset, int32_t variant);
 
 int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth);

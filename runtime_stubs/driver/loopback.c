@@ -63,7 +63,7 @@ static int32_t execute(const int32_t *w) {
         case OFM: sim_ofm(w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]); return 12;
         case WRAP: sim_wrap(w[1], w[2], w[3]); return 4;
         case KERNEL: sim_kernel(w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8]); return 9;
-        case WEIGHTS: sim_weights(w[1], w[2], w[3], w[4]); return 5;
+        case WEIGHTS: sim_weights(w[1], w[2], w[3], w[4], w[5]); return 6;
         case SCALES: sim_scales(w[1], w[2], w[3]); return 4;
         case CONV: sim_conv(w[1], w[2]); return 3;
         case CONV_TRANSPOSE: sim_conv_transpose(w[1], w[2]); return 3;

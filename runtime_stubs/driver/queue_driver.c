@@ -97,8 +97,8 @@ int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stri
     return COMMAND(KERNEL, height, width, stride_y, stride_x, dilation_y, dilation_x, pad_top, pad_left);
 }
 
-int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point) {
-    return COMMAND(WEIGHTS, base, offset, dtype, zero_point);
+int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point, int32_t group) {
+    return COMMAND(WEIGHTS, base, offset, dtype, zero_point, group);
 }
 
 int32_t qrt_scales(int32_t base, int32_t offset, int32_t variant) { return COMMAND(SCALES, base, offset, variant); }

@@ -44,7 +44,7 @@ typedef struct {
     uint8_t *data;               /* of its base, once touched */
 } feature_map; /* an OFM's stride_c is its element's size */
 typedef struct { int32_t height, width, stride_y, stride_x, dilation_y, dilation_x, pad_top, pad_left; } window;
-typedef struct { int32_t base, offset, dtype, zero_point; } weight_block;
+typedef struct { int32_t base, offset, dtype, zero_point, group; } weight_block;
 typedef struct { int32_t base, offset, variant; } scale_block;
 
 /* A growable array: items, count, capacity. */
@@ -377,11 +377,13 @@ int32_t qrt_kernel(int32_t height, int32_t width, int32_t stride_y, int32_t stri
     return 0;
 }
 
-int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point) {
-    BEGIN(WEIGHTS, "weights", base, offset, dtype, zero_point);
+int32_t qrt_weights(int32_t base, int32_t offset, int32_t dtype, int32_t zero_point, int32_t group) {
+    BEGIN(WEIGHTS, "weights", base, offset, dtype, zero_point, group);
     if (dtype != INT8 && dtype != UINT8 && (dtype < INT4 || dtype > INT8_2OF4))
         fail("dtype %d is not implemented for weights", dtype);
-    weights = (weight_block){base, offset, dtype, zero_point};
+    if (group < 0 || (group > 0 && (dtype < INT4 || dtype == INT8_2OF4 || zero_point)))
+        fail("groups are of int4, int2 or int1 weights without a zero point");
+    weights = (weight_block){base, offset, dtype, zero_point, group};
     return 0;
 }
 
@@ -476,11 +478,13 @@ static int16_t *sparse_weights(int64_t outputs, int64_t taps) {
     return wide;
 }
 
-/* The weights as int16 without their zero point: `outputs` filters of `taps`. */
-static int16_t *wide_weights(int64_t outputs, int64_t taps) {
+/* The weights as int16 without their zero point: `outputs` filters of `taps`, `depth` of them side by side. */
+static int16_t *wide_weights(int64_t outputs, int64_t taps, int32_t depth) {
     if (weights.dtype == INT8_2OF4) return sparse_weights(outputs, taps);
     int32_t bits = weights.dtype == INT4 ? 4 : weights.dtype == INT2 ? 2 : weights.dtype == INT1 ? 1 : 8;
-    int64_t filter_bytes = (taps * bits + 7) / 8;
+    int32_t factor_bits = bits == 4 ? 4 : 8, in_run = weights.group ? (depth + weights.group - 1) / weights.group : 0;
+    int64_t code_bytes = (taps * bits + 7) / 8;
+    int64_t filter_bytes = code_bytes + (taps / depth * in_run * factor_bits + 7) / 8;
     const uint8_t *bytes = touch_run("the weights", weights.base, weights.offset, outputs * filter_bytes);
     int16_t *wide = arena(FILTERS, outputs * taps * (int64_t)sizeof(int16_t));
     if (bits == 8) {
@@ -492,6 +496,11 @@ static int16_t *wide_weights(int64_t outputs, int64_t taps) {
         for (int64_t tap = 0; tap < taps; ++tap) {
             int32_t code = bytes[o * filter_bytes + tap * bits / 8] >> (tap * bits % 8) & (2 * sign - 1);
             int32_t value = bits == 1 ? 2 * code - 1 : (code ^ sign) - sign;
+            if (weights.group) {
+                int64_t at = (tap / depth * in_run + tap % depth / weights.group) * factor_bits;
+                const uint8_t *factors = bytes + o * filter_bytes + code_bytes;
+                value *= (factors[at / 8] >> (at % 8) & ((1 << factor_bits) - 1)) + 1;
+            }
             wide[o * taps + tap] = (int16_t)(value - weights.zero_point);
         }
     return wide;
@@ -631,7 +640,7 @@ int32_t qrt_conv(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     int32_t groups = group_count(ifm_group_depth, ofm_group_depth);
     int64_t taps = (int64_t)kernel.height * kernel.width * ifm_group_depth;
     const record *records = read_records(ofm.depth);
-    int16_t *filters = wide_weights(ofm.depth, taps);
+    int16_t *filters = wide_weights(ofm.depth, taps, ifm_group_depth);
     int32_t width = covered(ofm.width, kernel.stride_x, kernel.width, kernel.dilation_x);
     int64_t row = (int64_t)width * ifm[0].depth;
     const int16_t *padded = padded_ifm(covered(ofm.height, kernel.stride_y, kernel.height, kernel.dilation_y),
@@ -663,7 +672,7 @@ int32_t qrt_conv_transpose(int32_t ifm_group_depth, int32_t ofm_group_depth) {
     int32_t groups = group_count(ifm_group_depth, ofm_group_depth);
     int64_t taps = (int64_t)kernel.height * kernel.width * ifm_group_depth;
     const record *records = read_records(ofm.depth);
-    const int16_t *filters = wide_weights(ofm.depth, taps);
+    const int16_t *filters = wide_weights(ofm.depth, taps, ifm_group_depth);
     const int16_t *wide = padded_ifm(ifm[0].height, ifm[0].width, 0, 0);
     int64_t *sums = arena(SUMS, (int64_t)ofm.height * ofm.width * ofm.depth * (int64_t)sizeof *sums);
     for (int64_t pixel = 0; pixel < (int64_t)ofm.height * ofm.width; ++pixel)

@@ -23,6 +23,7 @@ from qcompiler.backends.mcu_emit import TestVector, write_c
 from qcompiler.graph import value_name
 from qcompiler.integer import ops
 from qcompiler.integer.reference import execute
+from qcompiler.integer.weight_groups import Groups, record_groups
 from qcompiler.quant import arithmetic
 from qcompiler.quant.arithmetic import RequantizeVariant
 from qcompiler.target import Target
@@ -74,6 +75,8 @@ class Format:
     variant: RequantizeVariant
     x_zero: int = 0
     w_zero: int = 0
+    group: int = 0
+    """Weights that share a factor, where there are more input channels."""
 
 
 FORMATS = (
@@ -82,6 +85,8 @@ FORMATS = (
     Format("uint8", "uint8", "int8", "tosa", x_zero=3, w_zero=127),
     Format("int16", "int8", "int16", "float32"),
     Format("int8", "int4", "int8", "float32", x_zero=12),
+    Format("int8", "int4", "int8", "float32", x_zero=12, group=8),
+    Format("uint8", "int2", "uint8", "tosa", x_zero=127, group=8),
 )
 
 
@@ -134,13 +139,26 @@ def extremes(rng: np.random.Generator, shape: Sequence[int], dtype: str) -> np.n
 def add(bench, case: Case, form: Format) -> None:
     rng, depth = bench.rng, case.x[3] // case.group
     terms = depth * case.kernel[0] * case.kernel[1]
-    spread = 150 * np.sqrt(terms) * {"int16": 130, "int8": 0.6, "uint8": 0.6}[form.y] * (8 if form.w == "int4" else 100)
+    spread = (
+        150
+        * np.sqrt(terms)
+        * {"int16": 130, "int8": 0.6, "uint8": 0.6}[form.y]
+        * {"int4": 8, "int2": 20}.get(form.w, 100)
+    )
+    grouped = 0 < form.group < depth and not case.transposed
+    if grouped:
+        spread *= {"int4": 8, "int2": 3}[form.w]
     real = rng.uniform(0.3, 2, case.outs) * {"int16": 4000, "int8": 60, "uint8": 60}[form.y] / spread
     limits = np.iinfo(form.y)
     # In the middle half, so that either end of the range is reached.
     y_zero = 0 if form.y == "int16" else int(rng.integers(limits.min + 64, limits.max - 63))
     low, high = int(limits.min), int(rng.integers(limits.max // 2, limits.max + 1))
     weights = extremes(rng, (case.outs, *case.kernel, depth), form.w)
+    bits = {"int4": 4, "int2": 2}.get(form.w, 8)
+    if grouped:
+        shape, most = (*weights.shape[:3], -(-depth // form.group)), arithmetic.GROUP_FACTORS[bits]
+        factors = rng.choice([1, most, *rng.integers(1, most + 1, 2)], shape).astype(np.uint8)
+        weights = arithmetic.scaled_codes(weights.astype(np.int8), factors, form.group, 3)
     if form.x == "int16":
         # Their products with -128 would ask for 64 bits, which is another test's.
         weights = np.clip(weights, -20, 20)
@@ -149,10 +167,14 @@ def add(bench, case: Case, form: Format) -> None:
         bench.constant(rng.integers(-9000, 9000, case.outs).astype(np.int32)),
         *map(bench.constant, arithmetic.multipliers(real, form.variant)),
     ]
+    if grouped:
+        record_groups(constants[0], Groups(form.group, bits))
     if case.gemm:
         op = ops.QGemm(form.x_zero, form.w_zero, y_zero, low, high, form.variant)
         rows = case.x[2]
         flat = bench.constant(weights.reshape(case.outs, depth))
+        if grouped:
+            record_groups(flat, Groups(form.group, bits))
         x = bench.input(extremes(rng, (rows, depth), form.x))
         bench.integer(op, [x, flat, *constants[1:]], (rows, case.outs), form.y)
         return
@@ -173,7 +195,10 @@ def filled(workbench, form: Format):
 
 
 def ids(items: Sequence[Cpu] | Sequence[Format]) -> list[str]:
-    return [item.name if isinstance(item, Cpu) else f"{item.x}*{item.w}" for item in items]
+    return [
+        item.name if isinstance(item, Cpu) else f"{item.x}*{item.w}{f'/{item.group}' if item.group else ''}"
+        for item in items
+    ]
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=ids(FORMATS))

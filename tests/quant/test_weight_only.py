@@ -182,7 +182,6 @@ def test_layers_stay_in_float_on_request() -> None:
 @pytest.mark.parametrize(
     ("request_", "keep", "message"),
     [
-        (WeightRequest("int4", activations="int8", group=32), (), "rescaled before they are added"),
         (WeightRequest("int4", activations="float", group=12), (), "multiples of 8"),
         (WeightRequest("int2", activations="float", group=32), (), "int4 or int8, not int2"),
         (WeightRequest("int4", activations="float", group=32, scheme="gptq"), (), "give --calibration"),

@@ -55,7 +55,7 @@ def conv(
     return [
         *maps(ifm, ofm),
         *word(isa.KERNEL, kernel, kernel, stride, stride, 1, 1, 0, 0),
-        *word(isa.WEIGHTS, 0, 0, isa.DTYPES.index("int8"), 0),
+        *word(isa.WEIGHTS, 0, 0, isa.DTYPES.index("int8"), 0, 0),
         *word(isa.SCALES, 0, 0, 1),
         *word(isa.CONV, ifm[2] // groups, ofm[2] // groups),
     ]

@@ -194,10 +194,10 @@ def machine(library: Path) -> Iterator[tuple[ctypes.CDLL, Log]]:
 
 def test_the_log_decodes_to_the_calls(machine: tuple[ctypes.CDLL, Log]) -> None:
     simulator, log = machine
-    for opcode in (isa.LAYER, isa.KERNEL, isa.BARRIER, isa.OFM, isa.WEIGHTS):
+    for opcode in (isa.LAYER, isa.KERNEL, isa.BARRIER, isa.OFM, isa.SCALES):
         getattr(simulator, f"qrt_{opcode.name}")(*(1 for _ in opcode.arguments))
     commands = list(isa.decode(log.words().tolist()))
-    assert [command.opcode.name for command in commands] == ["layer", "kernel", "barrier", "ofm", "weights"]
+    assert [command.opcode.name for command in commands] == ["layer", "kernel", "barrier", "ofm", "scales"]
     assert all(set(command.arguments) <= {1} for command in commands)
     ((region, words),) = log.regions()
     assert region == 3 and np.array_equal(words, log.words())
@@ -317,7 +317,7 @@ VIOLATIONS = [
      "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_conv(4, 4)", "command 5 (conv): groups of 4 and 4 channels"),
     ("weights outside",
      "s.qrt_ifm(0, 0, 0, 2, 2, 4, 8, 4, 1, 0, 0); s.qrt_ofm(0, 512, 2, 2, 6, 12, 6, 0, 0, -128, 127);"
-     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_scales(1, 0, 1); s.qrt_weights(1, 80, 0, 0); s.qrt_conv(4, 6)",
+     "s.qrt_kernel(1, 1, 1, 1, 1, 1, 0, 0); s.qrt_scales(1, 0, 1); s.qrt_weights(1, 80, 0, 0, 0); s.qrt_conv(4, 6)",
      "command 7 (conv): the weights is bytes 80 to 104 of base 1"),
     ("a wrapped part outside",
      "s.qrt_ifm(0, 0, 240, 4, 1, 4, 4, 4, 1, 0, 0); s.qrt_wrap(0, 2, 256);"
@@ -344,6 +344,7 @@ VIOLATIONS = [
     ("a table for 16 bits",
      "s.qrt_ifm(0, 0, 0, 2, 2, 4, 16, 8, 2, 2, 0); s.qrt_ofm(0, 512, 2, 2, 4, 8, 4, 0, 0, -128, 127);"
      "s.qrt_lookup(0, 0)", "command 4 (lookup): the IFM and the OFM are of different widths"),
+    ("groups of bytes", "s.qrt_weights(1, 0, 0, 0, 8)", "groups are of int4, int2 or int1 weights"),
     ("outstanding commands", "s.qrt_fill(0, 0, 0, 0, 1, 1, 8, 0); s.qrt_close()", "(close): commands are outstanding"),
     ("reservations at the end", "s.qrt_close()", "(close): 2 reservations were not freed"),
     ("no region", "s.qrt_free(0, 256); s.qrt_free(512, 256); s.qrt_close(); s.qrt_barrier()", "no region is open"),
