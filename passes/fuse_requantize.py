@@ -86,7 +86,8 @@ def _is_unary(node: ir.Node) -> bool:
     """A function of one 8-bit tensor and constants."""
     if is_op(node, "Clip"):
         return _bounds(node) is not None
-    return is_op(node, *_UNARY, domain=QCOMPILER_DOMAIN)
+    narrow = dtype_of(data_input(node)).itemsize == dtype_of(node.outputs[0]).itemsize == 1
+    return narrow and is_op(node, *_UNARY, domain=QCOMPILER_DOMAIN)
 
 
 def _bounds(clip: ir.Node) -> tuple[int, int] | None:

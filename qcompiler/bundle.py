@@ -175,7 +175,9 @@ class Bundle:
         return joined
 
     def _run_once(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        ordered = [np.ascontiguousarray(arrays[tensor.name]) for tensor in self.inputs]
+        # ascontiguousarray makes a vector of a scalar.
+        given = [arrays[tensor.name] for tensor in self.inputs]
+        ordered = [np.ascontiguousarray(array).reshape(array.shape) for array in given]
         outputs = self._executable.run(ordered)
         return {tensor.name: output for tensor, output in zip(self.outputs, outputs, strict=True)}
 

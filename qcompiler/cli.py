@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 from zipfile import BadZipFile
@@ -36,6 +36,7 @@ from qcompiler.quant.types import (
     Technique,
     WeightRequest,
     WeightType,
+    WideType,
 )
 
 if TYPE_CHECKING:
@@ -212,7 +213,19 @@ Prune = Annotated[
 ]
 LayerWeights = Annotated[
     list[str] | None,
-    typer.Option("--layer-weights", metavar="LAYER=int4|int2|…", help="For this layer only; may be repeated."),
+    typer.Option(
+        "--layer-weights",
+        metavar="LAYER=int4|int4/32|…",
+        help="For this layer only, and in groups of so many; may be repeated.",
+    ),
+]
+LayerActivations = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer-activations",
+        metavar="LAYER=int16|int8",
+        help="What this layer reads; may be repeated. Tensors are brought from one type to the other where it must be.",
+    ),
 ]
 FormatsFile = Annotated[
     Path | None,
@@ -298,6 +311,7 @@ def compile_command(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    layer_activations: LayerActivations = None,
     all_layers: AllLayers = False,
     group_size: GroupSize = None,
     scheme: RoundingScheme = None,
@@ -338,8 +352,9 @@ def compile_command(
 
     limits = Limits(max_drop, max_latency, max_energy, max_weights, min_latency, min_energy, min_weights)
     chosen = Formats(
-        weights, layer_weights, activations, all_layers, formats, group_size, scheme, prune, _halves(float16, bfloat16)
-    )
+        weights, layer_weights, activations, all_layers, formats, group_size, scheme, prune,
+        _halves(float16, bfloat16), layer_activations,
+    )  # fmt: skip
 
     def options(progress: "ConsoleProgress") -> "Options":
         given = _options(
@@ -414,6 +429,7 @@ def explain(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    layer_activations: LayerActivations = None,
     all_layers: AllLayers = False,
     group_size: GroupSize = None,
     threads: Threads = None,
@@ -432,6 +448,7 @@ def explain(
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
             Formats(weights, layer_weights, activations, all_layers, formats, group_size, prune=prune,
+                    layer_activations=layer_activations,
                     half=_halves(float16, bfloat16)), dump=dump,
             threads=threads,
         )  # fmt: skip
@@ -471,6 +488,7 @@ def quantize(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    layer_activations: LayerActivations = None,
     all_layers: AllLayers = False,
     group_size: GroupSize = None,
     scheme: RoundingScheme = None,
@@ -487,8 +505,9 @@ def quantize(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme), quality,
-            without_repair=no_repair,
+            Formats(weights, layer_weights, activations, all_layers, formats, group_size, scheme,
+                    layer_activations=layer_activations),
+            quality, without_repair=no_repair,
         )  # fmt: skip
         written = quantize_file(model, target, options, output, operators, progress=progress)
         progress.finish()
@@ -602,7 +621,9 @@ def debug(
     weights: Weights = "int8",
     layer_weights: LayerWeights = None,
     activations: Activations = "int8",
+    layer_activations: LayerActivations = None,
     all_layers: AllLayers = False,
+    group_size: GroupSize = None,
     formats: FormatsFile = None,
     prune: Prune = None,
     float16: Float16 = None,
@@ -615,7 +636,8 @@ def debug(
 
         options = _options(
             calibration, input_shape, method, samples, Pixels(resize, mean, std, layout, color), keep_float, overrides,
-            Formats(weights, layer_weights, activations, all_layers, formats, prune=prune,
+            Formats(weights, layer_weights, activations, all_layers, formats, group_size, prune=prune,
+                    layer_activations=layer_activations,
                     half=_halves(float16, bfloat16)),
         )  # fmt: skip
         diagnosis = diagnose(model, target, options, progress=progress)
@@ -916,6 +938,7 @@ class Formats:
     scheme: Scheme | None = None
     prune: str | None = None
     half: dict[str, HalfType] = field(default_factory=dict)
+    layer_activations: list[str] | None = None
 
 
 EIGHT_BITS = Formats()
@@ -955,10 +978,11 @@ def _within_budget(
         return options
     from qcompiler.search.search import search as search_formats
 
-    if formats.weights != "int8" or formats.by_layer or formats.file is not None or formats.group is not None:
+    chosen = (formats.by_layer, formats.layer_activations, formats.file, formats.group)
+    if formats.weights != "int8" or any(item for item in chosen):
         raise QCompilerError(
-            "a budget lets the compiler choose formats of weights; leave out --weights, --layer-weights, --group-size "
-            "and --formats, or the budget."
+            "a budget lets the compiler choose formats by layer; leave out --weights, --layer-weights, "
+            "--layer-activations, --group-size and --formats, or the budget."
         )
     return search_formats(model, target, options, budget, sweep=False, progress=progress).options
 
@@ -982,13 +1006,16 @@ def _options(
     from qcompiler.options import Options
     from qcompiler.quant.prune import parse as parse_prune
 
+    by_layer, groups = _layer_weights(formats.by_layer or [])
     request = WeightRequest(
         formats.weights,
-        _layer_weights(formats.by_layer or []),
+        by_layer,
         formats.activations,
         formats.all_layers,
         formats.group,
         formats.scheme,
+        groups,
+        _layer_activations(formats.layer_activations or []),
     )
     if formats.file is not None:
         from qcompiler.formats_file import read_formats
@@ -997,6 +1024,7 @@ def _options(
             raise QCompilerError(f"--formats {formats.file} says all formats; leave out --weights and the like.")
         held = read_formats(formats.file)
         request, keep_float = held.formats, [*(keep_float or ()), *held.keep_float]
+        formats = replace(formats, half={**held.half, **formats.half})
     return Options(
         calibration=calibration,
         input_shapes=_input_shapes(input_shape or []),
@@ -1047,16 +1075,33 @@ def _input_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_weights(texts: Sequence[str]) -> dict[str, WeightType]:
+def _layer_weights(texts: Sequence[str]) -> tuple[dict[str, WeightType], dict[str, int]]:
+    """Types by layer, and sizes of groups where they are given."""
     chosen: dict[str, WeightType] = {}
+    groups: dict[str, int] = {}
     for text in texts:
-        layer, _, dtype = text.rpartition("=")
-        if not layer or dtype not in get_args(WeightType):
+        layer, _, form = text.rpartition("=")
+        dtype, in_groups, size = form.partition("/")
+        if not layer or dtype not in get_args(WeightType) or (in_groups and not size.isdecimal()):
             raise QCompilerError(
                 f"--layer-weights {text}: write LAYER=int4 or LAYER=int8 (or int2, binary), with the layer's name as "
-                "reported."
+                "reported; LAYER=int4/32 for groups of 32."
             )
         chosen[layer] = cast(WeightType, dtype)
+        if in_groups:
+            groups[layer] = int(size)
+    return chosen, groups
+
+
+def _layer_activations(texts: Sequence[str]) -> dict[str, WideType]:
+    chosen: dict[str, WideType] = {}
+    for text in texts:
+        layer, _, dtype = text.rpartition("=")
+        if not layer or dtype not in get_args(WideType):
+            raise QCompilerError(
+                f"--layer-activations {text}: write LAYER=int16 or LAYER=int8, with the layer's name as reported."
+            )
+        chosen[layer] = cast(WideType, dtype)
     return chosen
 
 

@@ -27,6 +27,7 @@ from qcompiler.quant.types import (
     Technique,
     WeightRequest,
     WeightType,
+    WideType,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def compile(
     scheme: Scheme | None = None,
     prune: str | None = None,
     half: Mapping[str, HalfType] | None = None,
+    layer_activations: Mapping[str, WideType] | None = None,
     quality: Quality = "fast",
     without_repair: Sequence[Technique] = (),
     runtime: Sequence[str | os.PathLike[str]] = (),
@@ -138,6 +140,7 @@ def compile(
             calibration data. By default the quality decides.
         prune: make weights zero first, a fraction of them ("0.5") or two of every four neighbours ("2:4"); those that
             stay are changed so as to make up for it, given calibration data.
+        layer_activations: layers that read another type of activations, "int16" or "int8", by name as in reports.
         half: layers in 16-bit floats by name, "float16" or "bfloat16"; the name "all" for every one.
         quality: "balanced" and "best" learn better weights and biases from the calibration data, layer by layer, in
             about a minute or ten at most.
@@ -159,7 +162,9 @@ def compile(
         images=images,
         keep_float=keep_float,
         overrides=overrides,
-        formats=WeightRequest(weights, layer_weights or {}, activations, all_layers, group, scheme),
+        formats=WeightRequest(
+            weights, layer_weights or {}, activations, all_layers, group, scheme, {}, layer_activations or {}
+        ),
         prune=None if prune is None else parse_prune(prune),
         half=half or {},
         quality=quality,
@@ -308,10 +313,12 @@ def prepare(
     dumper: "Dumper | None" = None,
     *,
     learn: bool = True,
+    widths: Sequence[WideType] = (),
 ) -> Prepared:
     """Every stage up to planning the quantization, which goes to `dumper` if there is one. Errors as of `compile`.
 
-    Without `learn` the plan is not repaired, whatever quality is asked for; the model may still be equalized.
+    Without `learn` the plan is not repaired, whatever quality is asked for; the model may still be equalized. Ranges
+    are measured for activations of these `widths` too.
     """
     from qcompiler.calibrate import calibrate
     from qcompiler.dataset import input_specs, lint
@@ -387,13 +394,14 @@ def prepare(
                 formats = repair(graph, formats, data, effort, progress.advance)
         elif not _is_quantized(graph):
             progress.stage("calibrate")
-            wide = options.formats.activations == "int16"
-            symmetric = wide or chip.quantization.activations.symmetric
+            kinds = {options.formats.activations, *options.formats.activations_by_layer.values(), *widths}
+            symmetric = chip.quantization.activations.symmetric
 
             def planned(graph: "ir.Model") -> "tuple[Ranges, QuantPlan]":
-                ranges = calibrate(
-                    graph, data, options.method, progress.advance, bits=16 if wide else 8, symmetric=symmetric
-                )
+                measured = partial(calibrate, graph, data, options.method, progress.advance)
+                ranges = wide = measured(bits=16, symmetric=True) if "int16" in kinds else None
+                if "int8" in kinds or ranges is None:
+                    ranges = replace(measured(bits=8, symmetric=symmetric), wide=None if wide is None else wide.by_name)
                 made = plan(graph, ranges, chip, keep_float, options.formats)
                 made = uncorrected(graph, made) if "bias" in left_out else made
                 return ranges, replace(made, pruned=pruned)
@@ -502,11 +510,13 @@ def schedule(placed: Placed) -> "dict[str, NpuProgram]":
 
 def estimate(placed: Placed, progress: Progress = SILENT) -> "tuple[Report, Costs]":
     """What a placed model would cost, without building it."""
-    from qcompiler.recurrent import stored_bytes
+    from qcompiler.partition_cost import constant_bytes
+    from qcompiler.recurrent import constants_read
 
     progress.stage("schedule")
     programs = schedule(placed)
-    costs = _costs(placed, programs, stored_bytes(placed.integer.graph))
+    weights = sum(constant_bytes(value, placed.target.host) for value in constants_read(placed.integer.graph))
+    costs = _costs(placed, programs, weights)
     return _report(placed, costs, None), costs
 
 
@@ -617,10 +627,13 @@ def _costs(placed: Placed, programs: "Mapping[str, NpuProgram]", weights: int) -
 
 
 def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Report":
+    from qcompiler.graph import input_of
+    from qcompiler.integer.weight_groups import groups_of
     from qcompiler.quant.plan import ON_REQUEST
     from qcompiler.report import AlternativeReport, Calibration, PlacementReport, RegionReport, Report
 
     ranges = placed.ranges
+    nodes = {node.name: node for node in placed.integer.graph}
     return Report(
         model=placed.source.name,
         target=placed.target.name,
@@ -635,6 +648,7 @@ def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Repor
                 ON_REQUEST if item.node in placed.kept_float else item.reason,
                 item.seconds,
                 tuple(AlternativeReport(other.backend, other.seconds, other.refusal) for other in item.alternatives),
+                str(groups_of(input_of(nodes[item.node], 1)) or ""),
             )
             for item in placed.partition.placements
         ),

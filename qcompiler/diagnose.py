@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -22,15 +23,17 @@ from qcompiler.diagnose_causes import Measured, Statistics, Unit, explain_noise
 from qcompiler.diagnose_report import Diagnosis, Finding, LayerNoise
 from qcompiler.errors import QCompilerError
 from qcompiler.exact_session import exact_session
-from qcompiler.graph import shape_of, users, value_name
+from qcompiler.graph import is_op, shape_of, users, value_name
 from qcompiler.layer_names import JOINT
 from qcompiler.options import Options
 from qcompiler.quant import operators
 from qcompiler.quant.formats import dequantize_array, quantize_array
 from qcompiler.quant.plan import plan
 from qcompiler.quant.quantize import quantize
-from qcompiler.quant.types import QuantPlan
+from qcompiler.quant.types import QuantPlan, TensorFormat, WideType
+from qcompiler.quant.widths import eight_bits_only, keeps_width
 from qcompiler.selfcheck import Arrays, sqnr
+from qcompiler.target_loader import load_target
 
 SAMPLES = 16
 """Enough to rank layers; each is run once per layer."""
@@ -59,24 +62,34 @@ def debug(
             "--activations dynamic finds ranges at run time, so there are none to look for causes in; measure single "
             "layers by keeping them in float with --float."
         )
-    prepared = prepare(model, target, options, progress)
+    offered = load_target(target, options.overrides).quantization.activations.dtypes
+    wide = options.formats.activations == "int8" and "int16" in offered
+    prepared = prepare(model, target, options, progress, widths=("int8", "int16") if wide else ())
     if prepared.plan is None or prepared.ranges is None:
         raise QCompilerError(
             f"{prepared.source} arrived quantized, so there is no float model to measure its layers against; give the "
             "float model it was made from."
         )
 
-    def replan(names: Sequence[str]) -> QuantPlan:
+    def replan(names: Sequence[str], wide_names: Sequence[str]) -> QuantPlan:
         assert prepared.ranges is not None
         parts = {part for name in names for part in name.split(JOINT)}
-        # What stays in float has no say in how its weights are stored.
-        left = {
-            layer: dtype for layer, dtype in options.formats.by_layer.items() if not parts & set(layer.split(JOINT))
-        }
-        wanted = replace(options.formats, by_layer=left)
+
+        def left(asked: Mapping[str, _Asked]) -> dict[str, _Asked]:
+            # What stays in float has no say in its formats.
+            return {layer: item for layer, item in asked.items() if not parts & set(layer.split(JOINT))}
+
+        formats = options.formats
+        reads: dict[str, WideType] = {**left(formats.activations_by_layer), **dict.fromkeys(wide_names, "int16")}
+        wanted = replace(
+            formats, by_layer=left(formats.by_layer), groups=left(formats.groups), activations_by_layer=reads
+        )
         return plan(prepared.graph, prepared.ranges, prepared.target, [*options.keep_float, *names], wanted)
 
-    return _Bench(prepared, prepared.plan, replan, progress).diagnose()
+    return _Bench(prepared, prepared.plan, replan, progress, wide=wide).diagnose()
+
+
+_Asked = TypeVar("_Asked")
 
 
 def units_of(model: ir.Model, plan: QuantPlan) -> list[Unit]:
@@ -125,6 +138,7 @@ def _only(plan: QuantPlan, units: Iterable[Unit], *, weights: bool = True, outpu
     return replace(
         plan,
         activations={name: fmt for name, fmt in plan.activations.items() if name in names},
+        conversions={name: conversion for name, conversion in plan.conversions.items() if name in names},
         weights={name: fmt for name, fmt in plan.weights.items() if name in initializers},
         biases={name: fmt for name, fmt in plan.biases.items() if name in nodes},
     )
@@ -141,8 +155,8 @@ def _float_layers(unit: Unit, units: Sequence[Unit], *, output: bool) -> list[st
     for node in waiting:
         if node in by_node:
             found.append(by_node[node])
-        else:
-            waiting += node.successors()
+        if node not in by_node or is_op(node, "Concat"):
+            waiting += node.successors()  # it hands on what it reads
     return list(dict.fromkeys(found))
 
 
@@ -150,10 +164,21 @@ class _Bench:
     """The float model's outputs on the samples, and quantized variants run beside them."""
 
     def __init__(
-        self, prepared: Prepared, plan: QuantPlan, replan: Callable[[Sequence[str]], QuantPlan], progress: Progress
+        self,
+        prepared: Prepared,
+        plan: QuantPlan,
+        replan: Callable[[Sequence[str], Sequence[str]], QuantPlan],
+        progress: Progress,
+        *,
+        wide: bool,
     ) -> None:
-        self.prepared, self.plan, self.replan, self.progress = prepared, plan, replan, progress
+        """Args:
+        replan: the plan with layers of these names in float, and others reading 16 bits.
+        wide: whether layers can.
+        """
+        self.prepared, self.plan, self.replan, self.progress, self.wide = prepared, plan, replan, progress, wide
         self.graph = prepared.graph
+        self.regions = operators.lookup_regions(list(self.graph.graph))
         self.units = units_of(self.graph, plan)
         self.samples = list(islice(prepared.samples, SAMPLES))
         self.outputs = [value_name(value) for value in self.graph.graph.outputs]
@@ -175,7 +200,8 @@ class _Bench:
             LayerNoise(
                 unit.name,
                 unit.op,
-                " ".join(dict.fromkeys(self.plan.weights[name].dtype for name in unit.weights)),
+                self._read(unit),
+                " ".join(dict.fromkeys(_stored(self.plan.weights[name]) for name in unit.weights)),
                 self.plan.activations[value_name(unit.output)].dtype
                 if unit.output.name in self.plan.activations
                 else "",
@@ -198,6 +224,18 @@ class _Bench:
             layers=layers,
             findings=self._findings([self.units[index] for index in named], shares=[shares[index] for index in named]),
             kept_float=dict(self.plan.float_nodes),
+        )
+
+    def _read(self, unit: Unit) -> str:
+        """The types of activations a layer reads."""
+        inside = {value for node in unit.nodes for value in node.outputs}
+        pairs = [(value, node) for node in unit.nodes for value in node.inputs if value is not None]
+        return " ".join(
+            dict.fromkeys(
+                self.plan.read(value_name(value), node.name or "").dtype
+                for value, node in pairs
+                if value not in inside and value.name in self.plan.activations
+            )
         )
 
     # --- measuring ---------------------------------------------------------------------------------------
@@ -251,11 +289,41 @@ class _Bench:
             ranges = self.prepared.ranges
             assert ranges is not None
             names = _float_layers(unit, self.units, output=not measured.weights_worse)
-            cause = explain_noise(measured, names, self.plan, ranges, self.prepared.target)
-            without = self._sqnr(self.replan(names))
-            findings.append(Finding(unit.name, unit.op, share, cause.cause, cause.evidence, cause.advice, without))
+            wide = self._wide_layers(unit) if not measured.weights_worse else ()
+            cause = explain_noise(measured, names, self.plan, ranges, self.prepared.target, wide)
+            without = self._sqnr(self.replan(names, ()))
+            widened = self._sqnr(self.replan((), wide)) if wide else None
+            findings.append(
+                Finding(unit.name, unit.op, share, cause.cause, cause.evidence, cause.advice, without, widened)
+            )
             self.progress.advance(done, len(units))
         return tuple(findings)
+
+    def _wide_layers(self, unit: Unit) -> tuple[str, ...]:
+        """What reads a layer's 8-bit output and could read 16 bits, if all of it could."""
+        fmt = self.plan.activations.get(value_name(unit.output))
+        if not self.wide or fmt is None or fmt.dtype == "int16":
+            return ()
+        by_name = {other.name: other for other in self.units}
+        readers = [
+            name
+            for name in _float_layers(unit, self.units, output=True)
+            if name != unit.name and by_name[name].op != "Concat"  # which hands on what is read from it
+        ]
+        found = [by_name[name] for name in readers]
+        fit = not any(other.node is None or self._is_narrow(other) for other in found)
+        narrow = unit.node is not None and self._keeps_width(unit)
+        return tuple(readers) if fit and not narrow else ()
+
+    def _is_narrow(self, unit: Unit) -> bool:
+        """Whether a layer reads 8 bits in any case."""
+        region = self.regions.get(unit.nodes[-1], ())
+        node = unit.nodes[-1] if region else unit.nodes[0]
+        return eight_bits_only(node) is not None
+
+    def _keeps_width(self, unit: Unit) -> bool:
+        """Whether a layer makes the width it reads."""
+        return keeps_width(unit.nodes[-1], self.regions.get(unit.nodes[-1], ()))
 
     def _statistics(self, units: Sequence[Unit]) -> Mapping[str, Statistics]:
         found = {value_name(unit.output): Statistics(unit.channel_axis, shape_of(unit.output)) for unit in units}
@@ -266,6 +334,11 @@ class _Bench:
             for name, statistics in found.items():
                 statistics.add(values[name])
         return found
+
+
+def _stored(fmt: TensorFormat) -> str:
+    """A type of weights, and how many share a scale: int4/32."""
+    return f"{fmt.dtype}/{fmt.block}" if fmt.block else fmt.dtype
 
 
 def _runner(model: ir.Model, names: Sequence[str]) -> Callable[[Arrays], Arrays]:

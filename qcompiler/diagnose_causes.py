@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompiler.diagnose_report import Cause
 from qcompiler.graph import Shape, const_of, data_input, is_op, value_name
 from qcompiler.quant.formats import activation_format, limits, quantize_array, spread, weight_format
+from qcompiler.quant.grouped_weights import takes_groups
 from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS
 from qcompiler.quant.plan import weight_axis
 from qcompiler.quant.types import QuantPlan, Ranges, TensorFormat
@@ -106,7 +107,12 @@ class Explanation:
 
 
 def explain_noise(
-    measured: Measured, float_layers: Sequence[str], plan: QuantPlan, ranges: Ranges, target: Target
+    measured: Measured,
+    float_layers: Sequence[str],
+    plan: QuantPlan,
+    ranges: Ranges,
+    target: Target,
+    wide_layers: Sequence[str] = (),
 ) -> Explanation:
     """The likeliest cause of a layer's noise, looked for where most of it comes from: weights or output.
 
@@ -114,10 +120,17 @@ def explain_noise(
         measured: the layer.
         float_layers: what would have to stay in float to be rid of it.
         plan, ranges, target: what it was quantized by.
+        wide_layers: what would have to read 16 bits to be rid of the rounding of its output, if that can be had.
     """
     them = "it" if float_layers == [measured.unit.name] else "what makes and reads its output"
     options = " ".join(f"--float '{name}'" for name in float_layers)
-    keep = f"keep {them} in float ({options})"
+    in_float = keep = f"keep {them} in float ({options})"
+    overflow = _overflow(measured.unit, plan, in_float)
+    if overflow is not None:
+        return overflow  # sums are exact where noise is measured
+    if wide_layers and not measured.weights_worse:
+        wide = " ".join(f"--layer-activations '{name}=int16'" for name in wide_layers)
+        keep = f"16 bits ({wide}), or {keep}"
     weights_worse = measured.weights_worse
     sides = (_weight_cause, _output_cause) if weights_worse else (_output_cause, _weight_cause)
     for explain in sides:
@@ -142,8 +155,6 @@ def _output_cause(
     bounded = unit.nodes and unit.nodes[-1].op_type in {op for op, _, _ in UNIT_OUTPUTS}
     if fmt is None or bounded or not seen.extents.any():
         return None  # the range of a Softmax is what it is
-    wider = _sixteen_bits(target, fmt)
-    choices = f"{wider}, or {keep}" if wider else keep
     values = seen.joined()
     largest = int(seen.extents.argmax())
     # A channel that is almost always zero says nothing by itself.
@@ -154,18 +165,18 @@ def _output_cause(
             "range outlier",
             f"its values reach {seen.extents[largest]:.3g} where all but a few lie within {usual:.3g} "
             f"({seen.extents[largest] / usual:.1f} times as far), so most of the codes serve the few",
-            f"{method}; or {choices}" if method else choices,
+            f"{method}; or {keep}" if method else keep,
         )
     clash = _shared_clash(name, fmt, plan, ranges, target)
     if clash is not None:
-        return Explanation("shared scale clash", clash, choices)
+        return Explanation("shared scale clash", clash, keep)
     typical = float(np.median(seen.extents[seen.extents > 0]))
     if seen.extents.size > 1 and seen.extents[largest] / typical >= IMBALANCE_RATIO:
         return Explanation(
             "channel imbalance",
             f"channel {largest} of its output reaches {seen.extents[largest]:.3g}, the median channel {typical:.3g}, "
             f"but one scale serves all {seen.extents.size}",
-            f"equalize the channels in the model (scale this layer's weights down and the next one's up); or {choices}",
+            f"equalize the channels in the model (scale this layer's weights down and the next one's up); or {keep}",
         )
     clipped = _clipped_share(values, fmt)
     if clipped > 0.5:
@@ -174,7 +185,7 @@ def _output_cause(
             "clipped range",
             f"{clipped:.0%} of the error of its output is clipping: values lie in "
             f"[{seen.low.min():.3g}, {seen.high.max():.3g}], the format ends at {ends[0]:.3g} and {ends[1]:.3g}",
-            f"--method minmax, or more calibration samples; or {choices}",
+            f"--method minmax, or more calibration samples; or {keep}",
         )
     used = _used_codes(seen, fmt)
     if used < 1 - WASTED:
@@ -183,9 +194,7 @@ def _output_cause(
             "zero-point clash",
             f"its values use {used:.0%} of the codes: "
             f"they lie in [{seen.low.min():.3g}, {seen.high.max():.3g}] and {why}",
-            f"a target with asymmetric activations; or {choices}"
-            if target.quantization.activations.symmetric
-            else choices,
+            f"a target with asymmetric activations; or {keep}" if target.quantization.activations.symmetric else keep,
         )
     return None
 
@@ -239,12 +248,6 @@ def _used_codes(seen: Statistics, fmt: TensorFormat) -> float:
     return float(ends[1] - ends[0] + 1) / (largest - smallest + 1)
 
 
-def _sixteen_bits(target: Target, fmt: TensorFormat) -> str:
-    if fmt.dtype == "int16" or "int16" not in target.quantization.activations.dtypes:
-        return ""
-    return "16-bit activations (--activations int16)"
-
-
 # --- the weights ----------------------------------------------------------------------------------------------
 
 
@@ -258,7 +261,7 @@ def _weight_cause(
     array, fmt = const_of(value), plan.weights.get(value.name or "")
     if array is None or fmt is None:
         return None
-    found = _accumulator(node, array, fmt, plan, target, keep)
+    found = _coarse_steps(node, array, fmt, target, keep)
     if found is not None:
         return found
     axis = weight_axis(node)
@@ -282,10 +285,12 @@ def _weight_cause(
     steps = np.abs(array / np.maximum(spread(fmt.scale.astype(np.float64), fmt, array.shape), 1e-30))
     usual, reach = _usual(steps.reshape(-1)), float(steps.max())
     if fmt.dtype in ("int4", "int2", "int1"):
+        bits = {"int4": "four bits", "int2": "two bits", "int1": "one bit"}[fmt.dtype]
+        grouped = _in_groups(node, fmt, target, unit)
         return Explanation(
             "few bits",
-            "its weights have four bits",
-            f"eight (--layer-weights '{unit.name}=int8'), or --quality best; or {keep}",
+            f"its weights have {bits}",
+            f"{grouped}eight (--layer-weights '{unit.name}=int8'), or --quality best; or {keep}",
         )
     if usual and reach / usual >= OUTLIER_RATIO:
         return Explanation(
@@ -296,13 +301,27 @@ def _weight_cause(
     return None
 
 
-def _accumulator(
-    node: ir.Node, array: np.ndarray, fmt: TensorFormat, plan: QuantPlan, target: Target, keep: str
-) -> Explanation | None:
-    """Sums that may leave int32, and weights that were given coarser steps so that a large bias fits."""
-    source = plan.activations.get(value_name(data_input(node)))
-    if source is None:
+def _in_groups(node: ir.Node, fmt: TensorFormat, target: Target, unit: Unit) -> str:
+    """The advice to let fewer weights share a scale, if that can be had."""
+    multiple = target.quantization.weights.group_multiple
+    size = next((size for size in (32, 16, 8) if multiple is not None and size % multiple == 0
+                 and takes_groups(node, fmt.dtype, size)), None)  # fmt: skip
+    if size is None or (fmt.block is not None and fmt.block <= size):
+        return ""
+    kind = "binary" if fmt.dtype == "int1" else fmt.dtype
+    return f"groups that share a scale (--layer-weights '{unit.name}={kind}/{size}'), "
+
+
+def _overflow(unit: Unit, plan: QuantPlan, keep: str) -> Explanation | None:
+    """Sums that may leave int32."""
+    node = unit.node
+    if node is None or not is_op(node, *MAC_OPS):
         return None
+    name, weights = value_name(data_input(node)), data_input(node, 1)
+    array, fmt = const_of(weights), plan.weights.get(weights.name or "")
+    if name not in plan.activations or array is None or fmt is None:
+        return None
+    source = plan.read(name, node.name or "")
     smallest, largest = limits(source.dtype)
     zero = int(source.zero_point)
     reach = max(largest - zero, zero - smallest)
@@ -325,6 +344,12 @@ def _accumulator(
             f"in the worst case its sums reach {worst:.3g}, {worst / ACCUMULATOR:.1f} times what 32 bits hold",
             keep,
         )
+    return None
+
+
+def _coarse_steps(node: ir.Node, array: np.ndarray, fmt: TensorFormat, target: Target, keep: str) -> Explanation | None:
+    """Weights that were given coarser steps so that a large bias fits the accumulator."""
+    given = const_of(node.inputs[2]) if len(node.inputs) > 2 else None
     if fmt.factor is not None:
         return None
     spec = target.quantization

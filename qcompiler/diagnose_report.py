@@ -22,6 +22,8 @@ class LayerNoise:
 
     layer: str
     op: str
+    reads: str
+    """Types of the activations it reads."""
     weights: str
     """Type of its constants, "" if it has none."""
     activations: str
@@ -46,6 +48,8 @@ class Finding:
     advice: str
     sqnr_without: float | None
     """SQNR in dB of the model with the layers in float that the advice names for it."""
+    sqnr_wide: float | None = None
+    """The same with those layers reading 16 bits that the advice names, if it does."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,12 @@ def render(diagnosis: Diagnosis) -> RenderableType:
     worst = {finding.layer for finding in diagnosis.findings}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for header, number in (
-        ("layer", False), ("operator", False), ("weights", False), ("output", False), ("alone", True), ("so far", True),
-        ("of the noise", True),
+        ("layer", False), ("operator", False), ("reads", False), ("weights", False), ("output", False), ("alone", True),
+        ("so far", True), ("of the noise", True),
     ):  # fmt: skip
         table.add_column(header, justify="right" if number else "left", no_wrap=number)
     for layer in diagnosis.layers:
-        cells = (layer.layer, layer.op, layer.weights, layer.activations, _decibels(layer.alone),
+        cells = (layer.layer, layer.op, layer.reads, layer.weights, layer.activations, _decibels(layer.alone),
                  "" if layer.op == "input" else _decibels(layer.so_far), f"{layer.share:.1%}")  # fmt: skip
         table.add_row(*(Text(cell) for cell in cells), style="yellow" if layer.layer in worst else "")
     parts: list[RenderableType] = [
@@ -98,7 +102,8 @@ def render(diagnosis: Diagnosis) -> RenderableType:
                 (finding.cause, "yellow"),
             ),
             Text(f"  {finding.evidence}."),
-            Text(f"  What helps: {finding.advice}. In float, the model has {_decibels(finding.sqnr_without)}."),
+            Text(f"  What helps: {finding.advice}. In float, the model has {_decibels(finding.sqnr_without)}"
+                 + (f", with 16 bits {_decibels(finding.sqnr_wide)}." if finding.sqnr_wide is not None else ".")),
             Text(),
         ]  # fmt: skip
     if diagnosis.kept_float:

@@ -1,13 +1,14 @@
 """Formats by layer as a file: what `qcompile search` writes and `--formats FILE` reads."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qcompiler.errors import QCompilerError
-from qcompiler.quant.types import WeightRequest
+from qcompiler.options import Options
+from qcompiler.quant.types import HalfType, WeightRequest
 
 
 class FormatsFile(BaseModel):
@@ -21,13 +22,15 @@ class FormatsFile(BaseModel):
     formats: WeightRequest
     keep_float: tuple[str, ...] = Field(default=(), alias="float")
     """Names of layers left in float."""
+    half: Mapping[str, HalfType] = Field(default_factory=dict)
+    """Layers in 16-bit floats."""
 
 
-def write_formats(
-    file: str | os.PathLike[str], formats: WeightRequest, keep_float: Sequence[str], *, model: str, target: str
-) -> None:
-    """Raises QCompilerError if the file cannot be written."""
-    held = FormatsFile(model=model, target=target, formats=formats, float=tuple(keep_float))
+def write_formats(file: str | os.PathLike[str], options: Options, *, model: str, target: str) -> None:
+    """Write the formats that options ask for. Raises QCompilerError if the file cannot be written."""
+    held = FormatsFile(
+        model=model, target=target, formats=options.formats, float=tuple(options.keep_float), half=options.half
+    )
     try:
         Path(file).write_text(held.model_dump_json(indent=1, by_alias=True) + "\n", "utf-8", newline="\n")
     except OSError as error:

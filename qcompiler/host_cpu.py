@@ -8,6 +8,9 @@ from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
 
+HALF_CONVERSIONS = frozenset({"f16c", "avx512f", "neon", "fp16", "fullfp16"})
+"""LLVM's names of features with instructions that make float32 of float16; bfloat16 takes a shift anywhere."""
+
 # LLVM names a CPU model's features even where a hypervisor masks them; code using a masked one dies with
 # SIGILL. Those that vector code may use are therefore looked up in /proc/cpuinfo. LLVM name, kernel's name.
 _CHECKED_FEATURES: tuple[tuple[str, str], ...] = (

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qcompiler.graph import Shape as TensorShape
-from qcompiler.graph import const_of, data_input, dtype_of, element_count, ints, is_op, shape_of
+from qcompiler.graph import const_of, data_input, dtype_of, element_count, ints, is_op, shape_of, users
+from qcompiler.host_cpu import HALF_CONVERSIONS
 from qcompiler.integer.weight_groups import stored_bytes
+from qcompiler.integer.weight_types import as_half
 from qcompiler.recurrent import OPS as RECURRENT
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
 from qcompiler.simulator.workload import Feed, OpClass, Port, Shape
-from qcompiler.target import FactValue, Gpu, Npu, OpFacts, Target
+from qcompiler.target import FactValue, Gpu, Host, Npu, OpFacts, Target
 
 _CLASSES: Mapping[str, OpClass] = {
     "Conv": "conv",
@@ -132,6 +134,17 @@ def tensor_bytes(value: ir.Value) -> int:
     assert value.dtype is not None
     grouped = stored_bytes(value)
     return int(element_count(shape_of(value)) * value.dtype.itemsize) if grouped is None else grouped
+
+
+def constant_bytes(value: ir.Value, host: Host) -> int:
+    """Of a constant as it is stored: weights of float products that are 16-bit floats take two bytes where CPUs can."""
+    array = const_of(value)
+    if array is None or not is_op(next(iter(users(value)), None), *_FLOAT_PRODUCTS) or array.ndim < 2:
+        return 0 if array is None else tensor_bytes(value)
+    return as_half(array).nbytes if HALF_CONVERSIONS & host.features() else array.nbytes
+
+
+_FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def _weight_bytes(node: ir.Node) -> int:

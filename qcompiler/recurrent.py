@@ -207,8 +207,7 @@ def _projected_bias(node: ir.Node, bias: np.ndarray) -> np.ndarray:
     return kept
 
 
-def stored_bytes(graph: ir.Graph) -> int:
-    """Bytes of a simplified graph's constants, but for the identities of recurrent operators, which no code reads."""
+def constants_read(graph: ir.Graph) -> list[ir.Value]:
+    """A simplified graph's constants, but for the identities of recurrent operators, which no code reads."""
     identities = {data_input(node, 1) for node in graph if is_op(node, *OPS)}
-    constants = (value.const_value for value in graph.initializers.values() if value not in identities)
-    return sum(constant.nbytes for constant in constants if constant is not None)
+    return [value for value in graph.initializers.values() if value not in identities]

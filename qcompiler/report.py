@@ -55,6 +55,13 @@ class PlacementReport:
     """What it takes by the estimate that placed it; `LayerReport` has what its commands cost."""
     alternatives: tuple[AlternativeReport, ...] = ()
     """All other backends of the target."""
+    in_groups: str = ""
+    """What weights that share scales in groups are stored as, such as int4/32."""
+
+    @property
+    def formats(self) -> str:
+        """Types of activations and weights, for people to read."""
+        return self.precision + (f" ({self.in_groups})" if self.in_groups else "")
 
 
 @dataclass(frozen=True)
@@ -308,7 +315,7 @@ def _placement_table(placements: Sequence[PlacementReport]) -> Table:
         style = "yellow" if placement.reason else ""
         costs = (quantity(placement.seconds, "s"), elsewhere(placement)) if costed else ()
         reason = placement.reason or refusals(placement)
-        cells = (placement.op, _shortened(placement.layer), where, placement.precision, *costs, reason)
+        cells = (placement.op, _shortened(placement.layer), where, placement.formats, *costs, reason)
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
 

@@ -1,6 +1,7 @@
 """Planted trouble is found in the layer it was planted in, with its cause; the measures are what onnxruntime gives."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ import onnxruntime as ort
 import pytest
 
 from qcompiler.cli import main
-from qcompiler.compile import prepare
+from qcompiler.compile import place, prepare
 from qcompiler.diagnose import debug, units_of
 from qcompiler.diagnose_causes import Measured, Statistics, explain_noise
 from qcompiler.diagnose_report import Diagnosis, render
 from qcompiler.errors import QCompilerError
+from qcompiler.integer.reference import execute
 from qcompiler.options import Options
 from qcompiler.pipeline import Dumper
 from qcompiler.quant.quantize import quantize
+from qcompiler.quant.types import RangeMethod, WeightRequest, WideType
 from qcompiler.selfcheck import sqnr
 
 SHAPE = (1, 4, 12, 12)
@@ -86,6 +89,20 @@ def test_a_planted_channel_is_named(tmp_path: Path) -> None:
     # What is said of the advice is what following it gives.
     mended = debug(tmp_path / "net.onnx", options=Options(calibration=inputs(), keep_float=["b + rb", "y"]))
     assert mended.sqnr == finding.sqnr_without
+    assert "--layer-activations 'y=int16'" in finding.advice
+    widened = options_with({"y": "int16"})
+    assert debug(tmp_path / "net.onnx", options=widened).sqnr == finding.sqnr_wide
+    assert finding.sqnr_wide is not None and finding.sqnr_wide > diagnosis.sqnr + 5
+
+
+def options_with(reads: dict[str, WideType], method: RangeMethod = "mse") -> Options:
+    return Options(calibration=inputs(), formats=WeightRequest(activations_by_layer=reads), method=method)
+
+
+def gain(before: Diagnosis, after: Diagnosis) -> float:
+    """How much better a model has become by following advice, in dB."""
+    assert before.sqnr is not None and after.sqnr is not None
+    return after.sqnr - before.sqnr
 
 
 def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
@@ -102,10 +119,12 @@ def test_a_planted_outlier_is_named(tmp_path: Path) -> None:
     by_layer = {finding.layer: finding for finding in diagnosis.findings}
     assert by_layer["p"].cause == "range outlier" and "--method mse" in by_layer["p"].advice
     # The advice holds.
-    without = debug(
-        tmp_path / "net.onnx", options=Options(calibration=data, method="minmax", keep_float=["p", "b"])
-    ).sqnr
-    assert without is not None and diagnosis.sqnr is not None and without > diagnosis.sqnr + 1
+    others = (
+        Options(calibration=data, method="minmax", keep_float=["p", "b"]),
+        Options(calibration=data, method="minmax", formats=WeightRequest(activations_by_layer={"b": "int16"})),
+    )
+    assert "--layer-activations 'b=int16'" in by_layer["p"].advice
+    assert all(gain(diagnosis, debug(tmp_path / "net.onnx", options=other)) > 1 for other in others)
 
 
 def test_a_small_tensor_in_a_concat_with_a_large_one(tmp_path: Path) -> None:
@@ -120,6 +139,12 @@ def test_a_small_tensor_in_a_concat_with_a_large_one(tmp_path: Path) -> None:
     diagnosis = debug(save(tmp_path, text, weights), options=Options(calibration=inputs()))
     found = {finding.layer: finding for finding in diagnosis.findings}["small"]
     assert found.cause == "shared scale clash" and "'large'" in found.evidence
+    assert "--layer-activations 'y=int16'" in found.advice and found.sqnr_wide is not None
+    mended = debug(tmp_path / "net.onnx", options=options_with({"y": "int16"}))
+    assert mended.sqnr == found.sqnr_wide and gain(diagnosis, mended) > 3
+    assert "--float 'small' --float 'c' --float 'y'" in found.advice
+    in_float = Options(calibration=inputs(), keep_float=["small", "c", "y"])
+    assert gain(diagnosis, debug(tmp_path / "net.onnx", options=in_float)) > 3
 
 
 def test_one_scale_for_weights_of_different_size(tmp_path: Path) -> None:
@@ -135,6 +160,10 @@ def test_one_scale_for_weights_of_different_size(tmp_path: Path) -> None:
     found = explain_noise(measured, ["b + rb"], prepared.plan, prepared.ranges, prepared.target)
     assert found.cause == "channel imbalance" and "output channel 5" in found.evidence
     assert "--quality balanced" in found.advice and "--float 'b + rb'" in found.advice
+    options = Options(calibration=inputs(), overrides=per_tensor)
+    advised = (options, replace(options, quality="balanced"), replace(options, keep_float=["b + rb"]))
+    plain, balanced, floated = (debug(model, options=each) for each in advised)
+    assert gain(plain, balanced) > 2 and gain(plain, floated) > 1
 
 
 def test_codes_that_a_symmetric_format_wastes(plain: Net) -> None:
@@ -144,11 +173,14 @@ def test_codes_that_a_symmetric_format_wastes(plain: Net) -> None:
     causes = {finding.layer: finding for finding in diagnosis.findings}
     assert causes["b + rb"].cause == "zero-point clash"
     assert "symmetric" in causes["b + rb"].evidence
+    # A target with asymmetric activations, or 16 bits for what reads it.
+    assert "a target with asymmetric activations" in causes["b + rb"].advice
+    assert gain(diagnosis, debug(plain[0], options=Options(calibration=plain[1]))) > 1
+    wide = causes["b + rb"].sqnr_wide
+    assert wide is not None and diagnosis.sqnr is not None and wide > diagnosis.sqnr + 0.5
 
 
 def test_weights_of_four_bits(plain: Net) -> None:
-    from qcompiler.quant.types import WeightRequest
-
     diagnosis = debug(plain[0], "systolic-npu", Options(calibration=plain[1], formats=WeightRequest("int4")))
     assert worst(diagnosis) == ("b + rb", "few bits")
     finding = diagnosis.findings[0]
@@ -233,6 +265,55 @@ def test_a_clipped_range(plain: Net) -> None:
     found = explain_noise(measured, ["a + ra"], prepared.plan, prepared.ranges, prepared.target)
     assert found.cause == "clipped range" and "--method minmax" in found.advice
     assert f"{loud.max():.3g}" in found.evidence
+
+
+def test_a_clipped_range_of_a_method_that_averages(plain: Net) -> None:
+    """One loud sample among quiet ones: the average of their extremes cuts it off."""
+    model, data = plain
+    uneven = {"x": np.concatenate([data["x"], 3 * data["x"][:2]])}
+    diagnosis = debug(model, options=Options(calibration=uneven, method="moving_average"))
+    clipped = [finding for finding in diagnosis.findings if finding.cause == "clipped range"]
+    assert clipped and all("--method minmax" in finding.advice for finding in clipped)
+    assert gain(diagnosis, debug(model, options=Options(calibration=uneven, method="minmax"))) > 3
+
+
+def test_an_accumulator_that_does_overflow(tmp_path: Path) -> None:
+    """Sums of what is all positive wrap; what the advice names, the layer in float, does not."""
+    text = "g (float[1,70000] x) => (float[1,4] y) { y = Gemm(x, w, bias) }"
+    weights = {"w": np.full((70_000, 4), 0.9), "bias": np.zeros(4)}
+    weights["w"][:, 1] = 0.001
+    data = {"x": np.random.default_rng(1).uniform(0.9, 1, (4, 70_000)).astype(np.float32)}
+    model = save(tmp_path, text, weights)
+    diagnosis = debug(model, "systolic-npu", Options(calibration=data))
+    by_layer = {finding.layer: finding for finding in diagnosis.findings}
+    assert by_layer["y"].cause == "saturating accumulator" and "--float 'y'" in by_layer["y"].advice
+    wanted = data["x"][:1] @ weights["w"].astype(np.float32)
+    errors: list[float] = []
+    for kept in ([], ["y"]):
+        done = place(model, "systolic-npu", Options(calibration=data, keep_float=kept))
+        got = execute(done.integer, {"x": data["x"][:1]})["y"]
+        errors.append(float(np.abs(got - wanted).max() / np.abs(wanted).max()))
+    assert errors[0] > 0.5 and errors[1] < 0.01
+
+
+def test_four_bits_in_groups_help(tmp_path: Path) -> None:
+    """Input channels of very different size, which a scale for a few of them each suits."""
+    text = (
+        "g (float[1,4,12,12] x) => (float[1,4,12,12] y){ a = Conv(x, first)  b = Conv(a, middle)  y = Conv(b, last) }"
+    )
+    rng = np.random.default_rng(2)
+    size = np.repeat([1.0, 0.05, 0.3, 0.01], 16)
+    weights = {
+        "first": rng.normal(size=(64, 4, 1, 1)) / size[:, None, None, None], "last": rng.normal(size=(4, 8, 1, 1)),
+        "middle": rng.normal(size=(8, 64, 1, 1)) * size[None, :, None, None],
+    }  # fmt: skip
+    model, four = save(tmp_path, text, weights), WeightRequest("int4")
+    diagnosis = debug(model, "systolic-npu", Options(calibration=inputs(), formats=four))
+    found = next(finding for finding in diagnosis.findings if finding.layer == "b")
+    assert found.cause == "few bits" and "--layer-weights 'b=int4/32'" in found.advice
+    mended = debug(model, "systolic-npu", Options(calibration=inputs(), formats=replace(four, groups={"b": 16})))
+    assert gain(diagnosis, mended) > 3
+    assert next(layer for layer in mended.layers if layer.layer == "b").weights == "int4/16"
 
 
 def test_layers_kept_in_float_are_not_measured(plain: Net) -> None:

@@ -12,6 +12,7 @@ from qcompiler.backends import te
 from qcompiler.backends.tiles import TileChoice, Tiling, best_guess
 from qcompiler.c_code import CSource
 from qcompiler.graph import Shape, dtype_of, shape_of
+from qcompiler.host_cpu import HALF_CONVERSIONS
 from qcompiler.target import Host
 
 
@@ -84,8 +85,8 @@ class HostCode:
 
     @property
     def converts_halves(self) -> bool:
-        """Whether it has instructions that make float32 of float16; bfloat16 takes a shift anywhere."""
-        return bool({"f16c", "avx512f", "neon", "fp16", "fullfp16"} & self.features)
+        """Whether it has instructions that make float32 of float16."""
+        return bool(HALF_CONVERSIONS & self.features)
 
     @property
     def vector_bytes(self) -> int:

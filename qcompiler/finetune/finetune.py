@@ -77,7 +77,9 @@ def finetune(
     require_torch()
     if options.calibration is None:
         raise QCompilerError("finetuning learns from samples: give some with --calibration.")
-    if options.formats.activations != "int8" or options.formats.group is not None or options.prune is not None:
+    formats = options.formats
+    others = formats.activations_by_layer or formats.group is not None or any(formats.groups.values())
+    if formats.activations != "int8" or others or options.prune is not None:
         raise QCompilerError(
             "finetuning knows static 8-bit formats, weights of fewer bits with a scale per output, and four-bit "
             "activations (`activations` of finetune itself); leave out other activations, groups and pruning."

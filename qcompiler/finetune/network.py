@@ -14,7 +14,7 @@ from qcompiler.finetune.operators import OPERATORS, refusal, tensor_of
 from qcompiler.finetune.sharing import constants_like_outputs, shared_formats
 from qcompiler.graph import const_of, data_input, input_of, shape_of, value_name
 from qcompiler.quant.formats import bias_format, limits
-from qcompiler.quant.plan import has_weights
+from qcompiler.quant.operators import has_weights
 from qcompiler.quant.types import QuantPlan, TensorFormat
 
 Tensors = Mapping[str, torch.Tensor]

@@ -17,8 +17,7 @@ from qcompiler.calibrate import Progress, Samples
 from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, value_name
 from qcompiler.quant.dynamic import shift_bias
 from qcompiler.quant.formats import bias_format, quantize_array
-from qcompiler.quant.operators import inherits_format, own_producer
-from qcompiler.quant.plan import has_weights
+from qcompiler.quant.operators import has_weights, inherits_format, own_producer
 from qcompiler.quant.repair import SAMPLES, closest, split_samples
 from qcompiler.quant.types import QuantPlan
 
@@ -53,7 +52,7 @@ def tune_scales(
     layers = [node for node in model.graph if _tunable(node, plan)]
     if samples.synthetic or plan.dynamic or not layers:
         return plan
-    if (reason := _obstacle(model)) is not None:
+    if (reason := _obstacle(model, plan)) is not None:
         _log.warning("quality best leaves out its last step, tuning scales and biases as a whole: %s", reason)
         return plan
 
@@ -102,8 +101,10 @@ def _tunable(node: ir.Node, plan: QuantPlan) -> bool:
     return is_op(node, "Conv", "Gemm") and has_weights(node) and node.name not in plan.float_nodes
 
 
-def _obstacle(model: ir.Model) -> str | None:
+def _obstacle(model: ir.Model, plan: QuantPlan) -> str | None:
     """Why the network cannot be trained, or None if it can."""
+    if plan.conversions or any(fmt.block for fmt in plan.weights.values()):
+        return "it knows neither weights in groups nor tensors of two widths"
     if find_spec("torch") is None:
         return "it needs PyTorch, which is not installed (pip install 'qcompiler[finetune]')"
 

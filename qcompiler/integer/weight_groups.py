@@ -28,6 +28,9 @@ class Groups:
     bits: int
     """Of a code."""
 
+    def __str__(self) -> str:
+        return f"{'binary' if self.bits == 1 else f'int{self.bits}'}/{self.size}"
+
     @property
     def factor_bits(self) -> int:
         """Of a stored factor: less 1 it is a number of so many."""

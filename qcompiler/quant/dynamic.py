@@ -25,7 +25,8 @@ from qcompiler.graph import (
 )
 from qcompiler.quant import operators
 from qcompiler.quant.formats import weight_format
-from qcompiler.quant.plan import ON_REQUEST, edge_layers, has_weights, named_nodes, weight_axis
+from qcompiler.quant.operators import has_weights, named_nodes
+from qcompiler.quant.plan import ON_REQUEST, edge_layers, weight_axis
 from qcompiler.quant.types import QuantPlan, TensorFormat, WeightRequest
 from qcompiler.quant.weight_bits import weight_dtypes
 from qcompiler.target import Target
@@ -43,10 +44,10 @@ def plan_dynamic(
     Args and errors as of `qcompiler.quant.plan.plan`, but for ranges, of which there are none.
     """
     wanted, nodes = weights or WeightRequest(activations="dynamic"), list(model.graph)
-    requested = named_nodes(nodes, keep_float)
+    requested = named_nodes(nodes, keep_float, "--float")
     reasons = {node: reason for node in nodes if (reason := _reason(node, requested)) is not None}
     weighted = [node for node in nodes if node not in reasons]
-    dtypes = weight_dtypes(weighted, edge_layers(nodes, weighted), target, ACTIVATION, wanted, {})
+    dtypes = weight_dtypes(weighted, edge_layers(nodes, weighted), target, lambda _: ACTIVATION, wanted, {})
     spec = target.quantization.weights
     formats: dict[str, TensorFormat] = {}
     for node in weighted:

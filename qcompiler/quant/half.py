@@ -24,8 +24,7 @@ from qcompiler.graph import (
     users,
     value_name,
 )
-from qcompiler.quant.operators import clamp_of
-from qcompiler.quant.plan import has_weights, named_nodes
+from qcompiler.quant.operators import clamp_of, has_weights, named_nodes
 from qcompiler.quant.types import HalfType
 
 _TYPES: Mapping[HalfType, ir.DataType] = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -44,7 +43,7 @@ def to_half(model: ir.Model, layers: Mapping[str, HalfType]) -> tuple[ir.Model, 
     nodes = list(result.graph)
     chosen: dict[ir.Node, HalfType] = {}
     for name, half in layers.items():
-        found = [node for node in nodes if node in named_nodes(nodes, [name]) and has_weights(node)]
+        found = [node for node in nodes if node in named_nodes(nodes, [name], "--float16") and has_weights(node)]
         if not found:
             raise QCompilerError(
                 f"--{half} {name}: this operator has no constant weights; name a convolution or product."

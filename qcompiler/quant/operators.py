@@ -5,10 +5,12 @@ They describe the float graph after simplification. Every operator accepted here
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.errors import QCompilerError
 from qcompiler.graph import (
     const_of,
     data_input,
@@ -23,6 +25,7 @@ from qcompiler.graph import (
     users,
 )
 from qcompiler.integer.facts import LOOKUP_FUNCTIONS
+from qcompiler.layer_names import JOINT
 
 MAC_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """Operators that multiply and accumulate."""
@@ -305,7 +308,10 @@ def clamp_bounds(node: ir.Node) -> tuple[float, float]:
     if is_op(node, "Relu"):
         return 0.0, np.inf
     low, high = const_of(input_of(node, 1)), const_of(input_of(node, 2))
-    return (float(low) if low is not None else -np.inf, float(high) if high is not None else np.inf)
+    return (
+        -np.inf if low is None else float(low.reshape(())),
+        np.inf if high is None else float(high.reshape(())),
+    )
 
 
 def inherits_format(node: ir.Node) -> bool:
@@ -325,3 +331,35 @@ def pads_of(node: ir.Node) -> tuple[int, ...]:
     """The pads of a window operator; (1,) stands for automatic padding that is not known to be none."""
     automatic = string(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     return (1,) if automatic else ints(node, "pads", ())
+
+
+def has_weights(node: ir.Node) -> bool:
+    return is_op(node, *MAC_OPS) and const_of(data_input(node, 1)) is not None
+
+
+EVERYTHING = "all"
+"""The name that stands for every operator."""
+
+
+def named_nodes(nodes: Sequence[ir.Node], names: Sequence[str], option: str) -> set[ir.Node]:
+    """The nodes of these names, and those each of them is one integer operator with.
+
+    Layers of several nodes go by their names joined, as in reports; "all" stands for all nodes. Raises QCompilerError,
+    in terms of the option that gives the names, if there is none.
+    """
+    by_name = {node.name or "": node for node in nodes}
+    lasts = {member: last for last, region in lookup_regions(nodes).items() for member in region}
+    found: set[ir.Node] = set()
+    for name in names:
+        if name == EVERYTHING and name not in by_name:
+            return set(nodes)
+        parts = [name] if name in by_name else name.split(JOINT)
+        for part in parts:
+            node = by_name.get(part)
+            if node is None:
+                near = get_close_matches(part, list(by_name), n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else "`qcompile explain` lists them."
+                raise QCompilerError(f"{option} {name}: the simplified model has no operator {part!r}; {hint}")
+            host = data_input(node).producer() if is_fused_clamp(node) else None
+            found |= {lasts.get(node, node), host or node}
+    return found

@@ -8,14 +8,11 @@ is quantized: activations, pools, softmax, and movement of data between them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.errors import QCompilerError
 from qcompiler.graph import (
     const_of,
     data_input,
@@ -24,16 +21,13 @@ from qcompiler.graph import (
     integer,
     is_op,
     shape_of,
-    string,
     users,
     value_name,
 )
 from qcompiler.integer.facts import facts_of_float
-from qcompiler.layer_names import JOINT
 from qcompiler.quant import operators
 from qcompiler.quant.bias_correction import bias_shift
 from qcompiler.quant.formats import (
-    activation_format,
     bias_format,
     dequantize_array,
     least_weight_scale,
@@ -41,10 +35,12 @@ from qcompiler.quant.formats import (
     weight_format,
 )
 from qcompiler.quant.grouped_weights import group_axes, grouped_format, takes_groups
+from qcompiler.quant.intervals import SHARING_LIMIT, Intervals, span_of
 from qcompiler.quant.masks import is_masked, unmasked_ranges
-from qcompiler.quant.operators import MAC_OPS, UNIT_OUTPUTS, UNIT_OUTPUTS_INT16, activation_inputs, is_activation
-from qcompiler.quant.types import DTypeName, QuantPlan, Range, Ranges, TensorFormat, WeightRequest
-from qcompiler.quant.weight_bits import activation_dtype, weight_dtypes, weight_groups
+from qcompiler.quant.operators import MAC_OPS, activation_inputs, has_weights, is_activation
+from qcompiler.quant.types import Conversion, DTypeName, QuantPlan, Ranges, TensorFormat, WeightRequest
+from qcompiler.quant.weight_bits import weight_dtypes, weight_groups
+from qcompiler.quant.widths import WIDE, Widths, eight_bits_only
 from qcompiler.target import Match, Target
 
 TAIL_REASON = "post-processing after the last convolution stays in float for accuracy"
@@ -52,14 +48,7 @@ TAIL_REASON = "post-processing after the last convolution stays in float for acc
 SUM_REASON = "what reads the sum stays in float, so that rounding it gains nothing"
 """Of residual sums before layer normalization: they hold the outliers of transformers."""
 
-SHARING_LIMIT = 2.0
-"""How much wider than its own a tensor's range may become by sharing: a factor of two costs one bit."""
-
-
 ON_REQUEST = "kept in float on request"
-
-EVERYTHING = "all"
-"""The name that stands for every operator where some are to be kept in float."""
 
 
 def plan(
@@ -87,41 +76,7 @@ def plan(
         QCompilerError: no node has a name in `keep_float` or `weights`, or the target has no weights of that type.
     """
     planner = _Planner(model.graph, ranges, target, weights or WeightRequest())
-    return planner.run(named_nodes(list(model.graph), keep_float))
-
-
-def named_nodes(nodes: list[ir.Node], names: Sequence[str]) -> set[ir.Node]:
-    """The nodes of these names, and those each of them is one integer operator with."""
-    by_name = {node.name or "": node for node in nodes}
-    lasts = {member: last for last, region in operators.lookup_regions(nodes).items() for member in region}
-    found: set[ir.Node] = set()
-    for name in names:
-        if name == EVERYTHING and name not in by_name:
-            return set(nodes)
-        parts = [name] if name in by_name else name.split(JOINT)
-        for part in parts:
-            node = by_name.get(part)
-            if node is None:
-                near = get_close_matches(part, list(by_name), n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else "`qcompile explain` lists them."
-                raise QCompilerError(f"--float {name}: the simplified model has no operator {part!r}; {hint}")
-            host = data_input(node).producer() if operators.is_fused_clamp(node) else None
-            found |= {lasts.get(node, node), host or node}
-    return found
-
-
-@dataclass
-class _Group:
-    """Tensors that share one format."""
-
-    low: float
-    high: float
-    tightest: float
-    """The smallest span of a member that is read by more than Concat."""
-
-    @property
-    def span(self) -> float:
-        return self.high - self.low
+    return planner.run(operators.named_nodes(list(model.graph), keep_float, "--float"))
 
 
 class _Planner:
@@ -130,21 +85,31 @@ class _Planner:
     def __init__(self, graph: ir.Graph, ranges: Ranges, target: Target, weights: WeightRequest) -> None:
         self.graph = graph
         self.weight_request = weights
+        self.float_reasons: dict[ir.Node, str] = {}
         self.ranges = unmasked_ranges(graph, ranges.by_name)
         self.channel_means = ranges.channel_means
         self.target = target
         self.spec = target.quantization
-        self.dtype: DTypeName = activation_dtype(target, weights)
         self.nodes = list(graph)
         self.interior = operators.interior_values(self.nodes)
         self.regions = operators.lookup_regions(self.nodes)
+        self.widths = Widths(self.nodes, self.regions, target, weights)
+        wide = self.ranges if ranges.wide is None else unmasked_ranges(graph, ranges.wide)
+        self.intervals: dict[DTypeName, Intervals] = {
+            dtype: Intervals(
+                wide if dtype == WIDE else self.ranges,
+                self.spec,
+                self._inherits,
+                self.float_reasons.__contains__,
+                wide=dtype == WIDE,
+            )
+            for dtype in self.widths.all
+        }
+        self.made: dict[ir.Value, DTypeName] = {}
+        """The type of each quantized value, in execution order."""
         self.inner = {member for last, region in self.regions.items() for member in region if member is not last}
         self.downstream_of_mac = reach(self.nodes, forward=True)
         self.upstream_of_mac = reach(self.nodes, forward=False)
-        self.float_reasons: dict[ir.Node, str] = {}
-        self.roots: dict[ir.Value, ir.Value] = {}
-        """A value whose format is another's, to that other one; follow until a value that is not here."""
-        self.groups: dict[ir.Value, _Group] = {}
 
     def run(self, keep_float: set[ir.Node]) -> QuantPlan:
         for node in self.nodes:
@@ -154,13 +119,11 @@ class _Planner:
                 self.float_reasons[node] = reason
         self._spread()
         self._drop_islands()
-        quantized = [value for value in self._values() if self._is_quantized(value)]
-        for value in quantized:
-            self._join(value)
-        activations = {value_name(value): self._format(value) for value in quantized}
+        self.widths.settle(self.float_reasons)
+        activations, conversions = self._formats()
         weights, biases, shifts = self._constants(activations)
         float_nodes = {node.name or "": reason for node, reason in self.float_reasons.items()}
-        return QuantPlan(activations, weights, biases, float_nodes, shifts)
+        return QuantPlan(activations, weights, biases, float_nodes, shifts, conversions=conversions)
 
     # --- which nodes -----------------------------------------------------------------------------------
 
@@ -171,19 +134,11 @@ class _Planner:
         region = self.regions.get(node, ())
         if not region and (refused := operators.refusal(node)) is not None:
             return refused
-        if self.dtype == "int16" and (reason := self._wide_reason(node)) is not None:
+        if self.widths.of(node) == WIDE and (reason := eight_bits_only(node)) is not None:
             return reason
         for reason in (self._shift_reason(node), self._infinite_reason(node), self._tail_reason(node, region)):
             if reason is not None:
                 return reason
-        return None
-
-    def _wide_reason(self, node: ir.Node) -> str | None:
-        """What 16-bit activations have no integer form for."""
-        if is_op(node, "Resize") and string(node, "mode", "nearest") == "linear":
-            return f"{node.op_type} takes 8-bit inputs"
-        if is_op(node, "MatMul") and not has_weights(node):
-            return "products of two activations take 8-bit inputs"
         return None
 
     def _shift_reason(self, node: ir.Node) -> str | None:
@@ -214,7 +169,8 @@ class _Planner:
         if operators.inherits_format(node) or is_op(node, "ArgMax"):
             return None
         if is_op(node, "Concat"):
-            spans = [_span(self._range(value)) for value in activation_inputs(node)]
+            intervals = self.intervals[self.widths.of(node)]
+            spans = [span_of(intervals.range_of(value)) for value in activation_inputs(node)]
             uneven = max(spans) > SHARING_LIMIT * min(spans)
             return "it joins tensors of different ranges after the last convolution" if uneven else None
         if len(region) > 1 and len(activation_inputs(node)) > 1:
@@ -223,7 +179,7 @@ class _Planner:
             return TAIL_REASON
         if not self.target.accelerators and not is_op(node, "Softmax"):
             return None
-        match = self.target.match(facts_of_float(node, self.dtype))
+        match = self.target.match(facts_of_float(node, self.widths.of(node)))
         return None if isinstance(match, Match) else f"after the last convolution, and {match.reason}"
 
     def _in_tail(self, node: ir.Node) -> bool:
@@ -334,102 +290,40 @@ class _Planner:
         shared = node.op_type in self.spec.shared_scale and len(activation_inputs(node)) == 1
         return operators.inherits_format(node) or (shared and not is_op(node, "Concat"))
 
-    def _root(self, value: ir.Value) -> ir.Value:
-        while value in self.roots:
-            value = self.roots[value]
-        return value
-
-    def _join(self, value: ir.Value) -> None:
-        """Put a value into the group of another, or found one for it."""
-        maker = value.producer()
-        if self._inherits(maker):
-            assert maker is not None
-            root = self._root(data_input(maker))
-            self.roots[value] = root
-            filled = self._range(value)  # a Pad may bring in values of its own
-            group = self.groups[root]
-            self.groups[root] = _Group(min(group.low, filled.low), max(group.high, filled.high), group.tightest)
-            return
-        seen = self._range(value)
-        self.groups[value] = _Group(seen.low, seen.high, math.inf if self._only_concats(value) else _span(seen))
-        if is_op(maker, "Concat") and maker not in self.float_reasons:
-            assert maker is not None
-            for part in dict.fromkeys(self._root(part) for part in activation_inputs(maker)):
-                self._merge(part, value)
-
-    def _merge(self, part: ir.Value, whole: ir.Value) -> None:
-        """Let a Concat's input take the format of its output, if that costs its other readers little."""
-        part, whole = self._root(part), self._root(whole)
-        if part is whole:
-            return
-        a, b = self.groups[part], self.groups[whole]
-        union = _Group(min(a.low, b.low), max(a.high, b.high), min(a.tightest, b.tightest))
-        if union.span <= SHARING_LIMIT * union.tightest:
-            self.roots[part] = whole
-            self.groups[whole] = union
-
-    def _only_concats(self, value: ir.Value) -> bool:
-        """True if a Concat is all that reads the value, perhaps after data movement."""
-        readers = users(value)
-        if len(readers) != 1 or value.is_graph_output():
-            return False
-        (reader,) = readers
-        if is_op(reader, "Concat"):
-            return reader not in self.float_reasons
-        return self._inherits(reader) and all(self._only_concats(output) for output in reader.outputs)
-
     # --- formats -----------------------------------------------------------------------------------------
 
-    def _range(self, value: ir.Value) -> Range:
-        """The interval of any float tensor; data movement and Concat follow their inputs.
+    def _formats(self) -> tuple[dict[str, TensorFormat], dict[str, Conversion]]:
+        """Formats by value name, and those of values that some operators read in another type."""
+        activations: dict[str, TensorFormat] = {}
+        conversions: dict[str, Conversion] = {}
+        for value in self._values():
+            if not self._is_quantized(value):
+                continue
+            for intervals in self.intervals.values():
+                intervals.join(value)
+            self.made[value] = self.widths.made(value, self.float_reasons)
+        for value, dtype in self.made.items():
+            name = value_name(value)
+            activations[name] = self.intervals[dtype].format(value, dtype)
+            readers = [node for node in users(value) if node not in self.float_reasons]
+            others = [node for node in readers if self.widths.of(node) != dtype]
+            if others:
+                other = self.widths.of(others[0])
+                names = frozenset(node.name or "" for node in others)
+                conversions[name] = Conversion(self.intervals[other].format(value, other), names)
+        return activations, conversions
 
-        A sigmoid or tangent that uses less than half of its interval keeps what was observed.
-        """
-        maker = value.producer()
-        seen = self.ranges.get(value_name(value))
-        for op_type, low, high in UNIT_OUTPUTS if self.dtype != "int16" else UNIT_OUTPUTS_INT16:
-            if is_op(maker, op_type) and (seen is None or is_op(maker, "Softmax") or 2 * _span(seen) > high - low):
-                return Range(low, high, low, high)
-        if seen is not None:
-            return seen  # of a constant only if it is a mask, which is not taken for what it holds
-        constant = const_of(value)
-        if constant is not None:
-            low, high = float(min(constant.min(), 0)), float(max(constant.max(), 0))
-            return Range(low, high, low, high)
-        assert maker is not None, f"no range for {value.name}"
-        if is_op(maker, "Concat"):
-            parts = [self._range(part) for part in maker.inputs if part is not None]
-        else:
-            parts = [self._range(data_input(maker))]
-            if is_op(maker, "Pad") and (fill := const_of(input_of(maker, 2))) is not None and fill.size:
-                low, high = min(float(fill), 0.0), max(float(fill), 0.0)
-                parts.append(Range(low, high, low, high))
-        return Range(
-            min(part.low for part in parts),
-            max(part.high for part in parts),
-            min(part.observed_low for part in parts),
-            max(part.observed_high for part in parts),
-        )
-
-    def _format(self, value: ir.Value) -> TensorFormat:
-        group = self.groups[self._root(value)]
-        return self._activation_format(group.low, group.high)
+    def _read(self, node: ir.Node) -> TensorFormat:
+        """The format a quantized node reads its first input in."""
+        dtype = self.widths.of(node)
+        return self.intervals[dtype].format(data_input(node), dtype)
 
     def _constant_format(self, node: ir.Node, value: ir.Value, activations: Mapping[str, TensorFormat]) -> TensorFormat:
         """The format of a constant operand that stands for an activation."""
         if is_op(node, "Concat"):
             return activations[value_name(node.outputs[0])]
-        seen = self._range(value)
-        return self._activation_format(seen.low, seen.high)
-
-    def _activation_format(self, low: float, high: float) -> TensorFormat:
-        return activation_format(
-            low,
-            high,
-            self.dtype,
-            symmetric=self.spec.activations.symmetric or self.dtype == "int16",
-            power_of_two=self.spec.requantize == "shift",
-        )
+        dtype = self.widths.of(node)
+        return self.intervals[dtype].constant_format(value, dtype)
 
     def _constants(
         self, activations: Mapping[str, TensorFormat]
@@ -444,11 +338,11 @@ class _Planner:
         weighted = [node for node in self.nodes if node not in self.float_reasons and has_weights(node)]
         edges = edge_layers(self.nodes, weighted)
         groups = weight_groups(weighted, self.target, self.weight_request)
-        dtypes = weight_dtypes(weighted, edges, self.target, self.dtype, self.weight_request, groups)
+        dtypes = weight_dtypes(weighted, edges, self.target, self.widths.of, self.weight_request, groups)
         for node in weighted:
             name = value_name(data_input(node, 1))
             bias = const_of(input_of(node, 2))
-            scale = float(activations[value_name(data_input(node))].scale)
+            scale = float(self._read(node).scale)
             floors.setdefault(name, []).append(0.0 if bias is None else least_weight_scale(bias.reshape(-1), scale))
             axes.setdefault(name, set()).add(weight_axis(node) if spec.per_channel else None)
         for node in weighted:
@@ -468,8 +362,7 @@ class _Planner:
                 )
                 shifts[node.name or ""] = bias_shift(node, array, rounded, means)
             if input_of(node, 2) is not None or node.name in shifts:
-                scale = activations[value_name(data_input(node))].scale
-                biases[node.name or ""] = bias_format(scale, weights[name])
+                biases[node.name or ""] = bias_format(self._read(node).scale, weights[name])
         for node in self.nodes:
             if node in self.float_reasons or has_weights(node) or not is_op(node, *_OPERANDS):
                 continue
@@ -516,14 +409,6 @@ def weight_axis(node: ir.Node) -> int | None:
     if is_op(node, "Gemm"):
         return 0 if integer(node, "transB", 0) else 1
     return 1 if len(shape_of(data_input(node, 1))) == 2 else None
-
-
-def _span(interval: Range) -> float:
-    return interval.high - interval.low
-
-
-def has_weights(node: ir.Node) -> bool:
-    return is_op(node, *MAC_OPS) and const_of(data_input(node, 1)) is not None
 
 
 def edge_layers(nodes: list[ir.Node], weighted: Sequence[ir.Node]) -> set[ir.Node]:

@@ -23,7 +23,8 @@ from qcompiler.graph import add_initializer, const_of, data_input, graph_of, inp
 from qcompiler.integer.sparsity import BLOCK, KEPT
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, collect
-from qcompiler.quant.plan import edge_layers, has_weights
+from qcompiler.quant.operators import has_weights
+from qcompiler.quant.plan import edge_layers
 from qcompiler.quant.repair import split_samples
 from qcompiler.quant.rounding import damped
 from qcompiler.quant.types import PruneRequest

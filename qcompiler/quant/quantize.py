@@ -130,12 +130,25 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, plan: QuantPlan) -> None:
     maker = value.producer()
     exists_in_float = maker is None or maker.name in plan.float_nodes
     readers = [node for node in users(value) if not (exists_in_float and node.name in plan.float_nodes)]
-    scale, zero_point = _parameters(graph, value_name(value), fmt)
-    insert_pair(graph, value, Parameters(_DTYPES[fmt.dtype], scale, zero_point), readers, output=not exists_in_float)
+    conversion = plan.conversions.get(value_name(value))
+    converting = [node for node in readers if conversion is not None and node.name in conversion.readers]
+    # Where the value exists in float both formats are rounded from that, else one from the other.
+    direct = [node for node in readers if node not in converting or not exists_in_float]
+    parameters = _pair_parameters(graph, value_name(value), fmt)
+    made = insert_pair(graph, value, parameters, direct, output=not exists_in_float)
+    if conversion is not None and converting:
+        name = f"{value_name(value)}_{conversion.format.dtype}"
+        source = value if exists_in_float else made
+        insert_pair(graph, source, _pair_parameters(graph, name, conversion.format), converting)
     # What is moved has been clamped before; padding may bring in more.
     if fmt.used is not None and (maker is None or not inherits_format(maker) or is_op(maker, "Pad")):
         (quantizer,) = quantize_readers(value)
         _clip(graph, quantizer, fmt)
+
+
+def _pair_parameters(graph: ir.Graph, name: str, fmt: TensorFormat) -> Parameters:
+    scale, zero_point = _parameters(graph, name, fmt)
+    return Parameters(_DTYPES[fmt.dtype], scale, zero_point)
 
 
 def _clip(graph: ir.Graph, quantizer: ir.Node, fmt: TensorFormat) -> None:

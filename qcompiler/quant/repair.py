@@ -389,7 +389,7 @@ def _is_power_of_two(scale: np.ndarray) -> bool:
 
 
 def _input_scale(node: ir.Node, plan: QuantPlan) -> float:
-    return float(plan.activations[value_name(data_input(node))].scale)
+    return float(plan.read(value_name(data_input(node)), node.name or "").scale)
 
 
 def _with_bias(node: ir.Node, plan: QuantPlan, shift: np.ndarray | None) -> QuantPlan:
@@ -399,6 +399,6 @@ def _with_bias(node: ir.Node, plan: QuantPlan, shift: np.ndarray | None) -> Quan
     if shift is not None:
         shifts[name] = shift
     if name not in plan.dynamic and (shift is not None or name in biases):
-        scale = plan.activations[value_name(data_input(node))].scale
+        scale = plan.read(value_name(data_input(node)), name).scale
         biases[name] = bias_format(scale, plan.weights[value_name(data_input(node, 1))])
     return replace(plan, biases=biases, bias_shifts=shifts)

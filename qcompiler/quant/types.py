@@ -46,7 +46,12 @@ class WeightRequest:
     """Of weights in groups beside float activations; None leaves the choice to the quality."""
     groups: Mapping[str, int] = field(default_factory=dict)
     """Layers in which another number of weights than `group` shares a scale; 0 for all of them."""
+    activations_by_layer: Mapping[str, "WideType"] = field(default_factory=dict)
+    """Layers whose inputs have another type than `activations`, beside int8 and int16; by name as in reports."""
 
+
+WideType = Literal["int8", "int16"]
+"""What a layer reads its activations as; int8 stands for the target's first 8-bit type."""
 
 HalfType = Literal["float16", "bfloat16"]
 """Floats of 16 bits."""
@@ -79,6 +84,8 @@ class Ranges:
     samples: int
     synthetic: bool
     """True if no calibration data was given and random inputs stood in."""
+    wide: Mapping[str, Range] | None = None
+    """As `by_name`, for formats of 16 bits, where `by_name` is for 8 and there are both."""
     channel_means: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By name of each node with constant weights: the mean of its input per channel; empty if synthetic."""
 
@@ -109,6 +116,15 @@ class TensorFormat:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """A tensor that some operators read in another format than it is made in."""
+
+    format: TensorFormat
+    readers: frozenset[str]
+    """Names of nodes."""
+
+
+@dataclass(frozen=True)
 class QuantPlan:
     """Which tensors get which format, and which nodes stay float and why."""
 
@@ -128,3 +144,10 @@ class QuantPlan:
     """Names of nodes whose zero weights stay zero when integers are learned."""
     dynamic: frozenset[str] = frozenset()
     """Names of nodes whose first input is quantized by its range at run time; their outputs and biases are float."""
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
+    """By name of values of `activations`."""
+
+    def read(self, value: str, node: str) -> TensorFormat:
+        """The format in which a node reads a quantized value, by their names."""
+        conversion = self.conversions.get(value)
+        return conversion.format if conversion is not None and node in conversion.readers else self.activations[value]

@@ -1,6 +1,6 @@
 """Which weights are stored in four bits or less, and which activations computed in sixteen."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TypeVar
@@ -20,7 +20,7 @@ def weight_dtypes(
     weighted: Sequence[ir.Node],
     edges: Collection[ir.Node],
     target: Target,
-    activation: DTypeName,
+    activation: Callable[[ir.Node], DTypeName],
     wanted: WeightRequest,
     groups: Mapping[ir.Node, int],
 ) -> dict[str, DTypeName]:
@@ -34,7 +34,7 @@ def weight_dtypes(
         weighted: the operators with constant weights that will be quantized.
         edges: those of them with no other before, or none after.
         target: its spec lists the types of weights there are.
-        activation: the type of activations.
+        activation: the type of activations that an operator reads.
         wanted: what the user asks for.
         groups: from `weight_groups`; weights in groups are multiplied as 8-bit ones.
 
@@ -59,7 +59,7 @@ def weight_dtypes(
         stored = widest
         if few is not None and inner:
             decoded = node in groups and takes_groups(node, few, groups[node])
-            stored = few if decoded or _no_worse(node, target, activation, eight, few) else widest
+            stored = few if decoded or _no_worse(node, target, activation(node), eight, few) else widest
         if node in by_layer:
             stored = FEW_BITS.get(by_layer[node], widest)
         name = value_name(data_input(node, 1))

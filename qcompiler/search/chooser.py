@@ -9,7 +9,8 @@ import numpy as np
 from qcompiler.errors import QCompilerError
 from qcompiler.search.budget import GOALS, Budget, Figure, Figures, shown
 from qcompiler.search.choose import Problem
-from qcompiler.search.layers import UNIFORM, Assignment
+from qcompiler.search.forms import UNIFORM
+from qcompiler.search.layers import Assignment
 from qcompiler.search.pricing import Cost
 from qcompiler.search.workshop import Workshop
 
@@ -164,9 +165,9 @@ class Chooser:
         reached = f"{self._loss(most_accurate):.2%}"
         if not self.budget.limits:
             return (
-                f"no choice of weight formats keeps the loss within {drop:.2%}: the best loses {reached} on the "
-                "calibration data (with its standard error), which activations cause. Allow that much, try "
-                "--activations int16, --quality balanced or more samples, or ask `qcompile debug` which layer hurts."
+                f"no choice of formats keeps the loss within {drop:.2%}: the best loses {reached} on the calibration "
+                "data (with its standard error). Allow that much, try --quality balanced or more samples, or ask "
+                "`qcompile debug` which layer hurts."
             )
         asked = ", ".join(f"{goal} at most {shown(goal, limit)}" for goal, limit in self.budget.limits.items())
         free = self._within(("noise",), {}, {})

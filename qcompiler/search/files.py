@@ -35,6 +35,5 @@ def save(found: Found, folder: str | os.PathLike[str]) -> Path:
             (place / name).write_text(text, "utf-8", newline="\n")
     except OSError as error:
         raise QCompilerError(f"cannot write into {place}: {error.strerror}.") from None
-    formats, keep_float = found.options.formats, found.options.keep_float
-    write_formats(place / FORMATS, formats, keep_float, model=result.model, target=result.target)
+    write_formats(place / FORMATS, found.options, model=result.model, target=result.target)
     return place / FORMATS

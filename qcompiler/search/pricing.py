@@ -1,8 +1,9 @@
 """What each layer costs in each format, by the target's own cost model.
 
-Formats of weights are priced with all layers in one format at a time. A layer in float is priced by itself, since what
-matters is the hand-over around it. Layers overlap on an accelerator, so sums over layers are close but not exact:
-points that are shown to the user are estimated whole, with `exact`.
+Formats are priced with all layers in one format of weights and one width of activations at a time. A layer in float is
+priced by itself, since what matters is the hand-over around it; so is what bringing a tensor from one width to the
+other takes, where layers that read it may differ. Layers overlap on an accelerator, so sums over layers are close but
+not exact: points that are shown to the user are estimated whole, with `exact`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,8 @@ from qcompiler.graph import const_of
 from qcompiler.layer_names import JOINT
 from qcompiler.partition_cost import tensor_bytes
 from qcompiler.report import Report
-from qcompiler.search.layers import FLOAT, UNIFORM, Assignment, Layer, LayerFormat, everywhere, weight_types
+from qcompiler.search.forms import FLOAT, UNIFORM, Form, LayerFormat, form_of
+from qcompiler.search.layers import Assignment, Junction, Layer, everywhere, stored_forms
 
 Arrange = Callable[[Assignment], Placed]
 """Places the model with these formats."""
@@ -38,6 +40,10 @@ class Cost:
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(self.latency - other.latency, self.energy - other.energy, self.weights - other.weights)
 
+    def share(self, count: int) -> "Cost":
+        """One of so many equal parts, nothing less than nothing."""
+        return Cost(*(max(0.0, part / count) for part in (self.latency, self.energy, self.weights)))
+
 
 ZERO = Cost(0.0, 0.0, 0.0)
 
@@ -48,6 +54,8 @@ class Prices:
     """Of everything but the layers."""
     by_layer: Mapping[tuple[str, LayerFormat], Cost]
     """By layer name and format."""
+    conversions: tuple[Cost, ...]
+    """By junction: of bringing the tensor to the other width."""
     macs: int
 
 
@@ -57,30 +65,74 @@ def exact(placed: Placed) -> Cost:
     return _total(report)
 
 
-def price(layers: Sequence[Layer], arrange: Arrange, progress: Progress) -> Prices:
-    """Every layer in every format it admits."""
+def price(layers: Sequence[Layer], junctions: Sequence[Junction], arrange: Arrange, progress: Progress) -> Prices:
+    """Every layer in every format it admits, and every change of width."""
     progress.stage("price layers")
-    formats = weight_types(layers)
-    steps, done = len(formats) + len(layers), 0
+    admitted = {name for layer in layers for name in layer.formats}
+    widths = (False, True) if any(form_of(name).wide for name in admitted) else (False,)
+    uniform = [(stored, wide) for wide in widths for stored in stored_forms(layers)]
+    floats = [layer for layer in layers if FLOAT in layer.formats]
+    meeting = [junction for junction in junctions if junction.may_meet and _wide_reader(junction, layers) is not None]
+    steps, done = len(uniform) + len(floats) + len(meeting), 0
     found: dict[tuple[str, LayerFormat], Cost] = {}
     whole, macs = ZERO, 0
-    for dtype in formats:
-        placed = arrange(everywhere(layers, dtype))
+    for stored, wide in uniform:
+        chosen = everywhere(layers, stored, wide=wide)
+        placed = arrange(chosen)
         report, _ = estimate(placed)
         shares = _shares(layers, placed, report)
-        found |= {(layer.name, dtype): shares[layer.name] for layer in layers if dtype in layer.formats}
-        if dtype == UNIFORM:
+        found |= {(layer.name, name): shares[layer.name] for layer, name in zip(layers, chosen, strict=True)
+                  if (layer.name, name) not in found}  # fmt: skip
+        if (stored, wide) == (UNIFORM, False):
             whole, macs = _total(report), report.totals.macs
         done += 1
         progress.advance(done, steps)
     fixed = whole
     for layer in layers:
-        alone: Assignment = tuple(FLOAT if other is layer else UNIFORM for other in layers)
-        found[layer.name, FLOAT] = found[layer.name, UNIFORM] + exact(arrange(alone)) - whole
         fixed = fixed - found[layer.name, UNIFORM]
+    for layer in floats:
+        in_float = exact(arrange(_alone(layers, layer, FLOAT))) - whole
+        found[layer.name, FLOAT] = found[layer.name, UNIFORM] + in_float
         done += 1
         progress.advance(done, steps)
-    return Prices(fixed, found, macs)
+        for name in layer.formats:
+            if form_of(name).real not in (None, "float"):
+                # The arithmetic is that of float32, and half of the bytes.
+                saved = 2.0 * sum(_elements(node) for node in layer.products[:1])
+                found[layer.name, name] = found[layer.name, FLOAT] - Cost(0.0, 0.0, saved)
+    conversions: list[Cost] = []
+    for junction in junctions:
+        reader = _wide_reader(junction, layers)
+        if not junction.may_meet or reader is None:
+            conversions.append(ZERO)
+            continue
+        layer, name = reader
+        apart = exact(arrange(_alone(layers, layer, name))) - whole
+        apart = apart - (found[layer.name, name] - found[layer.name, UNIFORM])
+        place = layers.index(layer)
+        conversions.append(apart.share(sum(place in other.readers for other in meeting)))
+        done += 1
+        progress.advance(done, steps)
+    return Prices(fixed, found, tuple(conversions), macs)
+
+
+def _alone(layers: Sequence[Layer], layer: Layer, name: LayerFormat) -> Assignment:
+    return tuple(name if other is layer else UNIFORM for other in layers)
+
+
+def _wide_reader(junction: Junction, layers: Sequence[Layer]) -> tuple[Layer, LayerFormat] | None:
+    """A layer that reads the tensor and may do so in 16 bits, and the format."""
+    for place in junction.readers:
+        layer = layers[place]
+        name = Form(wide=True).named(weighted=layer.weights is not None)
+        if name in layer.formats:
+            return layer, name
+    return None
+
+
+def _elements(node: ir.Node) -> int:
+    array = const_of(node.inputs[1])
+    return 0 if array is None else array.size
 
 
 def _total(report: Report) -> Cost:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qcompiler.report import byte_count, quantity
 from qcompiler.search.budget import Budget
-from qcompiler.search.layers import LayerFormat
+from qcompiler.search.forms import LayerFormat
 from qcompiler.search.measure import Measured
 from qcompiler.search.pricing import Cost
 
@@ -26,7 +26,7 @@ class FormatRow:
 
     format: LayerFormat
     noise: float
-    """Power of the outputs' error over that of the outputs, with only this layer's weights in this format."""
+    """Power of the outputs' error over that of the outputs, with only this layer in this format."""
     latency: float
     energy: float
     weights: float

@@ -1,7 +1,7 @@
 """`qcompile search`: formats for each layer, by accuracy and cost, within budgets.
 
 1. `format_plans`, `sensitivities`: what each layer costs in accuracy in each format, on calibration data.
-2. `price`: what it costs in time, energy and bytes, by the target's cost model.
+2. `price`: what it costs in time, energy and bytes, by the target's cost model; and each change of width between them.
 3. `Problem.solve`: choices by integer programming, for a sweep of limits (the front) and for the budget.
 4. Every point is then estimated and run whole; the chosen one once more with all the repair that was asked for.
 """
@@ -24,12 +24,14 @@ from qcompiler.quant.weight_bits import activation_dtype
 from qcompiler.search.budget import Budget
 from qcompiler.search.choose import Problem, problem
 from qcompiler.search.chooser import Chooser, dominated, figures_of, front
-from qcompiler.search.layers import UNIFORM, Assignment, Layer, everywhere, layers_of, request
+from qcompiler.search.forms import UNIFORM
+from qcompiler.search.layers import Assignment, Layer, everywhere, junctions_of, layers_of, request
 from qcompiler.search.measure import Measured
 from qcompiler.search.pricing import Cost, Prices, exact, price
 from qcompiler.search.results import Chosen, Correlation, FormatRow, LayerRow, Point, Search
 from qcompiler.search.sensitivity import Sensitivities, format_plans, sensitivities
 from qcompiler.search.workshop import Workshop, open_judges
+from qcompiler.target_loader import load_target
 
 FEWEST_POINTS = 4
 """For a rank correlation."""
@@ -57,7 +59,7 @@ def search(
     sweep: bool = True,
     progress: Progress = SILENT,
 ) -> Found:
-    """Choose a format for the weights of each layer.
+    """Choose a format for each layer.
 
     Args:
         model: the .onnx file, float.
@@ -75,25 +77,28 @@ def search(
     """
     if options.calibration is None:
         raise QCompilerError("search measures layers on real samples: give --calibration.")
-    if options.formats.activations not in ("int8", "int16") or options.formats.group is not None:
+    if options.formats.activations not in ("int8", "int16"):
         raise QCompilerError(
-            "search prices layers with activations of fixed ranges and one scale per channel of weights: it takes "
-            "--activations int8 or int16, and no --group-size. Formats of others are chosen by --layer-weights."
+            "search prices layers with activations of fixed ranges: it takes --activations int8 or int16. Formats of "
+            "others are chosen by --layer-weights."
         )
-    base = replace(options.formats, default=UNIFORM, by_layer={})
-    prepared = prepare(model, target, replace(options, formats=base), progress, learn=False)
+    base = WeightRequest(activations=options.formats.activations, group=options.formats.group)
+    chip = load_target(target, options.overrides)
+    widened = base.activations == "int8" and "int16" in chip.quantization.activations.dtypes
+    prepared = prepare(model, target, replace(options, formats=replace(base, group=None)), progress, learn=False,
+                       widths=("int8", "int16") if widened else ())  # fmt: skip
     if prepared.plan is None or prepared.ranges is None:
         raise QCompilerError(f"{prepared.source} arrived quantized, so its formats stand; give the float model.")
-    activation = activation_dtype(prepared.target, base)
-    layers = layers_of(prepared.graph, prepared.plan, prepared.target, activation)
-    if not layers:
+    layers = layers_of(prepared.graph, prepared.plan, prepared.target, base)
+    if not any(layer.weights for layer in layers):
         raise QCompilerError(f"{prepared.source} has no quantized layer with weights, so there is nothing to choose.")
     judges = open_judges(prepared, options, evaluation, labels)
+    junctions = junctions_of(prepared.graph, prepared.plan, layers)
     plans = format_plans(prepared, layers, base, options.keep_float, options.quality, progress)
     shop = Workshop(prepared, options, base, layers, plans, judges)
-    prices = price(layers, shop.place, progress)
-    felt = sensitivities(prepared, layers, plans, judges.calibration, prices.macs, progress)
-    table = problem(layers, felt, prices)
+    prices = price(layers, junctions, shop.place, progress)
+    felt = sensitivities(prepared, layers, plans, base, options.keep_float, judges.calibration, prices.macs, progress)
+    table = problem(layers, junctions, felt, prices)
     wanted, final_options, cost, measured = _chosen(model, target, options, table, shop, budget, progress)
     others = front(table) if sweep else [everywhere(layers, UNIFORM)]
     points = _points(list(dict.fromkeys((*others, wanted))), table, shop, progress)
@@ -101,7 +106,7 @@ def search(
         model=prepared.source.name,
         target=prepared.target.name,
         budget=budget,
-        activations=activation,
+        activations=activation_dtype(prepared.target, base),
         quality=options.quality,
         sensitivity_samples=felt.samples,
         evaluated=evaluation is not None,
@@ -155,8 +160,13 @@ def _points(choices: Sequence[Assignment], table: Problem, shop: Workshop, progr
 
 def _options(options: Options, layers: Sequence[Layer], chosen: Assignment, base: WeightRequest) -> Options:
     """What compiles this choice."""
-    formats, floats = request(layers, chosen, base)
-    return replace(options, formats=formats, keep_float=(*options.keep_float, *floats))
+    wanted = request(layers, chosen, base)
+    return replace(
+        options,
+        formats=wanted.formats,
+        keep_float=(*options.keep_float, *wanted.floats),
+        half={**options.half, **wanted.halves},
+    )
 
 
 def _chosen(

@@ -1,7 +1,7 @@
 """Places, prices and runs a model with any choice of formats."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,14 @@ from qcompiler.compile import SILENT, Placed, Prepared, Progress, place_prepared
 from qcompiler.dataset import Dataset, input_specs, load_dataset
 from qcompiler.errors import QCompilerError
 from qcompiler.options import CalibrationSource, Options
+from qcompiler.quant.half import to_half
 from qcompiler.quant.moments import Sample
 from qcompiler.quant.plan import plan
 from qcompiler.quant.repair import learns_from
-from qcompiler.quant.types import Quality, QuantPlan, WeightRequest, WeightType
+from qcompiler.quant.types import Quality, QuantPlan, WeightRequest
+from qcompiler.search.forms import LayerFormat
 from qcompiler.search.labels import labels_beside, read_labels
-from qcompiler.search.layers import UNIFORM, Assignment, Layer, compose, request
+from qcompiler.search.layers import Assignment, Layer, Request, compose, request
 from qcompiler.search.measure import Measured, SampleSource, measure
 from qcompiler.search.pricing import Cost, exact
 
@@ -101,24 +103,30 @@ class Workshop:
     options: Options
     base: WeightRequest
     layers: Sequence[Layer]
-    plans: Mapping[WeightType, QuantPlan]
-    """By format, with that format in every layer that admits it."""
+    plans: Mapping[LayerFormat, QuantPlan]
+    """By format of weights, with that format in every layer that admits it."""
     judges: Judges
     _costs: dict[Assignment, Cost] = field(default_factory=dict)
     _judged: dict[Assignment, Measured] = field(default_factory=dict)
-    _without: dict[tuple[str, ...], QuantPlan] = field(default_factory=dict)
-    """By names of layers in float: the plan in which they are."""
+    _bases: dict[Hashable, tuple[ir.Model, QuantPlan]] = field(default_factory=dict)
+    """By layers in floats and what layers read: the model and the plan in which they do so, weights apart."""
 
     def place(self, chosen: Assignment) -> Placed:
-        _, floats = request(self.layers, chosen, self.base)
-        base = self._without.get(floats) if floats else self.plans[UNIFORM]
-        if base is None:
-            assert self.prepared.ranges is not None
-            kept = (*self.options.keep_float, *floats)
-            base = plan(self.prepared.graph, self.prepared.ranges, self.prepared.target, kept, self.base)
-            self._without[floats] = base
-        mixed = compose(base, self.layers, chosen, self.plans)
-        return place_prepared(replace(self.prepared, plan=mixed))
+        wanted = request(self.layers, chosen, self.base)
+        eight = replace(wanted.formats, by_layer={}, groups={})
+        key = (wanted.floats, *(tuple(names.items()) for names in (wanted.halves, eight.activations_by_layer)))
+        if key not in self._bases:
+            self._bases[key] = self._planned(replace(wanted, formats=eight))
+        graph, base = self._bases[key]
+        mixed = compose(graph, base, self.layers, chosen, self.plans, lambda: self._planned(wanted)[1])
+        return place_prepared(replace(self.prepared, graph=graph, plan=mixed))
+
+    def _planned(self, wanted: Request) -> tuple[ir.Model, QuantPlan]:
+        """The model with layers in 16-bit floats, and its plan, nothing repaired."""
+        assert self.prepared.ranges is not None
+        graph, halves = to_half(self.prepared.graph, wanted.halves) if wanted.halves else (self.prepared.graph, ())
+        kept = (*self.options.keep_float, *wanted.floats, *halves)
+        return graph, plan(graph, self.prepared.ranges, self.prepared.target, kept, wanted.formats)
 
     def cost(self, chosen: Assignment) -> Cost:
         """Of the whole model, by the target's cost model."""

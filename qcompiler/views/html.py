@@ -168,7 +168,7 @@ def _row(
         where=layer.engine
         if layer.engine and layer.backend in ("cpu", "npu")
         else f"{layer.backend} {layer.engine}".strip(),
-        precision=placement.precision.replace("*", "×") if placement is not None else "",
+        precision=placement.formats.replace("*", "×") if placement is not None else "",
         macs=f"{layer.macs:,}" if layer.macs else "",
         cycles=f"{layer.cycles:,.0f}" if layer.cycles else "",
         utilised="" if layer.utilisation is None else f"{layer.utilisation:.0%}",

@@ -7,7 +7,8 @@ import pytest
 
 from qcompiler.search.budget import Figure, Figures
 from qcompiler.search.choose import FIGURES, Problem
-from qcompiler.search.layers import Assignment, LayerFormat
+from qcompiler.search.forms import LayerFormat
+from qcompiler.search.layers import Assignment, Junction
 
 FORMATS: tuple[tuple[LayerFormat, ...], ...] = (
     ("int8", "int4", "float"),
@@ -33,6 +34,74 @@ def random_problem(seed: int) -> Problem:
     }
     fixed: dict[Figure, float] = {figure: sizes[figure] * float(rng.uniform(0, 2)) for figure in FIGURES}
     return Problem(FORMATS, figures, fixed)
+
+
+MIXED: tuple[tuple[LayerFormat, ...], ...] = (
+    ("int8", "int4", "int16*int8", "float"),
+    ("int8", "int16"),
+    ("int8", "int16*int8", "int16*int4"),
+    ("int8", "int16*int8", "float16"),
+    ("int8", "int16"),
+)  # fmt: skip
+JUNCTIONS = (
+    Junction((0,), (), made_narrow=False),
+    Junction((1, 2), (4,), made_narrow=False),  # a residual connection, also pooled
+    Junction((1,), (), made_narrow=True),  # what a table makes
+    Junction((3,), (4,), made_narrow=False),
+    Junction((4,), (), made_narrow=False),  # the pooled ones, joined
+)
+
+
+def mixed_problem(seed: int) -> Problem:
+    """Layers that may read 16 bits, and tensors between them."""
+    rng = np.random.default_rng(seed)
+    sizes = {"noise": 1e-2, "latency": 1e-6, "energy": 1e-7, "weights": 1e4}
+    figures: dict[Figure, tuple[tuple[float, ...], ...]] = {
+        figure: tuple(tuple((sizes[figure] * rng.uniform(0.1, 1, len(row))).tolist()) for row in MIXED)
+        for figure in FIGURES
+    }
+    conversions: dict[Figure, tuple[float, ...]] = {
+        figure: tuple((sizes[figure] * rng.uniform(0.1, 1, len(JUNCTIONS))).tolist())
+        for figure in FIGURES
+        if figure != "noise"
+    }
+    return Problem(MIXED, figures, dict.fromkeys(FIGURES, 0.0), JUNCTIONS, conversions)
+
+
+def test_where_widths_meet() -> None:
+    """By hand: one unit of latency for each tensor that exists in both widths."""
+    figures: dict[Figure, tuple[tuple[float, ...], ...]] = {
+        figure: tuple((0.0,) * len(row) for row in MIXED) for figure in FIGURES
+    }
+    table = Problem(MIXED, figures, dict.fromkeys(FIGURES, 0.0), JUNCTIONS, {"latency": (1, 10, 100, 1000, 10000)})
+
+    def converted(*chosen: LayerFormat) -> float:
+        return table.add_up(chosen)["latency"]
+
+    assert converted("int8", "int8", "int8", "int8", "int8") == 0
+    assert converted("int16*int8", "int8", "int8", "int8", "int8") == 0  # nobody else reads it
+    assert converted("float", "int16", "int8", "int8", "int8") == 10 + 100  # layer 2 wants it in 8; the table's in 16
+    assert converted("int8", "int16", "int16*int4", "int8", "int8") == 10 + 100  # now only the pool does
+    assert converted("int8", "int8", "int8", "int8", "int16") == 10 + 1000  # wide for the pool, narrow for the others
+    assert converted("int8", "int16", "int16*int8", "float16", "int16") == 100  # floats read either
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_choice_with_changes_of_width(seed: int) -> None:
+    table = mixed_problem(seed)
+    known = all_choices(table)
+    rng = np.random.default_rng(50 + seed)
+    for goal in FIGURES:
+        other: Figure = "latency" if goal == "noise" else "noise"
+        limit = float(np.quantile([sums[other] for sums in known.values()], rng.uniform(0.2, 0.6)))
+        allowed = [sums[goal] for sums in known.values() if sums[other] <= limit]
+        chosen = table.solve((goal,), {other: limit})
+        assert chosen is not None and known[chosen][other] <= limit * (1 + 1e-6)
+        assert known[chosen][goal] <= min(allowed) + 1e-5 * table.span(goal)[1]
+    limits: Figures = {"latency": 0.3 * table.span("latency")[0], "energy": 0.3 * table.span("energy")[0]}
+    nearest = known[table.least_excess(limits)]
+    least = min(max(sums[figure] / limit for figure, limit in limits.items()) for sums in known.values())
+    assert max(nearest[figure] / limit for figure, limit in limits.items()) == pytest.approx(least, rel=1e-6)
 
 
 def all_choices(problem: Problem) -> dict[Assignment, dict[Figure, float]]:
