@@ -65,7 +65,7 @@ def softmax_table(scale: float) -> np.ndarray:
     # The exponentials' domain of -10 to 0 is all 65535 steps.
     multiplier, shift = fixed_point_multiplier(scale / (-_LEAST_EXPONENT / 65535.0))
     exponentials = _populate(-_LEAST_EXPONENT / 65535.0, _HIGHEST, np.exp)
-    reciprocals = _populate(1 / 65535.0, _LOWEST, lambda x: np.float32(1) / (np.float32(1) + x))
+    reciprocals = _populate(1 / 65535.0, _LOWEST, lambda x: 1 / (1 + x))
     return np.concatenate([exponentials, reciprocals, [multiplier, shift]]).astype(np.int32)
 
 
@@ -91,24 +91,20 @@ def leading_zeros(total: IntArray) -> np.ndarray:
 
 
 def _populate(scale: float, zero_point: int, function: Function) -> np.ndarray:
-    """TFLite's `LUTPopulate` of int16 for an output scale of 2/65535, in its float32."""
+    """TFLite's `LUTPopulate` of int16 for an output scale of 2/65535, in float64 (activations.cc, SoftmaxPrepare)."""
     output = 2.0 / 65535.0
-    low, high = np.float32(scale * (_LOWEST - zero_point)), np.float32(scale * (_HIGHEST - zero_point))
-    output_low, output_high = np.float32(output * _LOWEST), np.float32(output * _HIGHEST)
-    step = np.float32((high - low) / np.float32(ENTRIES - 1))
-    inverse = np.float32(np.float32(65536) / np.float32(output_high - output_low))
-    at = np.arange(ENTRIES - 1, dtype=np.float32)
-    value = function(low + at * step)
-    halfway = function(low + at * step + np.float32(step / 2))
+    low, high = scale * (_LOWEST - zero_point), scale * (_HIGHEST - zero_point)
+    step, inverse = (high - low) / (ENTRIES - 1), 65536 / (output * _HIGHEST - output * _LOWEST)
+    at = np.arange(ENTRIES - 1, dtype=np.float64)
     following = function(low + (at + 1) * step)
-    sample = _rounded(value * inverse)
-    interpolated = _rounded((following * inverse + _rounded(value * inverse)) / np.float32(2))
-    error = interpolated - _rounded(halfway * inverse)
-    entries = sample - _rounded(error / np.float32(2))
-    last = _rounded(function(np.array([high], np.float32)) * inverse)
+    sample = _rounded(function(low + at * step) * inverse)
+    interpolated = _rounded((following * inverse + sample) / 2)
+    error = interpolated - _rounded(function(low + at * step + step / 2) * inverse)
+    entries = sample - _rounded(error / 2)
+    last = _rounded(function(np.array([high])) * inverse)
     return np.clip(np.concatenate([entries, last]), _LOWEST, _HIGHEST).astype(np.int32)
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    """To nearest, halves away from zero, float32."""
-    return (np.sign(x) * np.floor(np.abs(x) + np.float32(0.5))).astype(np.float32)
+    """To nearest, halves away from zero."""
+    return np.sign(x) * np.floor(np.abs(x) + 0.5)
