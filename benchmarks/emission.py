@@ -5,7 +5,8 @@
 Networks are calibrated on their data and placed for arm-npu; each accelerator region is then run on real inputs (what
 reaches it from samples of the data) and on random ones, by our numpy reference, by LiteRT's reference kernels and by
 the TOSA reference model, and the results of all operators are compared. Vela compiles the TFLite of each region for
-the accelerators below, the network placed for the target of that name.
+the accelerators below, the network placed for the target of that name. Float networks are then quantized once more,
+with 16-bit activations, which are not written as TOSA.
 
 Needs the extra `ethosu`, and tosa_reference_model of tosa-tools on PATH; without that its column stays empty. Exits
 with 1 if an element differs or Vela leaves to the CPU what we placed on the accelerator.
@@ -39,10 +40,12 @@ from qcompiler.graph import const_of, dtype_of, shape_of, value_name
 from qcompiler.integer.reference import Executor
 from qcompiler.options import Options
 from qcompiler.partition import Region
+from qcompiler.quant.types import ActivationType, WeightRequest
 from qcompiler.report import VelaReport
 
 TARGET = "arm-npu"
 ACCELERATORS = ("ethos-u55-128", "ethos-u85-256")
+WIDTHS: tuple[ActivationType, ...] = ("int8", "int16")
 CALIBRATION_SAMPLES, REAL, RANDOM = 16, 4, 4
 RESULTS = Path(__file__).parent / "results" / "emission.md"
 DEFAULT_ZOO = Path(os.environ.get("QCOMPILER_ZOO", Path(__file__).resolve().parents[2] / "shared" / "zoo"))
@@ -99,25 +102,29 @@ def main(
 ) -> None:
     """Compare every network; print a line each, and write the table if none was left out."""
     evaluation = _evaluation(zoo)
-    console, rows = Console(), list[Row]()
-    for entry in json.loads((zoo / "manifest.json").read_text())["models"]:
-        if only in entry["name"] and (zoo / entry["model"]).is_file():
-            rows.append(_measure(zoo, entry, evaluation))
-            console.print(" | ".join(rows[-1].cells()), highlight=False, soft_wrap=True)
+    console, tables = Console(), dict[ActivationType, list[Row]]()
+    for activations in WIDTHS:
+        rows = tables[activations] = []
+        for entry in json.loads((zoo / "manifest.json").read_text())["models"]:
+            widened = entry["kind"] == "fp32" or activations == "int8"
+            if only in entry["name"] and (zoo / entry["model"]).is_file() and widened:
+                rows.append(_measure(zoo, entry, evaluation, activations))
+                console.print(" | ".join((activations, *rows[-1].cells())), highlight=False, soft_wrap=True)
     if not only:
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(_markdown(rows))
-    sys.exit(0 if all(row.good for row in rows) else 1)
+        RESULTS.write_text(_markdown(tables))
+    sys.exit(0 if all(row.good for rows in tables.values() for row in rows) else 1)
 
 
-def _measure(zoo: Path, entry: Mapping[str, str], evaluation: ModuleType) -> Row:
+def _measure(zoo: Path, entry: Mapping[str, str], evaluation: ModuleType, activations: ActivationType) -> Row:
     path = zoo / entry["model"]
     samples = _samples(path, entry, evaluation)
     calibration = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
 
     def placed_for(target: str) -> Placed:
-        quantized = entry["kind"] != "fp32"
-        return place(path, target, Options(calibration=None if quantized else calibration))
+        if entry["kind"] != "fp32":
+            return place(path, target)
+        return place(path, target, Options(calibration=calibration, formats=WeightRequest(activations=activations)))
 
     placed = placed_for(TARGET)
     regions = [region for region in placed.partition.regions if region.backend == "npu"]
@@ -139,7 +146,8 @@ def _compare(
     # Every tensor between the operators becomes an output too: ten classes would hide much.
     region = replace(region, outputs=tuple(value for node in region.nodes for value in node.outputs))
     network = write_tflite(region, folder)
-    tosa_file = write_tosa(region, folder) if shutil.which("tosa_reference_model") else None
+    wide = any(value.dtype == ir.DataType.INT16 for node in region.nodes for value in node.outputs)
+    tosa_file = write_tosa(region, folder) if shutil.which("tosa_reference_model") and not wide else None
     executor, rng = Executor(placed.integer), np.random.default_rng(0)
     names = [value_name(value) for value in region.inputs]
     inputs: list[list[np.ndarray]] = []
@@ -224,12 +232,15 @@ def _samples(path: Path, entry: Mapping[str, str], evaluation: ModuleType) -> li
     return fed
 
 
-def _markdown(rows: Sequence[Row]) -> str:
+def _markdown(tables: Mapping[ActivationType, Sequence[Row]]) -> str:
     header = ["network", "operators", "LiteRT: elements / differing", "TOSA: elements / differing"]
     for accelerator in ACCELERATORS:
         header += [f"{accelerator}: NPU / CPU", "Vela's cycles", "ours / Vela's"]
-    lines = [header, ["---"] * len(header), *(row.cells() for row in rows)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+    def table(rows: Sequence[Row]) -> str:
+        lines = [header, ["---"] * len(header), *(row.cells() for row in rows)]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
     return f"""# Emission: TFLite, TOSA and Vela
 
     python benchmarks/emission.py
@@ -239,7 +250,13 @@ Accelerator regions of the zoo's networks for {TARGET}: the results of every ope
 inputs. Then operators that Vela 5.2.0 puts on the NPU and on the CPU for the TFLite of each network, its estimate of
 the cycles, and ours over it.
 
-{table}
+{table(tables["int8"])}
+
+## 16-bit activations
+
+The float networks with `--activations int16`.
+
+{table(tables["int16"])}
 """
 
 
