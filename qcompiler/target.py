@@ -734,6 +734,8 @@ class Npu(Accelerator):
     """How constant int8 weights are kept in memory; the engines decode them as fast as they read them."""
     keeps_feature_maps: bool = True
     """Whether feature maps may stay in the scratchpad between operators; else each goes out to external memory."""
+    rolling_buffers: bool = False
+    """Whether engines follow feature maps whose rows wrap around a buffer, so that operators can run as cascades."""
     reads_constants_in_place: bool = False
     """Whether engines reach the constants' memory themselves, for what is read only once; else DMA brings all in."""
 

@@ -15,18 +15,19 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import PrimFunc
 
 from qcompiler.backends.base import AcceleratorFunction
-from qcompiler.backends.npu_emit import Emitter, TirEmitter, WordEmitter, builder, tirx
+from qcompiler.backends.npu_cascade_loops import Cascade
+from qcompiler.backends.npu_emit import TirEmitter, WordEmitter, builder, tirx
 from qcompiler.backends.npu_layers import recipe_of
 from qcompiler.backends.npu_layout import plan_layout
-from qcompiler.backends.npu_loops import Fill, emit_fill, emit_streams, emit_transfer, emit_work
 from qcompiler.backends.npu_memory import MemoryPlan
-from qcompiler.backends.npu_schedule import Bases, Step, bases_of, schedule
+from qcompiler.backends.npu_program import Step, emit_program
+from qcompiler.backends.npu_schedule import Bases, bases_of, schedule
 from qcompiler.backends.npu_tiling import Work, smallest_need
+from qcompiler.backends.npu_units import Unit
 from qcompiler.graph import Shape, dtype_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
-from qcompiler.simulator import isa
 from qcompiler.simulator.machine import SIMULATOR
-from qcompiler.simulator.weight_code import EncodedSpan, golomb_rice_bytes
+from qcompiler.simulator.weight_code import EncodedSpan
 from qcompiler.target import Target
 
 
@@ -48,6 +49,8 @@ class NpuProgram:
     outputs: tuple[Tensor, ...]
     steps: tuple[Step, ...]
     """One per node of the region, in order; `step.work.tiling` is the tiling."""
+    cascades: tuple[Cascade, ...]
+    """Runs of steps that are computed in stripes, depth first."""
     scratchpad_bytes: int
     scratchpad: MemoryPlan
     """Addresses in the scratchpad, its peak and the lower bound of any plan, in bytes."""
@@ -81,8 +84,8 @@ def can_run(node: ir.Node, target: Target) -> str | None:
     return None
 
 
-def compile_region(region: Region, target: Target) -> NpuProgram:
-    """Plan a region whose every node `can_run`."""
+def compile_region(region: Region, target: Target, units: Sequence[Unit] | None = None) -> NpuProgram:
+    """Plan a region whose every node `can_run`. `units`, if given, are the steps and cascades to cut it into."""
     assert target.npu is not None, f"{target.name} has no accelerator"
     recipes = []
     for node in region.nodes:
@@ -90,34 +93,21 @@ def compile_region(region: Region, target: Target) -> NpuProgram:
         assert not isinstance(recipe, str), f"{node.op_type} {node.name} is in an NPU region, but {recipe}"
         recipes.append(recipe)
     layout = plan_layout(region, recipes)
-    planned = schedule(region, recipes, layout, target.npu)
+    planned = schedule(region, recipes, layout, target, units)
     return NpuProgram(
         region.name,
         tuple(_tensor(value) for value in region.inputs),
         tuple(_tensor(value) for value in region.outputs),
         planned.steps,
+        planned.cascades,
         target.npu.scratchpad.size,
         planned.scratchpad,
         planned.evicted,
         planned.blob,
         planned.workspace.peak,
-        _encoded(planned.steps) if target.npu.weight_code == "golomb_rice" else (),
+        planned.encoded,
         bases_of(region),
     )
-
-
-def _encoded(steps: Sequence[Step]) -> tuple[EncodedSpan, ...]:
-    spans: dict[int, EncodedSpan] = {}
-    for step in steps:
-        if step.work is not None:
-            for stream, start in zip(step.work.work.streams, step.work.streams, strict=True):
-                if stream.weights is not None and start not in spans:
-                    rows = np.frombuffer(stream.data, stream.weights).reshape(-1, stream.unit)
-                    weights, places = rows[:, : stream.unit - stream.places], len(rows) * stream.places
-                    size = golomb_rice_bytes(weights, stream.zero_point) + places
-                    ratio = min(1.0, size / len(stream.data))
-                    spans[start] = EncodedSpan(start, start + len(stream.data), ratio)
-    return tuple(spans[start] for start in sorted(spans))
 
 
 def _tensor(value: ir.Value) -> Tensor:
@@ -127,7 +117,7 @@ def _tensor(value: ir.Value) -> Tensor:
 def words(program: NpuProgram) -> np.ndarray:
     """int32 [n]: the command words the simulator logs when the driver runs."""
     emit = WordEmitter()
-    _emit_program(emit, program)
+    emit_program(emit, program.steps, program.cascades)
     return np.array(emit.words, np.int32)
 
 
@@ -159,7 +149,7 @@ def driver(program: NpuProgram, name: str, region: int = 0) -> PrimFunc:
             _host("qrt_open", region, program.scratchpad_bytes)
             for base, buffer, access, size in bound:
                 _host("qrt_bind", base, buffer.access_ptr(access), tirx.const(size, "int64"))
-            _emit_program(TirEmitter(), program)
+            emit_program(TirEmitter(), program.steps, program.cascades)
             _host("qrt_close")
         function = ir_builder.get()
     assert isinstance(function, PrimFunc)
@@ -175,37 +165,3 @@ def region_function(program: NpuProgram, number: int) -> AcceleratorFunction:
 
 def _host(function: str, *arguments: Any) -> None:
     builder.evaluate(tirx.call_extern("int32", function, *arguments))
-
-
-def _emit_program(emit: Emitter, program: NpuProgram) -> None:
-    for index, step in enumerate(program.steps):
-        emit.call(isa.LAYER, index)
-        for span in step.allocs:
-            emit.call(isa.ALLOC, *span)
-        _emit_step(emit, program, index)
-        for span in step.frees:
-            emit.call(isa.FREE, *span)
-
-
-def _emit_step(emit: Emitter, program: NpuProgram, index: int) -> None:
-    step = program.steps[index]
-
-    def fetch_for_next() -> None:
-        if step.prefetch is not None:
-            following = program.steps[step.prefetch].work
-            assert following is not None
-            # The traffic counts as the layer's whose constants it brings.
-            emit.call(isa.LAYER, step.prefetch)
-            emit_streams(emit, following)
-            emit.call(isa.LAYER, index)
-
-    if step.work is not None:
-        emit_work(emit, step.work, prefetched=step.prefetched, meanwhile=fetch_for_next)
-    for moves in (step.fills, step.copies, step.exports):
-        for move in moves:
-            if isinstance(move, Fill):
-                emit_fill(emit, move)
-            else:
-                emit_transfer(emit, move)
-        if moves:
-            emit.call(isa.BARRIER)

@@ -126,3 +126,14 @@ def modulo(a: Index, b: int) -> Index:
 
 def equal(a: Index, b: int) -> Condition:
     return a == b if isinstance(a, int) else tirx.EQ(a, tirx.const(b, "int32"))
+
+
+def positive(a: Index) -> Condition:
+    return a > 0 if isinstance(a, int) else tirx.GT(a, tirx.const(0, "int32"))
+
+
+def select(condition: Condition, yes: Index, no: Index) -> Index:
+    """One of two numbers, both of which are defined."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    return tirx.Select(condition, *(tirx.const(a, "int32") if isinstance(a, int) else a for a in (yes, no)))

@@ -39,29 +39,30 @@ def live_bytes(buffers: Sequence[Buffer], step: int, alignment: int) -> int:
     return sum(aligned(buffer.size, alignment) for buffer in buffers if buffer.first <= step <= buffer.last)
 
 
-def plan_memory(buffers: Sequence[Buffer], alignment: int) -> MemoryPlan:
+def plan_memory(buffers: Sequence[Buffer], alignment: int, enough: int = 0) -> MemoryPlan:
     """Place buffers to keep the peak low.
 
     Best fit, in order of size (TFLite's greedy-by-size), of size times lifetime, of first use and of lifetime; then the
     best of these orders with the buffer that reaches highest moved to its front, again and again. The best plan
-    wins. Deterministic; stops at the lower bound.
+    wins. Deterministic; stops at the lower bound, or at a peak that is `enough`.
     """
     steps = {buffer.first for buffer in buffers}
     lower_bound = max((live_bytes(buffers, step, alignment) for step in steps), default=0)
     best_peak, best_order, best_offsets = -1, list(range(len(buffers))), (0,) * len(buffers)
+    rivals = _rivals(buffers)
     for key in _ORDERS:
         order = sorted(range(len(buffers)), key=partial(_rank, buffers, key))
-        offsets = _place(buffers, order, alignment)
+        offsets = _place(buffers, order, rivals, alignment)
         peak, _ = _highest(buffers, offsets, alignment)
         if best_peak < 0 or peak < best_peak:
             best_peak, best_order, best_offsets = peak, order, offsets
     order, offsets = best_order, best_offsets
     for _ in range(_REPAIRS):
-        if best_peak <= lower_bound:
+        if best_peak <= max(lower_bound, enough):
             break
         _, highest = _highest(buffers, offsets, alignment)
         order = [highest, *(index for index in order if index != highest)]
-        offsets = _place(buffers, order, alignment)
+        offsets = _place(buffers, order, rivals, alignment)
         peak, _ = _highest(buffers, offsets, alignment)
         if peak < best_peak:
             best_peak, best_offsets = peak, offsets
@@ -89,17 +90,30 @@ def _highest(buffers: Sequence[Buffer], offsets: Sequence[int], alignment: int) 
     return max(((end, index) for index, end in enumerate(ends)), default=(0, 0))
 
 
-def _place(buffers: Sequence[Buffer], order: Sequence[int], alignment: int) -> tuple[int, ...]:
+def _rivals(buffers: Sequence[Buffer]) -> list[list[int]]:
+    """For each buffer, the others that are alive at some time with it."""
+    by_start = sorted(range(len(buffers)), key=lambda index: buffers[index].first)
+    rivals: list[list[int]] = [[] for _ in buffers]
+    alive: list[int] = []
+    for index in by_start:
+        alive = [other for other in alive if buffers[other].last >= buffers[index].first]
+        for other in alive:
+            rivals[index].append(other)
+            rivals[other].append(index)
+        alive.append(index)
+    return rivals
+
+
+def _place(
+    buffers: Sequence[Buffer], order: Sequence[int], rivals: Sequence[Sequence[int]], alignment: int
+) -> tuple[int, ...]:
     """One after the other into the tightest gap among the placed buffers whose lives meet."""
     placed: dict[int, int] = {}
     for index in order:
-        buffer = buffers[index]
         taken = sorted(
-            (placed[other], placed[other] + buffers[other].size)
-            for other in placed
-            if buffers[other].first <= buffer.last and buffer.first <= buffers[other].last
+            (placed[other], placed[other] + buffers[other].size) for other in rivals[index] if other in placed
         )
-        placed[index] = _best_gap(taken, buffer.size, alignment)
+        placed[index] = _best_gap(taken, buffers[index].size, alignment)
     return tuple(placed[index] for index in range(len(buffers)))
 
 

@@ -1,68 +1,49 @@
-"""Decide what stays in the scratchpad, tile every operator into the rest, and give everything an address.
+"""Plan a region: what stays in the scratchpad, how every operator is cut, what runs as a cascade, and every address.
 
-Intermediate feature maps live in the scratchpad from their first writer to their last reader. Where that leaves an
-operator without room for its smallest tile, the largest map alive there is evicted to external memory, through which
-its users then stream it. A region's outputs that nobody inside reads are streamed out too. The constants of an
-operator's first tile are fetched during the operator before it where there is room.
+Two schedules compete, without cascades and with those that the search finds; the cheaper one by the simulator's prices
+wins.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.backends.npu_layers import Copy, Moves, Recipe
-from qcompiler.backends.npu_layout import (
-    Layout,
-    View,
-    dense_strides,
-    engine_strides,
-    is_dense,
-    operand_strides,
-    restride,
-)
+from qcompiler.backends.npu_cascade_loops import Cascade, CascadedWork
+from qcompiler.backends.npu_cascade_plan import CascadePlan, Planner, Stage
+from qcompiler.backends.npu_cascade_search import RegionCascades, Search, singles
+from qcompiler.backends.npu_clock import TargetClock
+from qcompiler.backends.npu_constants import BLOB_ALIGNMENT, Constants, constants_of
+from qcompiler.backends.npu_emit import WordEmitter
+from qcompiler.backends.npu_layers import Copy, Recipe
+from qcompiler.backends.npu_layout import Layout, View, dense_strides, is_dense, restride
 from qcompiler.backends.npu_loops import Fill, Placed, TiledWork, Transfer
-from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
-from qcompiler.backends.npu_tiling import MapOperand, Prices, Strides4, Tiling, Work, choose_tiling, fills_blocks
-from qcompiler.graph import Shape, const_of, dtype_of, element_count, shape_of, value_name
+from qcompiler.backends.npu_maps import RegionMaps, root_bytes
+from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, plan_memory
+from qcompiler.backends.npu_program import Step, emit_program
+from qcompiler.backends.npu_tiling import Prices, Tiling, Work
+from qcompiler.backends.npu_units import Fit, NoRoomError, Residency, Tilings, Unit, buffer_name
+from qcompiler.graph import Shape, dtype_of, element_count, shape_of, value_name
 from qcompiler.partition import Region
 from qcompiler.simulator import isa
-from qcompiler.target import Npu
-
-BLOB_ALIGNMENT = 16
-"""Each constant starts at a multiple of this, so that DMA bursts are whole."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One node: what to emit for it. A node whose output is only a view has nothing."""
-
-    node: str
-    op: str
-    work: TiledWork | None
-    fills: tuple[Fill | Transfer, ...]
-    """What comes before the copies, which write over parts of it."""
-    copies: tuple[Transfer, ...]
-    exports: tuple[Transfer, ...]
-    """Region outputs to copy out once this node is done."""
-    allocs: tuple[tuple[int, int], ...]
-    """Scratchpad reservations that begin here: offset, bytes."""
-    frees: tuple[tuple[int, int], ...]
-    prefetch: int | None
-    """The step whose first constants are fetched beside this one's last tile."""
-    prefetched: bool
+from qcompiler.simulator.cost import RegionCost, price
+from qcompiler.simulator.weight_code import EncodedSpan
+from qcompiler.target import Target
 
 
 @dataclass(frozen=True)
 class Schedule:
     steps: tuple[Step, ...]
+    cascades: tuple[Cascade, ...]
     scratchpad: MemoryPlan
     workspace: MemoryPlan
     evicted: tuple[str, ...]
     """Intermediate values that did not stay in the scratchpad."""
     blob: np.ndarray
     """uint8: all constants."""
+    encoded: tuple[EncodedSpan, ...]
+    """Where in the constants weights lie that the target keeps encoded."""
 
 
 @dataclass(frozen=True)
@@ -81,387 +62,237 @@ def bases_of(region: Region) -> Bases:
     return Bases(tuple(range(1, blob)), blob, tuple(range(blob + 1, workspace)), workspace)
 
 
-@dataclass
-class _Blob:
-    """Constants under construction; equal bytes are stored once."""
+def schedule(
+    region: Region, recipes: Sequence[Recipe], layout: Layout, target: Target, units: Sequence[Unit] | None = None
+) -> Schedule:
+    """Plan a region whose every smallest tile fits: ask `npu.can_run` first.
 
-    parts: list[bytes] = field(default_factory=list)
-    offsets: dict[bytes, int] = field(default_factory=dict)
-    size: int = 0
+    Args:
+        units: how to cut it, if that is not to be found out.
 
-    def add(self, data: bytes) -> int:
-        if data not in self.offsets:
-            self.offsets[data] = self.size
-            self.parts.append(data + bytes(-len(data) % BLOB_ALIGNMENT))
-            self.size += len(self.parts[-1])
-        return self.offsets[data]
-
-    def array(self) -> np.ndarray:
-        return np.frombuffer(b"".join(self.parts) or bytes(BLOB_ALIGNMENT), np.uint8)
-
-
-@dataclass(frozen=True)
-class _Life:
-    first: int
-    last: int
-    reads: int
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A residency with tilings that fit by size; addresses are not yet known to exist."""
-
-    tilings: tuple[Tiling | None, ...]
-    buffers: tuple[Buffer, ...]
-    prefetched: frozenset[int]
-
-    @property
-    def cycles(self) -> float:
-        return sum(tiling.cycles for tiling in self.tilings if tiling is not None)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """A draft whose buffers all have places."""
-
-    draft: _Draft
-    plan: MemoryPlan
-    evicted: frozenset[ir.Value]
-
-
-_PATTERN = 256
-"""Bytes of a constant that fills are copied from."""
-
-_EVICTION_TRIALS = 24
-
-_SLIMMING = 0.01
-"""Share of the cycles of traffic that may be paid for a smaller peak."""
-
-_SLIMMING_TRIALS = 24
-
-
-def schedule(region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> Schedule:
-    """Raises AssertionError if some smallest tile does not fit: ask `npu.can_run` first."""
-    return _Scheduler(region, recipes, layout, npu).run()
+    Raises:
+        NoRoomError: a cascade that was asked for does not fit.
+    """
+    scheduler = _Scheduler(RegionMaps(region, recipes, layout), target)
+    return scheduler.run() if units is None else scheduler.cut(units)
 
 
 class _Scheduler:
-    def __init__(self, region: Region, recipes: Sequence[Recipe], layout: Layout, npu: Npu) -> None:
-        self.region, self.recipes, self.layout = region, recipes, layout
-        self.bases = bases_of(region)
-        self.prices = Prices.of(npu)
-        self.keeps_feature_maps = npu.keeps_feature_maps
-        self.alignment = max(npu.scratchpad.alignment, 1)
-        self.capacity = npu.scratchpad.size // self.alignment * self.alignment
-        self.inside = {value: index for index, node in enumerate(region.nodes) for value in node.outputs}
-        self.lives = self._lives()
-        self.tiling_cache: dict[tuple[int, tuple[bool, ...], int], Tiling | None] = {}
-        self.blob = _Blob()
-
-    # --- lifetimes ---
-
-    def _root(self, value: ir.Value | None) -> ir.Value:
-        assert value is not None
-        return self.layout.views[value].root
-
-    def _lives(self) -> dict[ir.Value, _Life]:
-        """When the roots made inside the region are in use."""
-        steps: dict[ir.Value, list[int]] = {}
-        reads: dict[ir.Value, int] = {}
-        for index, (node, recipe) in enumerate(zip(self.region.nodes, self.recipes, strict=True)):
-            if isinstance(recipe, Work):
-                sources, outputs = [operand.source for operand in recipe.maps], [0]
-            else:
-                copies = self.layout.copies[index]
-                sources = [copy.source for copy in copies]
-                outputs = [copy.output for copy in copies] + ([0] if recipe.fill is not None else [])
-            for output in outputs:
-                steps.setdefault(self._root(node.outputs[output]), []).append(index)
-            for source in sources:
-                root = self._root(node.inputs[source])
-                reads[root] = reads.get(root, 0) + 1
-                steps.setdefault(root, []).append(index)
-        for value in self.region.outputs:
-            steps[self._root(value)].append(self.inside[value])
-        # A value may also be a view of an input or a constant, which have homes already.
-        return {
-            root: _Life(min(used), max(used), reads.get(root, 0)) for root, used in steps.items() if root in self.inside
-        }
-
-    # --- residency and tiling ---
+    def __init__(self, maps: RegionMaps, target: Target) -> None:
+        assert target.npu is not None, f"{target.name} has no accelerator"
+        self.maps, self.target, self.npu = maps, target, target.npu
+        self.bases = bases_of(maps.region)
+        self.prices = Prices.of(self.npu)
+        self.alignment = max(self.npu.scratchpad.alignment, 1)
+        self.capacity = self.npu.scratchpad.size // self.alignment * self.alignment
+        self.constants = constants_of(maps, coded=self.npu.weight_code == "golomb_rice")
+        self.clock = TargetClock(target, self.constants, self.bases.blob)
+        self.cascades = RegionCascades(maps, Planner(self.prices, self.alignment, self.clock))
+        self.tilings = Tilings(maps, self.prices, self.alignment)
 
     def run(self) -> Schedule:
-        outputs = {self._root(value) for value in self.region.outputs}
-        if self.keeps_feature_maps:
-            streamed = {root for root, life in self.lives.items() if life.reads == 0 and root in outputs}
-        else:
-            streamed = set(self.lives)
-        fit = self._fit(streamed)
-        return self._finish(self._slim(self._improve(fit) if len(fit.evicted) > len(streamed) else fit))
+        streamed = self._streamed()
+        try:
+            residency = self._residency(singles(len(self.maps.recipes)))
+            fit = residency.fit(streamed)
+            crowded = len(fit.evicted) > len(streamed)
+            fit = residency.improved(fit) if crowded else fit
+            best = self._placed(residency.slimmed(fit))
+        except NoRoomError as error:
+            node = self.maps.region.nodes[error.unit.first]
+            raise AssertionError(
+                f"{node.op_type} {node.name} does not fit an empty scratchpad; can_run would have said so"
+            ) from error
+        if crowded and self.npu.rolling_buffers and self.npu.keeps_feature_maps:
+            best = self._with_cascades(best, streamed)
+        return best
 
-    def _fit(self, evicted: Iterable[ir.Value], limits: Sequence[int] | None = None) -> _Fit:
-        """A schedule whose buffers have places, at least these roots being evicted, tiles being within limits."""
-        out = set(evicted)
-        limits = [self.capacity] * len(self.recipes) if limits is None else list(limits)
-        alone: set[int] = set()
-        while True:
-            draft = self._draft(out, limits, alone)
-            if isinstance(draft, int):
-                out.add(self._victim(draft, out))
-                continue
-            plan = plan_memory(draft.buffers, self.alignment)
-            if plan.peak <= self.capacity:
-                return _Fit(draft, plan, frozenset(out))
-            self._relax(draft, plan, out, limits, alone)
+    def cut(self, units: Sequence[Unit]) -> Schedule:
+        residency = self._residency(units)
+        return self._placed(residency.slimmed(residency.fit(self._streamed())))
 
-    def _improve(self, fit: _Fit) -> _Fit:
-        """Where space is short, a resident map may cost its neighbours more than it saves: try to do without it."""
-        residents = [root for root in self.lives if root not in fit.evicted]
-        residents.sort(key=lambda root: (-self._size(root), value_name(root)))
-        for root in residents[:_EVICTION_TRIALS]:
-            out = {*fit.evicted, root}
-            draft = self._draft(out, [self.capacity] * len(self.recipes), set())
-            if not isinstance(draft, int) and draft.cycles < fit.draft.cycles:
-                trial = self._fit(out)
-                fit = trial if trial.draft.cycles < fit.draft.cycles else fit
-        return fit
+    def _streamed(self) -> frozenset[ir.Value]:
+        """What never stays in the scratchpad."""
+        if not self.npu.keeps_feature_maps:
+            return frozenset(self.maps.lives)
+        return frozenset(
+            root for root, life in self.maps.lives.items() if life.reads == 0 and root in self.maps.outputs
+        )
 
-    def _slim(self, fit: _Fit) -> _Fit:
-        """Tile finer where the scratchpad is fullest, as long as that costs next to nothing."""
-        affordable = fit.draft.cycles * (1 + _SLIMMING)
-        limits = [self.capacity] * len(self.recipes)
-        for _ in range(_SLIMMING_TRIALS):
-            live = [live_bytes(fit.plan.buffers, step, self.alignment) for step in range(len(self.recipes))]
-            fullest = max(range(len(live)), key=live.__getitem__, default=0)
-            steps = [
-                (sum(tiling.buffers), index)
-                for index, tiling in enumerate(fit.draft.tilings)
-                if tiling is not None and (index == fullest or (index - 1 == fullest and index in fit.draft.prefetched))
-            ]
-            size, index = max(steps, default=(0, 0))
-            if not size:
-                break
-            limits[index] = size - 1
-            work = self.recipes[index]
-            assert isinstance(work, Work), "only works are tiled"
-            finer = self._tiling(index, work, set(fit.evicted), size - 1)
-            if finer is None or not fills_blocks(finer, work):
-                break
-            trial = self._fit(fit.evicted, limits)
-            if trial.evicted != fit.evicted or trial.plan.peak > fit.plan.peak or trial.draft.cycles > affordable:
-                break
-            fit = trial
-        return fit
+    def _residency(self, units: Sequence[Unit]) -> Residency:
+        return Residency(self.maps, units, self.cascades, self.tilings, self.capacity, self.alignment)
 
-    def _draft(self, evicted: set[ir.Value], limits: Sequence[int], alone: set[int]) -> _Draft | int:
-        """Tilings for a residency, or the step that has no room. `alone`: steps that may not be prefetched."""
-        residents = [
-            Buffer(value_name(root), self._size(root), life.first, life.last)
-            for root, life in self.lives.items()
-            if root not in evicted
-        ]
-        tilings: list[Tiling | None] = []
-        tiles: list[Buffer] = []
-        for index, recipe in enumerate(self.recipes):
-            if isinstance(recipe, Moves):
-                tilings.append(None)
-                if live_bytes(residents, index, self.alignment) > self.capacity:
-                    return index
-                continue
-            free = self.capacity - live_bytes(residents, index, self.alignment)
-            tiling = self._tiling(index, recipe, evicted, min(free, limits[index]))
-            if tiling is None:
-                return index
-            tilings.append(tiling)
-            tiles += [
-                Buffer(_tile_name(index, number), size, index, index)
-                for number, size in enumerate(tiling.buffers)
-                if size
-            ]
-        return self._prefetch(tilings, residents + tiles, alone)
+    def _with_cascades(self, best: Schedule, streamed: frozenset[ir.Value]) -> Schedule:
+        """The schedule that the search proposes, if it is no slower, takes no more energy, and is better in one."""
+        search = Search(self.cascades, self.tilings, self.clock, streamed, self.capacity, self.alignment)
+        proposal = search.propose()
+        if not any(unit.cascaded for unit in proposal.units):
+            return best
+        residency = self._residency(proposal.units)
+        try:
+            fit = residency.improved(residency.fit(streamed | proposal.outside))
+        except NoRoomError:
+            return best
+        without = self._price(best)
+        rank = _rank(without)
+        for each in (residency.slimmed(fit), fit):
+            schedule = self._placed(each)
+            cost = self._price(schedule)
+            if cost.energy.total <= without.energy.total and _rank(cost) < rank:
+                best, rank = schedule, _rank(cost)
+        return best
 
-    def _tiling(self, index: int, work: Work, evicted: set[ir.Value], budget: int) -> Tiling | None:
-        node = self.region.nodes[index]
-        resident = tuple(self._is_resident(self._root(node.inputs[operand.source]), evicted) for operand in work.maps)
-        resident = (*resident, self._is_resident(self._root(node.outputs[0]), evicted))
-        key = (index, resident, budget)
-        if key not in self.tiling_cache:
-            self.tiling_cache[key] = (
-                choose_tiling(work, resident, budget, self.alignment, self.prices) if budget >= 0 else None
-            )
-        return self.tiling_cache[key]
+    def _price(self, schedule: Schedule) -> RegionCost:
+        emit, blob = WordEmitter(), self.bases.blob
+        emit_program(emit, schedule.steps, schedule.cascades)
+        return price(emit.words, self.target, {blob: self.npu.weight_memory}, {blob: self.constants.encoded})
 
-    def _is_resident(self, root: ir.Value, evicted: set[ir.Value]) -> bool:
-        return root in self.lives and root not in evicted
+    def _placed(self, fit: Fit) -> Schedule:
+        return _Placer(self.maps, self.bases, self.constants, self.alignment, fit).run()
 
-    def _prefetch(self, tilings: Sequence[Tiling | None], buffers: list[Buffer], alone: set[int]) -> _Draft:
-        """Let constants' buffers begin at the operator before, wherever the bytes suffice."""
-        by_name = {buffer.name: position for position, buffer in enumerate(buffers)}
-        prefetched: set[int] = set()
-        previous: int | None = None
-        for index, (tiling, recipe) in enumerate(zip(tilings, self.recipes, strict=True)):
-            if tiling is None or not isinstance(recipe, Work):
-                continue
-            streams = 0 if tiling.in_place else len(recipe.streams)
-            names = [_tile_name(index, len(recipe.maps) + number) for number in range(streams)]
-            extra = sum(buffers[by_name[name]].size for name in names)
-            if previous is not None and names and index not in alone:
-                live = [live_bytes(buffers, step, self.alignment) for step in range(previous, index)]
-                if max(live) + extra <= self.capacity:
-                    prefetched.add(index)
-                    for name in names:
-                        old = buffers[by_name[name]]
-                        buffers[by_name[name]] = Buffer(old.name, old.size, previous, old.last)
-            previous = index
-        return _Draft(tuple(tilings), tuple(buffers), frozenset(prefetched))
 
-    def _relax(
-        self, draft: _Draft, plan: MemoryPlan, evicted: set[ir.Value], limits: list[int], alone: set[int]
-    ) -> None:
-        """Placement failed though the bytes suffice: give up a prefetch, else tile finer, else evict."""
-        over = [
-            buffer
-            for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
-            if offset + buffer.size > self.capacity
-        ]
-        first, last = min(buffer.first for buffer in over), max(buffer.last for buffer in over)
-        guilty = {index for index in draft.prefetched if first <= index <= last + 1} - alone
-        if guilty:
-            alone |= guilty
-            return
-        steps = [step for step in range(first, last + 1) if draft.tilings[step] is not None]
-        live = {step: live_bytes(plan.buffers, step, self.alignment) for step in range(first, last + 1)}
-        for step in sorted(steps, key=lambda step: -live[step]):
-            tiling = draft.tilings[step]
-            assert tiling is not None
-            smaller = sum(tiling.buffers) * 3 // 4
-            work = self.recipes[step]
-            assert isinstance(work, Work)
-            if self._tiling(step, work, evicted, smaller) is not None:
-                limits[step] = smaller
-                return
-        evicted.add(self._victim(max(live, key=lambda step: live[step]), evicted))
+def _rank(cost: RegionCost) -> tuple[int, float]:
+    return cost.cycles, cost.energy.total
 
-    def _victim(self, step: int, evicted: set[ir.Value]) -> ir.Value:
-        """The largest resident map alive at a step."""
-        alive = [root for root, life in self.lives.items() if root not in evicted and life.first <= step <= life.last]
-        node = self.region.nodes[step]
-        assert alive, f"{node.op_type} {node.name} does not fit an empty scratchpad; can_run would have said so"
-        return max(alive, key=lambda root: (self._size(root), value_name(root)))
 
-    @staticmethod
-    def _size(root: ir.Value) -> int:
-        return element_count(shape_of(root)) * _element(root)
+# --- addresses -------------------------------------------------------------------------------------------------------
 
-    # --- addresses ---
 
-    def _finish(self, fit: _Fit) -> Schedule:
-        draft, plan, evicted = fit.draft, fit.plan, fit.evicted
-        homes: dict[ir.Value, tuple[int, int]] = {}
+class _Placer:
+    """Gives everything of a fit its address."""
+
+    def __init__(self, maps: RegionMaps, bases: Bases, constants: Constants, alignment: int, fit: Fit) -> None:
+        self.maps, self.region, self.layout = maps, maps.region, maps.layout
+        self.bases, self.constants, self.alignment, self.fit = bases, constants, alignment, fit
+        self.offsets = {
+            buffer.name: offset for buffer, offset in zip(fit.memory.buffers, fit.memory.offsets, strict=True)
+        }
+        self.homes: dict[ir.Value, tuple[int, int]] = {
+            root: (bases.blob, offset) for root, offset in constants.roots.items()
+        }
+
+    def run(self) -> Schedule:
         for value, base in zip(self.region.inputs, self.bases.inputs, strict=True):
-            homes[value] = (base, 0)
+            self.homes[value] = (base, 0)
         for value, base in zip(self.region.outputs, self.bases.outputs, strict=True):
             view = self.layout.views[value]
-            if view.root in evicted and view.root not in homes and self._is_whole(value, view):
-                homes[view.root] = (base, 0)
-        spilled = [root for root in self.lives if root in evicted and root not in homes]
+            if view.root in self.fit.evicted and view.root not in self.homes and self._is_whole(value, view):
+                self.homes[view.root] = (base, 0)
+        inside = self._inside_cascades()
+        lives = {root: life for root, life in self.maps.lives.items() if root not in inside}
+        spilled = [root for root in lives if root in self.fit.evicted and root not in self.homes]
         workspace = plan_memory(
-            [
-                Buffer(value_name(root), self._size(root), self.lives[root].first, self.lives[root].last)
-                for root in spilled
-            ],
-            BLOB_ALIGNMENT,
+            [Buffer(value_name(root), root_bytes(root), *self._widened(root)) for root in spilled], BLOB_ALIGNMENT
         )
-        for root in self.lives:
-            if root not in evicted:
-                homes[root] = (isa.SCRATCHPAD, plan.offset_of(value_name(root)))
+        for root in lives:
+            if root not in self.fit.evicted:
+                self.homes[root] = (isa.SCRATCHPAD, self.offsets[value_name(root)])
         for root in spilled:
-            homes[root] = (self.bases.workspace, workspace.offset_of(value_name(root)))
-        offsets = {buffer.name: offset for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)}
-        steps = tuple(self._step(index, draft, plan, homes, offsets) for index in range(len(self.recipes)))
-        names = tuple(sorted(value_name(root) for root in spilled))
-        return Schedule(steps, plan, workspace, names, self.blob.array())
+            self.homes[root] = (self.bases.workspace, workspace.offset_of(value_name(root)))
+        steps = tuple(step for number in range(len(self.fit.units)) for step in self._steps(number))
+        return Schedule(
+            steps,
+            tuple(
+                self._cascade(unit, plan)
+                for unit, plan in zip(self.fit.units, self.fit.draft.plans, strict=True)
+                if isinstance(plan, CascadePlan)
+            ),
+            self.fit.memory,
+            workspace,
+            tuple(sorted(value_name(root) for root in spilled)),
+            self.constants.data,
+            self.constants.encoded,
+        )
+
+    def _inside_cascades(self) -> set[ir.Value]:
+        return {
+            root
+            for unit in self.fit.units
+            if unit.cascaded
+            for root, life in self.maps.lives.items()
+            if unit.first <= life.first and life.last <= unit.last and root not in self.maps.outputs
+        }
+
+    def _widened(self, root: ir.Value) -> tuple[int, int]:
+        """Steps in which a map is in use, those of a cascade being one."""
+        life = self.maps.lives[root]
+        first = next(unit.first for unit in self.fit.units if unit.first <= life.first <= unit.last)
+        return first, next(unit.last for unit in self.fit.units if unit.first <= life.last <= unit.last)
 
     def _is_whole(self, value: ir.Value, view: View) -> bool:
         same_size = element_count(shape_of(value)) == element_count(shape_of(view.root))
         return view.offset == 0 and same_size and is_dense(shape_of(value), view.strides)
 
-    def _step(
-        self,
-        index: int,
-        draft: _Draft,
-        plan: MemoryPlan,
-        homes: dict[ir.Value, tuple[int, int]],
-        offsets: dict[str, int],
-    ) -> Step:
-        node, recipe = self.region.nodes[index], self.recipes[index]
-        work: TiledWork | None = None
-        fills: tuple[Fill | Transfer, ...] = ()
-        copies: tuple[Transfer, ...] = ()
-        if isinstance(recipe, Work):
-            tiling = draft.tilings[index]
-            assert tiling is not None
-            work = TiledWork(
-                recipe,
-                tiling,
-                tuple(self._read_at(node.inputs[operand.source], operand, homes) for operand in recipe.maps),
-                self._written_at(node.outputs[0], recipe, homes),
-                tuple(offsets.get(_tile_name(index, number), -1) for number in range(len(tiling.buffers))),
-                self.bases.blob,
-                tuple(self.blob.add(stream.data) for stream in recipe.streams),
-            )
-        else:
-            copies = tuple(self._transfer(node, copy, homes) for copy in self.layout.copies[index])
-            if recipe.fill is not None:
-                fills = self._fills(node.outputs[0], recipe.fill, homes)
+    # --- steps ---
+
+    def _steps(self, number: int) -> list[Step]:
+        unit, plan, draft = self.fit.units[number], self.fit.draft.plans[number], self.fit.draft
         spans = [
             (buffer, (offset, aligned(buffer.size, self.alignment)))
-            for buffer, offset in zip(plan.buffers, plan.offsets, strict=True)
+            for buffer, offset in zip(self.fit.memory.buffers, self.fit.memory.offsets, strict=True)
         ]
-        following = next((later for later in range(index + 1, len(self.recipes)) if draft.tilings[later]), None)
-        return Step(
-            node.name or value_name(node.outputs[0]),
-            node.op_type,
+        following = next((later for later in range(number + 1, len(draft.plans)) if draft.plans[later]), None)
+        fetches = plan is not None and following in draft.prefetched
+        steps: list[Step] = []
+        for index in range(unit.first, unit.last + 1):
+            node, recipe = self.region.nodes[index], self.maps.recipes[index]
+            work: TiledWork | None = None
+            fills: tuple[Fill | Transfer, ...] = ()
+            copies: tuple[Transfer, ...] = ()
+            if isinstance(recipe, Work):
+                work = self._tiled(index, recipe, plan) if isinstance(plan, Tiling) else None
+            else:
+                copies = tuple(self._transfer(node, copy) for copy in self.layout.copies[index])
+                if recipe.fill is not None:
+                    fills = self._fills(index, node.outputs[0], recipe.fill)
+            is_first, is_last = index == unit.first, index == unit.last
+            steps.append(
+                Step(
+                    node.name or value_name(node.outputs[0]),
+                    node.op_type,
+                    work,
+                    fills,
+                    copies,
+                    self._exports(index),
+                    tuple(span for buffer, span in spans if is_first and buffer.first == number),
+                    tuple(span for buffer, span in spans if is_last and buffer.last == number),
+                    self.fit.units[following].first if is_last and fetches and following is not None else None,
+                    is_first and number in draft.prefetched,
+                )
+            )
+        return steps
+
+    def _tiled(self, index: int, work: Work, tiling: Tiling) -> TiledWork:
+        node, unit = self.region.nodes[index], Unit(index, index)
+        return TiledWork(
             work,
-            fills,
-            copies,
-            self._exports(index, homes),
-            tuple(span for buffer, span in spans if buffer.first == index),
-            tuple(span for buffer, span in spans if buffer.last == index),
-            following if work is not None and following in draft.prefetched else None,
-            index in draft.prefetched,
+            tiling,
+            tuple(
+                Placed(*self._address(node.inputs[operand.source]), self.maps.read(index, operand)[1])
+                for operand in work.maps
+            ),
+            Placed(*self._address(node.outputs[0]), self.maps.written(index, work)[1]),
+            tuple(self.offsets.get(buffer_name(unit, number), -1) for number in range(len(tiling.buffers))),
+            self.bases.blob,
+            self.constants.streams[index],
         )
 
-    def _address(self, value: ir.Value | None, homes: dict[ir.Value, tuple[int, int]]) -> tuple[int, int]:
+    def _address(self, value: ir.Value | None) -> tuple[int, int]:
         assert value is not None
         view = self.layout.views[value]
-        if view.root not in homes:
-            constant = const_of(view.root)
-            assert constant is not None, f"{view.root.name} is neither made in the region nor given to it"
-            homes[view.root] = (self.bases.blob, self.blob.add(np.ascontiguousarray(constant).tobytes()))
-        base, offset = homes[view.root]
-        return base, offset + view.offset * _element(value)
+        assert view.root in self.homes, f"{view.root.name} is neither made in the region nor given to it"
+        base, offset = self.homes[view.root]
+        return base, offset + view.offset * dtype_of(value).itemsize
 
-    def _read_at(self, value: ir.Value | None, operand: MapOperand, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
-        assert value is not None
-        strides = operand_strides(shape_of(value), self.layout.views[value].strides, operand)
-        assert strides is not None, f"{value.name} was laid out so that its users cannot follow"
-        return Placed(*self._address(value, homes), _in_bytes(strides, operand.element))
-
-    def _written_at(self, value: ir.Value, work: Work, homes: dict[ir.Value, tuple[int, int]]) -> Placed:
-        strides = engine_strides(shape_of(value), self.layout.views[value].strides, work.ofm)
-        assert strides is not None, f"{value.name} was laid out so that its producer cannot follow"
-        return Placed(*self._address(value, homes), _in_bytes(strides, work.element))
-
-    def _transfer(self, node: ir.Node, copy: Copy, homes: dict[ir.Value, tuple[int, int]]) -> Transfer:
+    def _transfer(self, node: ir.Node, copy: Copy) -> Transfer:
         source, output = node.inputs[copy.source], node.outputs[copy.output]
         assert source is not None
         src = restride(shape_of(source), self.layout.views[source].strides, copy.src_shape)
         dst = restride(shape_of(output), self.layout.views[output].strides, copy.dst_shape)
         assert src is not None and dst is not None, f"{node.name} was laid out so that it cannot be copied"
-        src_base, src_offset = self._address(source, homes)
-        dst_base, dst_offset = self._address(output, homes)
-        element = _element(output)
+        src_base, src_offset = self._address(source)
+        dst_base, dst_offset = self._address(output)
+        element = dtype_of(output).itemsize
         return _of_elements(
             element,
             dst_base,
@@ -473,40 +304,68 @@ class _Scheduler:
             copy.box,
         )
 
-    def _fills(
-        self, value: ir.Value, element: bytes, homes: dict[ir.Value, tuple[int, int]]
-    ) -> tuple[Fill | Transfer, ...]:
+    def _fills(self, index: int, value: ir.Value, element: bytes) -> tuple[Fill | Transfer, ...]:
         """Every element of a value set to one: by a fill, or from a constant where its bytes differ."""
-        base, offset = self._address(value, homes)
-        size = self._size(value)
-        if len(set(element)) == 1:
+        base, offset = self._address(value)
+        size = root_bytes(value)
+        if index not in self.constants.fills:
             return (Fill(base, offset, size, element[0]),)
-        run = min(size, _PATTERN)
-        source = self.blob.add(element * (run // len(element)))
+        source, run = self.constants.fills[index]
         whole, rest = divmod(size, run)
         repeated = Transfer(base, offset, (run, 1), self.bases.blob, source, (0, 1), (whole, run))
         last = Transfer(base, offset + whole * run, (1,), self.bases.blob, source, (1,), (rest,))
         return (repeated, last) if rest else (repeated,)
 
-    def _exports(self, index: int, homes: dict[ir.Value, tuple[int, int]]) -> tuple[Transfer, ...]:
+    def _exports(self, index: int) -> tuple[Transfer, ...]:
         exports: list[Transfer] = []
         for value, base in zip(self.region.outputs, self.bases.outputs, strict=True):
-            src_base, src_offset = self._address(value, homes)
-            if self.inside[value] == index and src_base != base:
+            src_base, src_offset = self._address(value)
+            if self.maps.inside[value] == index and src_base != base:
                 shape, strides = shape_of(value), self.layout.views[value].strides
-                dense = dense_strides(shape)
-                exports.append(_of_elements(_element(value), base, 0, dense, src_base, src_offset, strides, shape))
+                element, dense = dtype_of(value).itemsize, dense_strides(shape)
+                exports.append(_of_elements(element, base, 0, dense, src_base, src_offset, strides, shape))
         return tuple(exports)
 
+    # --- cascades ---
 
-def _element(value: ir.Value) -> int:
-    """Bytes of one."""
-    return dtype_of(value).itemsize
+    def _cascade(self, unit: Unit, plan: CascadePlan) -> Cascade:
+        buffers = [self.offsets.get(buffer_name(unit, number), -1) for number in range(len(plan.buffers))]
+        rolls, streams = buffers[: len(plan.rolls)], iter(buffers[len(plan.rolls) :])
+        arriving = {(load.roll) for load in plan.loads}
+        works = tuple(
+            self._cascaded(stage, plan, arriving, tuple(next(streams) for _ in stage.streams)) for stage in plan.stages
+        )
+        return Cascade(plan, works, tuple(rolls), self.bases.blob)
 
-
-def _in_bytes(strides: Strides4, element: int) -> Strides4:
-    n, y, x, c = strides
-    return n * element, y * element, x * element, c * element
+    def _cascaded(self, stage: Stage, plan: CascadePlan, arriving: set[int], buffers: tuple[int, ...]) -> CascadedWork:
+        node, work = self.region.nodes[stage.step], self.maps.recipes[stage.step]
+        assert isinstance(work, Work), "stages compute"
+        maps: list[Placed] = []
+        homes: list[Placed | None] = []
+        for operand, roll in zip(work.maps, stage.maps, strict=True):
+            value = node.inputs[operand.source]
+            offset, strides = self.maps.read(stage.step, operand)
+            outside = Placed(*self._address(value), strides) if roll < 0 or roll in arriving else None
+            if outside is not None and roll < 0:
+                maps.append(outside)
+            elif outside is not None:
+                pixel = operand.shape[3] * operand.element
+                maps.append(Placed(isa.SCRATCHPAD, 0, (0, plan.rolls[roll].pitch, pixel, operand.element)))
+            else:
+                maps.append(Placed(isa.SCRATCHPAD, offset, strides))
+            homes.append(outside if roll >= 0 else None)
+        root = self.maps.root(node.outputs[0])
+        offset, strides = self.maps.written(stage.step, work)
+        target = Placed(*self._address(node.outputs[0]), strides) if root in self.homes else None
+        ofm = Placed(isa.SCRATCHPAD, offset, strides)
+        if stage.ofm < 0:
+            assert target is not None and target.resident, "an OFM without a rolling buffer is in the scratchpad"
+            ofm, target = target, None
+        elif not any(stage.ofm == roll for other in plan.stages for roll in other.maps):
+            # Nobody here reads it: its rows lie close together until they leave.
+            pixel = work.ofm[3] * work.element
+            ofm = Placed(isa.SCRATCHPAD, 0, (0, plan.rolls[stage.ofm].pitch, pixel, work.element))
+        return CascadedWork(work, tuple(maps), ofm, tuple(homes), target, self.constants.streams[stage.step], buffers)
 
 
 def _of_elements(
@@ -529,8 +388,3 @@ def _of_elements(
         (*(stride * element for stride in src_strides), 1),
         (*box, element),
     )
-
-
-def _tile_name(step: int, number: int) -> str:
-    """Tile buffers are named apart from values by a character that no ONNX name starts with here."""
-    return f"\0{step}.{number}"

@@ -296,6 +296,10 @@ class Tiling:
     """Scratchpad bytes of all slots: one entry per feature map, one per stream, one for the OFM; 0 = none needed."""
     moved: int
     """Bytes of DMA traffic."""
+    transfer: float
+    """Cycles of DMA."""
+    exposed: float
+    """Those of feature maps before the first tile and after the last."""
     cycles: float
     """What `choose_tiling` reckons it costs, MACs aside."""
 
@@ -500,7 +504,7 @@ def _evaluate(
     by_axis = dict(zip("nyxc", counts, strict=True))
     tiles = counts[0] * counts[1] * counts[2] * counts[3]
     moved = in_tile = 0
-    cycles = waited = 0.0
+    cycles = waited = exposed = 0.0
     for operand, is_resident in zip(work.maps, resident, strict=False):
         y, x, c = extents(operand, tile)
         part = y * x * c * operand.element
@@ -512,7 +516,7 @@ def _evaluate(
             size *= _total(span, outputs, length) if span.follows else span.extent(length)
         run = _run((x, y, c) if operand.transposed else (y, x, c), operand.memory_shape) * operand.element
         cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
-        waited += prices.maps.cycles(1, part, run)
+        exposed += prices.maps.cycles(1, part, run)
         moved += size
     if in_place and prices.in_place is not None:
         cycles += sum(len(stream.data) for stream in work.streams) * prices.in_place.cycles_per_byte
@@ -528,11 +532,11 @@ def _evaluate(
     if not resident[-1]:
         size, run = element_count(work.ofm) * work.element, _run(tile, work.ofm) * work.element
         cycles += prices.maps.cycles(tiles, size, run)
-        waited += prices.maps.cycles(1, last, run)
+        exposed += prices.maps.cycles(1, last, run)
         moved += size
     engine = tiles * (in_tile * prices.engine_cycles_per_byte + TILE_CYCLES)
-    total = engine + cycles + (waited if slots == 2 else cycles)
-    return Tiling(*tile, order, slots, counts, in_place, buffers, moved, total)
+    total = engine + cycles + (waited + exposed if slots == 2 else cycles)
+    return Tiling(*tile, order, slots, counts, in_place, buffers, moved, cycles, exposed, total)
 
 
 def _run(tile: tuple[int, int, int], shape: Dims4) -> int:

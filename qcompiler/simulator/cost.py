@@ -168,6 +168,25 @@ def price(
     return pricer.result()
 
 
+class Operations:
+    """Prices single operations, nothing else being under way. Arguments as of `price`."""
+
+    def __init__(
+        self,
+        target: Target,
+        bases: Mapping[int, str] | None = None,
+        encoded: Mapping[int, Sequence[EncodedSpan]] | None = None,
+    ) -> None:
+        assert target.npu is not None, f"{target.name} has no accelerator"
+        self._pricer = _Pricer(target, target.npu, bases or {}, encoded or {})
+
+    def cycles(self, words: Sequence[int]) -> int:
+        """What the operation takes that ends a command stream."""
+        self._pricer.read(words)
+        task = self._pricer.issued.pop().job.task
+        return task.setup + task.moving
+
+
 def host_cost(host: Host, *, precision: str, macs: int, elements: int, transferred: int) -> HostCost:
     """One operator on the CPU, all threads: its MACs at their precision's rate, then its outputs.
 
@@ -351,12 +370,17 @@ class _Pricer:
         self.channels = dict.fromkeys(npu.engines, 1) | {name: dma.channels for name, dma in npu.dma.items()}
         self.reserved = self.peak = self.top = 0
 
-    def run(self, words: list[int]) -> None:
+    def run(self, words: Sequence[int]) -> None:
+        self.read(words)
+        self._settle()
+
+    def read(self, words: Sequence[int]) -> None:
+        """All commands; those after the last barrier stay issued."""
         registers: dict[int, Words] = {}
         empty: Words = ()
         ifm: list[Words] = [empty, empty]
         layer, position, index = PROLOGUE, 0, 0
-        self.layers[PROLOGUE] = _Layer()
+        self.layers.setdefault(PROLOGUE, _Layer())
         while position < len(words):
             code = words[position]
             end = position + _WORDS[code]
@@ -403,7 +427,6 @@ class _Pricer:
             else:
                 registers[code] = command
             index += 1
-        self._settle()
 
     # --- time ---
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from npu_nets import Case, Check, check_cases
 
 from qcompiler.backends.relax import build, lower
 from qcompiler.backends.schedules import loops
@@ -14,6 +15,7 @@ from qcompiler.integer.ops import DOMAIN_VERSION, IntegerOp
 from qcompiler.partition import Partition, Region
 from qcompiler.passes.rewriting import infer_types
 from qcompiler.runtime import Executable
+from qcompiler.simulator.machine import compile_simulator
 from qcompiler.target import Target
 
 
@@ -128,5 +130,20 @@ def run_on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     def run(model: ir.Model, target: Target, feeds: dict[str, np.ndarray], folder: Path) -> list[np.ndarray]:
         host = target.host.model_copy(update={"threads": 2})
         return compile_and_run(model, target.model_copy(update={"host": host}), feeds, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_simulator(tmp_path_factory.mktemp("simulator"))
+
+
+@pytest.fixture
+def check(simulator: Path, tmp_path: Path) -> Check:
+    """Runs NPU programs on the simulator beside the reference."""
+
+    def run(all_cases: Sequence[Case]) -> None:
+        check_cases(all_cases, simulator, tmp_path)
 
     return run
