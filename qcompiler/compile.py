@@ -661,6 +661,7 @@ def _report(placed: Placed, costs: "Costs", check: "SelfCheck | None") -> "Repor
             RegionReport(region.name, region.backend, len(region.nodes), cost.seconds, cost.elsewhere)
             for region, cost in zip(placed.partition.regions, placed.partition.costs, strict=True)
         ),
+        cascades=costs.cascades,
     )
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qcompiler.backends.npu import NpuProgram, words
+from qcompiler.backends.npu_cascade_loops import Cascade
 from qcompiler.graph import const_of, element_count, is_op, shape_of
 from qcompiler.integer.facts import facts_of_integer
 from qcompiler.partition import Partition, Region
 from qcompiler.partition_cost import accelerator_seconds, multiplications, tensor_bytes
-from qcompiler.report import AcceleratorTotals, LayerReport, Totals
+from qcompiler.report import AcceleratorTotals, CascadedLayer, CascadeReport, LayerReport, Totals
 from qcompiler.simulator.cost import RegionCost, Traffic, crossing_cost, host_cost, host_rate, price
 from qcompiler.target import Gpu, Npu, Target
 
@@ -34,6 +35,7 @@ class Costs:
     totals: Totals
     regions: Mapping[str, RegionCost]
     """Of the accelerator, by name: the commands behind the rows."""
+    cascades: tuple[CascadeReport, ...] = ()
 
 
 def region_cost(program: NpuProgram, target: Target) -> RegionCost:
@@ -57,6 +59,7 @@ def cost(
     """
     layers: list[LayerReport] = []
     regions: dict[str, RegionCost] = {}
+    cascades: list[CascadeReport] = []
     peak = npu_cycles = 0
     engines = {placement.node: placement.engine for placement in partition.placements}
     for region in partition.regions:
@@ -69,13 +72,14 @@ def cost(
         else:
             priced = region_cost(programs[region.name], target.alone(region.backend))
             regions[region.name] = priced
+            cascades += [_cascade(region, cascade, names) for cascade in programs[region.name].cascades]
             layers += _npu_layers(region, priced, engines, names)
             peak, npu_cycles = max(peak, priced.peak_scratchpad), npu_cycles + priced.cycles
         layers.append(_hand_over(region, unit))
     totals = _totals(layers, target, npu_cycles, peak, weights)
     if len(target.accelerators) > 1 or target.gpu is not None:
         totals = replace(totals, accelerators=_by_accelerator(partition, layers, regions, target))
-    return Costs(tuple(layers), totals, regions)
+    return Costs(tuple(layers), totals, regions, tuple(cascades))
 
 
 def _by_accelerator(
@@ -155,6 +159,24 @@ def _npu_layers(
             )
         )
     return rows
+
+
+def _cascade(region: Region, cascade: Cascade, names: Mapping[str, str]) -> CascadeReport:
+    plan = cascade.plan
+    layers: list[CascadedLayer] = []
+    for stage, placed in zip(plan.stages, cascade.works, strict=True):
+        name, height = _name(region.nodes[stage.step]), placed.work.ofm[1]
+        layers.append(
+            CascadedLayer(
+                layer=names[name],
+                node=name,
+                stripe=plan.rows_at_once(stage),
+                height=height,
+                buffer=min(plan.rolls[stage.ofm].rows, height) if stage.ofm >= 0 else None,
+                weights=stage.keep if stage.streams else "",
+            )
+        )
+    return CascadeReport(region.name, plan.stripes, sum(roll.size for roll in plan.rolls), tuple(layers))
 
 
 def _gpu_layer(node: ir.Node, gpu: Gpu, engine: str, layer: str) -> LayerReport:

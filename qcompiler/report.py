@@ -103,6 +103,36 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class CascadedLayer:
+    """An operator that runs in stripes with others."""
+
+    layer: str
+    """As in `PlacementReport`."""
+    node: str
+    """Its name in model.int.onnx."""
+    stripe: int
+    """Most rows it computes at a time."""
+    height: int
+    """Rows of its output."""
+    buffer: int | None
+    """Rows of its output that the scratchpad holds, rolling; None where all are there."""
+    weights: str
+    """In the scratchpad all the time ("kept"), fetched for every stripe ("streamed"), or read "in place"."""
+
+
+@dataclass(frozen=True)
+class CascadeReport:
+    """Operators that run together, depth first: stripe by stripe of rows, through rolling buffers."""
+
+    region: str
+    stripes: int
+    buffers: int
+    """Bytes of all its rolling buffers, those of maps from outside included."""
+    layers: tuple[CascadedLayer, ...]
+    """In execution order."""
+
+
+@dataclass(frozen=True)
 class AcceleratorTotals:
     """What one accelerator does in an inference."""
 
@@ -244,6 +274,8 @@ class Report:
     """None where no code was generated."""
     tuning: TuningReport | None = None
     """None where nothing was tuned."""
+    cascades: tuple[CascadeReport, ...] = ()
+    """In execution order."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON types."""
@@ -277,6 +309,9 @@ def render(report: Report) -> RenderableType:
     if any(region.elsewhere for region in report.regions):
         parts += [Text(), _heading("Regions, by the estimates that placed them"), _region_table(report.regions)]
     parts += [Text(), _heading("Cost of one inference"), _cost_table(report.layers), _totals_table(report.totals)]
+    if report.cascades:
+        parts += [Text(), _heading("Cascades: operators that run together, in stripes of rows")]
+        parts.append(_cascade_table(report.cascades))
     if report.memory is not None:
         parts.append(Text(f"host memory  {byte_count(report.memory.peak)}: {host_memory(report.memory)}"))
     if report.tuning is not None:
@@ -409,6 +444,20 @@ def host_memory(memory: HostMemory) -> str:
         (memory.ports, "inputs and outputs"),
     )
     return ", ".join(f"{byte_count(size)} {name}" for size, name in parts if size)
+
+
+def _cascade_table(cascades: Sequence[CascadeReport]) -> Table:
+    table = _table(
+        ("cascade", False), ("layer", False), ("stripe", True), ("of rows", True), ("buffer", True), ("weights", False)
+    )
+    for number, cascade in enumerate(cascades, start=1):
+        first = f"{number}: {cascade.stripes} stripes, {byte_count(cascade.buffers)}"
+        for layer in cascade.layers:
+            held = "whole" if layer.buffer is None else str(layer.buffer)
+            cells = (_shortened(layer.layer), str(layer.stripe), str(layer.height), held, layer.weights)
+            table.add_row(*(Text(cell) for cell in (first, *cells)))
+            first = ""
+    return table
 
 
 def _accelerator(unit: AcceleratorTotals, totals: Totals) -> str:

@@ -6,6 +6,8 @@ from pydantic import ValidationError
 
 from qcompiler.report import (
     Calibration,
+    CascadedLayer,
+    CascadeReport,
     LayerReport,
     OutputCheck,
     PlacementReport,
@@ -34,6 +36,17 @@ REPORT = Report(
     calibration=Calibration("mse", 64, False),
     self_check=SelfCheck(8, (OutputCheck("logits", 31.25, 1.0), OutputCheck("aux", None, None))),
     warnings=("the input 'x' is constant [in all samples]",),
+    cascades=(
+        CascadeReport(
+            "npu_0",
+            7,
+            3072,
+            (
+                CascadedLayer("stem", "stem_q.nhwc", 9, 55, 11, "kept"),
+                CascadedLayer("add_2", "add_2", 8, 55, None, ""),
+            ),
+        ),
+    ),
 )
 
 
@@ -55,6 +68,7 @@ def test_text_says_what_matters() -> None:
     assert "1,000,000" in text and "61%" in text and "4.0 KiB" in text
     assert "20.0 µs, 50,000 inferences/s" in text
     assert "31.2 dB" in text and "100.0%" in text and "identical" in text
+    assert "1: 7 stripes, 3.0 KiB" in text and "stem" in text and "whole" in text
     # Square brackets are text here, not markup.
     assert "warning: the input 'x' is constant [in all samples]" in text
     assert max(len(line) for line in text.splitlines()) <= 160

@@ -7,7 +7,7 @@ at which no engine worked, and why.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcompiler.simulator.cost import CommandCost, RegionCost
 from qcompiler.simulator.stalls import Stall, stalls
@@ -30,6 +30,8 @@ class RegionSpan:
     """Seconds from the beginning of the inference."""
     owner: str = ""
     """Which accelerator it is, where there are several."""
+    cascades: Mapping[int, str] = field(default_factory=dict)
+    """By layer index, which cascade it runs in."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def _event(command: CommandCost, process: int, thread: int, region: RegionSpan) 
     microsecond = region.cost.clock / 1e6
     layer = region.layers.get(command.layer, f"layer {command.layer}")
     arguments: Event = {"layer": layer, "command": command.index, "cycles": command.end - command.start}
+    if command.layer in region.cascades:
+        arguments["cascade"] = region.cascades[command.layer]
     if command.macs:
         arguments["MACs"] = command.macs
     if command.elements:

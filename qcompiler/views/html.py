@@ -99,6 +99,7 @@ def html_report(report: Report, line: Timeline, target: Target) -> str:
         fallbacks=_fallbacks(report.placements),
         summary=placement_summary(report.placements),
         time=lambda seconds: quantity(seconds, "s"),
+        bytes=byte_count,
         on_cpu=len(report.placements),
         has_npu=bool(target.accelerators),
     )

@@ -18,6 +18,11 @@ def timeline(partition: Partition, costs: Costs) -> Timeline:
     start = 0.0
     regions: list[RegionSpan] = []
     host: list[HostSpan] = []
+    in_cascades = {
+        layer.node: f"{number}: {len(cascade.layers)} operators in {cascade.stripes} stripes"
+        for number, cascade in enumerate(costs.cascades, start=1)
+        for layer in cascade.layers
+    }
     several = len({region.backend for region in partition.regions} - {"cpu"}) > 1
     for region in partition.regions:
         if region.name not in costs.regions:  # no commands behind the rows: the CPU, or kernels of a GPU
@@ -34,7 +39,12 @@ def timeline(partition: Partition, costs: Costs) -> Timeline:
             names = {layer.index: row.layer for layer, row in zip(cost.layers, taken, strict=True)}
             operators = {layer.index: row.op for layer, row in zip(cost.layers, taken, strict=True)}
             owner = region.backend.upper() if several else ""
-            regions.append(RegionSpan(cost, names, operators, start, owner))
+            cascades = {
+                layer.index: in_cascades[row.node]
+                for layer, row in zip(cost.layers, taken, strict=True)
+                if row.node in in_cascades
+            }
+            regions.append(RegionSpan(cost, names, operators, start, owner, cascades))
             start += cost.cycles / cost.clock
         row = next(rows)
         assert row.op == HAND_OVER, row

@@ -3,13 +3,15 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from qcompiler.compile import explain
-from qcompiler.report import Report
+from qcompiler.options import Options
+from qcompiler.report import Report, as_text
 from qcompiler.simulator.trace import Timeline
 from qcompiler.target import Npu
 from qcompiler.target_loader import load_target
@@ -94,8 +96,6 @@ def test_equal_compilations_give_equal_pages(tmp_path: Path) -> None:
 
 
 def test_names_of_layers_are_text_not_markup(shown: tuple[Report, str, str], tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from qcompiler.views.html import html_report
 
     report = replace(shown[0], model="<script>alert(1)</script>.onnx")
@@ -119,6 +119,26 @@ def test_the_trace_spans_the_inference(shown: tuple[Report, str, str]) -> None:
         assert all(after[0] >= before[1] - 1e-6 for before, after in itertools.pairwise(spans))
     host = sum(layer.seconds for layer in report.layers if layer.backend == "cpu" or layer.op == "hand-over")
     assert sum(event["dur"] for event in events if event["pid"] == 2) == pytest.approx(host * 1e6)
+
+
+def test_cascades_are_on_the_page_and_in_the_trace(tmp_path: Path) -> None:
+    tight = Options(overrides=("memories.sram.size=1KiB",))
+    report = explain(DIGITS, "arm-npu", tight, html=tmp_path / "page.html", trace=tmp_path / "trace.json")
+    assert report.cascades
+    cells = Page((tmp_path / "page.html").read_text("utf-8")).cells
+    costed = {layer.node: layer for layer in report.layers}
+    shown = {
+        event["args"].get("cascade", "") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    }
+    for number, cascade in enumerate(report.cascades, start=1):
+        assert f"{number}: {len(cascade.layers)} operators in {cascade.stripes} stripes" in shown
+        for layer in cascade.layers:
+            assert layer.layer in cells and costed[layer.node].backend == "npu"
+            assert 1 <= layer.stripe < layer.height and cascade.stripes * layer.stripe >= layer.height
+            assert layer.buffer is None or layer.stripe <= layer.buffer <= layer.height
+        assert 0 < cascade.buffers < 1024
+    text = as_text(report)
+    assert "Cascades" in text and "Cascades" not in as_text(replace(report, cascades=()))
 
 
 def test_points_lie_under_the_compute_roof_and_between_the_axes() -> None:
