@@ -301,11 +301,11 @@ def staging(output: Path) -> Iterator[Path]:
     _refuse_foreign(output)
     folder = output.parent / f".{output.name}.{secrets.token_hex(4)}"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise QCompilerError(f"cannot write {output}: {error.strerror} ({error.filename}).") from None
-    try:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except OSError as error:
+            raise QCompilerError(f"cannot write {output}: {error.strerror} ({error.filename}).") from None
         yield folder
         _refuse_foreign(output)
         _move_in(folder, output)
