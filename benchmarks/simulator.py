@@ -179,7 +179,7 @@ def vela_report(vela: Path, zoo: Path) -> str:
         "configurations that the target specs name. Made by `benchmarks/simulator.py --section vela`.",
         "",
         f"**What was held out.** {', '.join(HELD_OUT)}: {len(HELD_OUT)} networks of published shape with seeded "
-        "weights, made and compared only once the model was done; nothing was changed after they were seen. Everything "
+        "weights, made and compared only once the model was done; nothing was fitted to them afterwards. Everything "
         "else (the zoo) was in view when it was written and revised.",
         "",
         "## Operators",
