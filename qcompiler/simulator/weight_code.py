@@ -36,21 +36,26 @@ def golomb_rice_bytes(weights: npt.NDArray[np.integer], zero_point: int) -> int:
     own. Arm's encoder (ethosu/mlw_codec of ethos-u-vela) changes k along the stream and knows a palette: it is a little
     better on large tensors, and worse on small ones, which it pads.
     """
-    values = weights.ravel().astype(np.int64) - zero_point
+    lowest = int(np.iinfo(weights.dtype).min)
+    # All that matters is how often each value occurs, which is quicker to find than to go by the values themselves.
+    occurring = np.bincount(weights.ravel().astype(np.int16) - lowest, minlength=256)
+    values = np.arange(occurring.size) + lowest - zero_point
     folded = np.where(values < 0, -2 * values - 1, 2 * values)
-    counts = np.bincount(folded)
+    counts = np.zeros(int(folded.max()) + 1, np.int64)
+    counts[folded] = occurring
     if counts[0] > _ZERO_RUNS * counts[1:].max(initial=0):
-        at = np.flatnonzero(folded)
-        runs = np.diff(at, prepend=-1, append=folded.size) - 1
-        bits = _rice_bits(folded[at] - 1) + _rice_bits(runs)
+        at = np.flatnonzero(weights.ravel() != zero_point)
+        runs = np.diff(at, prepend=-1, append=weights.size) - 1
+        bits = _rice_bits(counts[1:]) + _rice_bits(np.bincount(runs))
     else:
-        bits = _rice_bits(folded)
+        bits = _rice_bits(counts)
     return -(-bits // 8)
 
 
-def _rice_bits(values: npt.NDArray[np.integer]) -> int:
-    """Of numbers that are not negative, with the best parameter."""
-    return min(int(((values >> k) + 1 + k).sum()) for k in _RICE_PARAMETERS)
+def _rice_bits(counts: npt.NDArray[np.integer]) -> int:
+    """Of numbers that occur so often, counted from 0, with the best parameter."""
+    numbers = np.arange(counts.size)
+    return min(int(counts @ ((numbers >> k) + 1 + k)) for k in _RICE_PARAMETERS)
 
 
 def ratio_at(spans: Sequence[EncodedSpan], offset: int) -> float:
