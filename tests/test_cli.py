@@ -401,8 +401,10 @@ def test_interrupted_in_mid_build(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_control_c_leaves_nothing_behind() -> None:
     """A real signal to a real process, in the middle of the build: a fast machine would be done before it."""
+    # A shell starts what runs in its background with the signal ignored, and children inherit that.
     program = (
-        "import time; from qcompiler.backends import relax; from qcompiler.cli import main; "
+        "import signal, time; from qcompiler.backends import relax; from qcompiler.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "relax.build = lambda *_: print('building', flush=True) or time.sleep(60); main()"
     )
     command = [sys.executable, "-c", program, DIGITS, "-c", CALIBRATION]

@@ -147,7 +147,7 @@ def test_builds_are_byte_identical(workbench, tmp_path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     arguments = [str(here.with_name("conftest.py")), str(here), str(elsewhere / "second.so")]
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "TMPDIR": str(elsewhere)}
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TMPDIR": str(elsewhere), "PYTHONPATH": str(here.parent)}
     subprocess.run([sys.executable, "-c", BUILD_ELSEWHERE, *arguments], check=True, env=environment, cwd=elsewhere)
     first, second = (
         hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "first.so", elsewhere / "second.so")
