@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def plan_memory(buffers: Sequence[Buffer], alignment: int, enough: int = 0) -> M
     best of these orders with the buffer that reaches highest moved to its front, again and again. The best plan
     wins. Deterministic; stops at the lower bound, or at a peak that is `enough`.
     """
-    steps = {buffer.first for buffer in buffers}
-    lower_bound = max((live_bytes(buffers, step, alignment) for step in steps), default=0)
+    lower_bound = _most_live(buffers, alignment)
     best_peak, best_order, best_offsets = -1, list(range(len(buffers))), (0,) * len(buffers)
     rivals = _rivals(buffers)
     for key in _ORDERS:
@@ -67,6 +67,15 @@ def plan_memory(buffers: Sequence[Buffer], alignment: int, enough: int = 0) -> M
         if peak < best_peak:
             best_peak, best_offsets = peak, offsets
     return MemoryPlan(tuple(buffers), best_offsets, best_peak, lower_bound)
+
+
+def _most_live(buffers: Sequence[Buffer], alignment: int) -> int:
+    """The most `live_bytes` of any step."""
+    sizes = [aligned(buffer.size, alignment) for buffer in buffers]
+    starts = ((buffer.first, size) for buffer, size in zip(buffers, sizes, strict=True))
+    ends = ((buffer.last + 1, -size) for buffer, size in zip(buffers, sizes, strict=True))
+    # What ends before a step sorts in front of what starts with it.
+    return max(accumulate((change for _, change in sorted((*starts, *ends))), initial=0))
 
 
 _REPAIRS = 40

@@ -36,10 +36,11 @@ def golomb_rice_bytes(weights: npt.NDArray[np.integer], zero_point: int) -> int:
     own. Arm's encoder (ethosu/mlw_codec of ethos-u-vela) changes k along the stream and knows a palette: it is a little
     better on large tensors, and worse on small ones, which it pads.
     """
+    assert weights.itemsize == 1, f"weights of {weights.dtype} have no Golomb-Rice code"
     lowest = int(np.iinfo(weights.dtype).min)
     # All that matters is how often each value occurs, which is quicker to find than to go by the values themselves.
-    occurring = np.bincount(weights.ravel().astype(np.int16) - lowest, minlength=256)
-    values = np.arange(occurring.size) + lowest - zero_point
+    occurring = np.roll(np.bincount(weights.ravel().view(np.uint8), minlength=256), lowest)
+    values = np.arange(256) + lowest - zero_point
     folded = np.where(values < 0, -2 * values - 1, 2 * values)
     counts = np.zeros(int(folded.max()) + 1, np.int64)
     counts[folded] = occurring
