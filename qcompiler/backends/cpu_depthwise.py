@@ -183,8 +183,8 @@ def plain_convolution(
     taps = np.ascontiguousarray(operands.weights[..., 0].transpose(1, 2, 0))
     stored = packed_bits.store(taps, operands.bits)
     arrays = [*stored.arrays, operands.bias, *finish.channels]
-    w, bias, *channels = parameters_of(arrays)
-    weights = stored.read((w,))
+    parameters = parameters_of(arrays)
+    weights, (bias, *channels) = stored.read(parameters)
     maps = [placeholder(value, (n, oh, ow, c)) for value in finish.maps]
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(kw, "kx")
     sums = operands.sums
@@ -204,7 +204,7 @@ def plain_convolution(
         return finish.expression(total, [array[k] for array in channels], elements)
 
     output = te.compute((n, oh, ow, c), finished, "output")
-    function = te.prim_func([x, *maps, *scalars, w, bias, *channels, output])
+    function = te.prim_func([x, *maps, *scalars, *parameters, output])
     lanes = schedule.depthwise_lanes(c, host.vector_bytes // 4)
     threads = threads_for(host, geometry.macs, host.vector_bytes // 4)
     scheduled = schedule.schedule_depthwise(function, lanes, threads=threads)

@@ -62,14 +62,11 @@ def matrix_convolution(
             (n, rows, columns // sx, sx * c), lambda b, i, p, k: element(b, i, p * (sx * c) + k), "staged"
         )
 
-    if operands.groups is None:
-        stored = packed_bits.store(_pack(operands.weights, blocks), operands.bits)
-    else:
-        stored = packed_bits.store_groups(operands.weights, operands.groups, partial(_pack, blocks=blocks), _QUADS)
+    pack = partial(_pack, blocks=blocks)
+    stored = packed_bits.store_packed(operands.weights, operands.bits, operands.groups, pack, _QUADS)
     arrays = [*stored.arrays, *(_per_lane(array, blocks) for array in (operands.bias, *finish.channels))]
     parameters = parameters_of(arrays)
-    count = len(stored.arrays)
-    weights, (bias, *channels) = stored.read(parameters[:count]), parameters[count:]
+    weights, (bias, *channels) = stored.read(parameters)
     maps = [placeholder(value, (n, oh, ow, blocks, LANES)) for value in finish.maps]
     scalars = [placeholder(value, (1,)) for value in finish.scalars]
 

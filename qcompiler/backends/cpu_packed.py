@@ -178,14 +178,10 @@ def packed_convolution(
     def pack(weights: np.ndarray) -> np.ndarray:
         return _pack(weights, group, blocks, lanes, quads, quad, run=run)
 
-    if operands.groups is None:
-        stored = packed_bits.store(pack(operands.weights), operands.bits)
-    else:
-        stored = packed_bits.store_groups(operands.weights, operands.groups, pack, _QUADS)
+    stored = packed_bits.store_packed(operands.weights, operands.bits, operands.groups, pack, _QUADS)
     arrays = [*stored.arrays, *_per_lane([operands.bias, *finish.channels], group, blocks, lanes)]
     parameters = parameters_of(arrays)
-    count = len(stored.arrays)
-    weights, (bias, *channels) = stored.read(parameters[:count]), parameters[count:]
+    weights, (bias, *channels) = stored.read(parameters)
     maps = [placeholder(value, (n, oh, ow, group, blocks, lanes)) for value in finish.maps]
 
     ky, kx = te.reduce_axis(kh, "ky"), te.reduce_axis(taps, "kx")

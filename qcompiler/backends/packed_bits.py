@@ -19,7 +19,7 @@ from qcompiler.backends.te import Expr
 from qcompiler.backends.te_arithmetic import from_bfloat16
 from qcompiler.graph import Shape, element_count
 from qcompiler.integer.weight_groups import Groups
-from qcompiler.quant.arithmetic import pack_bits, split_codes
+from qcompiler.quant.arithmetic import pack_bits, split_codes, spread_groups
 
 RUN = 64
 """The widest vector register, in bytes."""
@@ -57,13 +57,16 @@ class Stored:
     bits: int
     factors: Factors | None = None
 
-    def read(self, parameters: Sequence[te.Tensor]) -> te.Tensor:
-        """The weights behind the parameters, of their own shape."""
+    def read(self, parameters: Sequence[te.Tensor]) -> tuple[te.Tensor, Sequence[te.Tensor]]:
+        """The weights behind the first parameters, of their own shape; and the other parameters."""
+        own, others = parameters[: len(self.arrays)], parameters[len(self.arrays) :]
         if self.factors is not None:
-            return scaled(parameters[0], self.factors.read(parameters[1]), self.shape, self.bits, self.factors)
+            codes, factors = own
+            return scaled(codes, self.factors.read(factors), self.shape, self.bits, self.factors), others
+        (held,) = own
         if self.bits < 8:
-            return unpacked(parameters[0], self.shape, self.bits)
-        return widened(parameters[0]) if self.bits == 16 else parameters[0]
+            return unpacked(held, self.shape, self.bits), others
+        return widened(held) if self.bits == 16 else held, others
 
     def scheduled(self, function: tirx.PrimFunc, *, threads: int) -> tirx.PrimFunc:
         """The kernel with the unpacking scheduled, if there is any."""
@@ -83,16 +86,22 @@ def store(weights: np.ndarray, bits: int) -> Stored:
     return Stored((pack_runs(weights, bits) if bits < 8 else weights,), weights.shape, bits)
 
 
-def store_groups(weights: np.ndarray, groups: Groups, pack: Callable[[np.ndarray], np.ndarray], axis: int) -> Stored:
-    """Weights that share factors in groups of their last axis.
+def store_packed(
+    weights: np.ndarray, bits: int, groups: Groups | None, pack: Callable[[np.ndarray], np.ndarray], axis: int
+) -> Stored:
+    """Weights laid out by `pack`, as codes and factors where they share factors in groups of their last axis.
 
     Args:
-        weights: int8 [O, KH, KW, depth].
+        weights: [O, KH, KW, depth], int8 if in groups.
+        bits: as of `store`, of weights that are not in groups.
+        groups: how they share factors, if they do.
         pack: lays weights out as [..., quads, lanes..., quad], a quad being neighbours along the depth, within a group.
         axis: of the quads.
     """
+    if groups is None:
+        return store(pack(weights), bits)
     codes, factors = split_codes(weights, groups.size, weights.ndim - 1, groups.bits)
-    spread = factors.take(np.arange(weights.shape[-1]) // groups.size, -1).astype(np.int8)
+    spread = spread_groups(factors, weights.shape[-1], groups.size, -1).astype(np.int8)
     laid_out = pack(codes)
     quads = groups.size // laid_out.shape[-1]
     assert quads * laid_out.shape[-1] == groups.size, f"groups of {groups.size} divide quads of {laid_out.shape[-1]}"

@@ -202,6 +202,14 @@ def softmax(
     return te.compute((rows, length), quotient, "softmax")
 
 
+def leading_zeros(positive: Expr, most: int = 31) -> Expr:
+    """`arithmetic.leading_zeros` of an int64, of which there are so many at most."""
+    counted: Expr = te.const(0, "int64")
+    for bit in range(32 - most, 32):
+        counted = counted + (positive < _one(bit)).astype("int64")
+    return counted
+
+
 def interpolate(x: Expr, table: te.Tensor, first: int = 0) -> Expr:
     """`interpolation.interpolate` of int32 x in a table that begins at entry `first`, as int32."""
     bits = interpolation.STEP_BITS
@@ -231,14 +239,7 @@ def softmax_int16(x: te.Tensor, table: te.Tensor, limits: tuple[int, int]) -> te
     )
     total = te.compute((rows,), lambda r: te.reduce_sum(exponential[r, j].astype("int64"), axis=[j]), "total")
 
-    def leading_zeros(r: Expr) -> Expr:
-        # A sum is at least that of one exponential of zero.
-        counted: Expr = te.const(0, "int64")
-        for bit in range(1, 32):
-            counted = counted + (total[r] < _one(bit)).astype("int64")
-        return counted
-
-    headroom = te.compute((rows,), leading_zeros, "headroom")
+    headroom = te.compute((rows,), lambda r: leading_zeros(total[r]), "headroom")
 
     def denominator(r: Expr) -> Expr:
         shifted = te.shift_left(total[r], headroom[r] - 1) + _one(13)
@@ -274,14 +275,8 @@ def tflite_softmax(x: te.Tensor, table: te.Tensor, zero_point: int, limits: tupl
 
     total = te.compute((rows,), lambda r: te.reduce_sum(term(r, j), axis=[j]), "total")
 
-    def leading_zeros(r: Expr) -> Expr:
-        # A sum is at least one, which has `sum_bits` of them.
-        counted: Expr = te.const(0, "int64")
-        for bit in range(31 - sum_bits + 1, 32):
-            counted = counted + (total[r] < _one(bit)).astype("int64")
-        return counted
-
-    headroom = te.compute((rows,), leading_zeros, "headroom")
+    # A sum is at least one, which has `sum_bits` of them.
+    headroom = te.compute((rows,), lambda r: leading_zeros(total[r], sum_bits), "headroom")
     # Half of the denominator, and then 2 / denominator in Q2.29: each Newton step is a stage of its own, for an
     # expression would name the step before it three times.
     half = te.compute((rows,), lambda r: te.shift_right(te.shift_left(total[r], headroom[r]), _shift(1)), "half")

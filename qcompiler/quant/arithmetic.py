@@ -100,6 +100,11 @@ def multipliers(factors: npt.ArrayLike, variant: RequantizeVariant) -> tuple[np.
     return mult, shift
 
 
+def leading_zeros(positive: IntArray) -> np.ndarray:
+    """Of int64 numbers from 1 on, as 32 bits; none of those that do not fit 31."""
+    return (positive[..., None] < np.int64(1) << np.arange(1, 32)).sum(axis=-1)
+
+
 def saturating_rounding_doubling_high_mul(a: IntArray, b: IntArray) -> np.ndarray:
     """High half of 2*a*b with rounding to nearest, ties away from zero in the truncated product (gemmlowp)."""
     product = a.astype(np.int64) * b.astype(np.int64)
@@ -314,8 +319,19 @@ def scaled_codes(codes: IntArray, factors: IntArray, group: int, axis: int) -> n
         factors: from 1 to `GROUP_FACTORS`, of that shape but for `axis`, along which each serves `group` codes, the
             last perhaps fewer.
     """
-    spread = factors.take(np.arange(codes.shape[axis]) // group, axis)
+    spread = spread_groups(factors, codes.shape[axis], group, axis)
     return (codes.astype(np.int16) * spread.astype(np.int16)).astype(np.int8)
+
+
+def spread_groups(values: np.ndarray, count: int, group: int, axis: int) -> np.ndarray:
+    """A value for each of `count` elements along an axis, from one for every `group`; the last may serve fewer."""
+    return values.take(np.arange(count) // group, axis)
+
+
+def cut_groups(values: np.ndarray, group: int) -> np.ndarray:
+    """The last axis as groups, [..., groups, group], zeros filling up the last."""
+    fill = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % group)]
+    return np.pad(values, fill).reshape(*values.shape[:-1], -1, group)
 
 
 def split_codes(weights: IntArray, group: int, axis: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -324,9 +340,7 @@ def split_codes(weights: IntArray, group: int, axis: int, bits: int) -> tuple[np
     Codes of one bit are -1 and 1. Weights must be products of codes of so many `bits` and factors.
     """
     moved = np.moveaxis(weights.astype(np.int16), axis, -1)
-    depth = moved.shape[-1]
-    fill = [(0, 0)] * (moved.ndim - 1) + [(0, -depth % group)]
-    blocks = np.pad(moved, fill).reshape(*moved.shape[:-1], -1, group)
+    blocks = cut_groups(moved, group)
     low, high = (-1, 1) if bits == 1 else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
     factors = np.zeros(blocks.shape[:-1], np.uint8)
     for factor in range(GROUP_FACTORS[bits], 0, -1):
@@ -334,7 +348,7 @@ def split_codes(weights: IntArray, group: int, axis: int, bits: int) -> tuple[np
         fits &= (blocks.min(axis=-1) >= low * factor) & (blocks.max(axis=-1) <= high * factor)
         factors[fits] = factor
     assert factors.all(), f"weights that are no products of {bits}-bit codes and factors"
-    codes = (blocks // factors[..., None]).reshape(*moved.shape[:-1], -1)[..., :depth]
+    codes = (blocks // factors[..., None]).reshape(*moved.shape[:-1], -1)[..., : moved.shape[-1]]
     return np.moveaxis(codes, -1, axis).astype(np.int8), np.moveaxis(factors, -1, axis)
 
 

@@ -208,8 +208,7 @@ def spread(parameter: np.ndarray, fmt: TensorFormat, shape: tuple[int, ...]) -> 
     if fmt.axis is None:
         return parameter
     if fmt.block is not None:
-        repeated = np.repeat(parameter, fmt.block, axis=fmt.axis)
-        return repeated.take(np.arange(shape[fmt.axis]), axis=fmt.axis)
+        return arithmetic.spread_groups(parameter, shape[fmt.axis], fmt.block, fmt.axis)
     along = [1] * len(shape)
     along[fmt.axis] = -1
     return parameter.reshape(along)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import data_input, integer, is_op, shape_of
-from qcompiler.quant.arithmetic import GROUP_FACTORS
+from qcompiler.quant.arithmetic import GROUP_FACTORS, cut_groups
 from qcompiler.quant.formats import ZERO_SPAN, bit_width, grid_step, weight_limits
 from qcompiler.quant.types import DTypeName, TensorFormat
 
@@ -77,8 +77,7 @@ def _blocks(weights: np.ndarray, axes: tuple[int, int], group: int) -> tuple[np.
     """Weights as float64 [outputs, blocks, group], zeros filling up the last of a place, and how many are real."""
     moved = np.moveaxis(weights.astype(np.float64), axes, (-1, 0))
     depth = moved.shape[-1]
-    fill = [(0, 0)] * (moved.ndim - 1) + [(0, -depth % group)]
-    blocks = np.pad(moved, fill).reshape(moved.shape[0], -1, group)
+    blocks = cut_groups(moved, group).reshape(moved.shape[0], -1, group)
     parts = -(-depth // group)
     counts = np.full(parts, group)
     counts[-1] = depth - (parts - 1) * group

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qcompiler.quant.arithmetic import IntArray, fixed_point_multiplier, rescale
+from qcompiler.quant.arithmetic import IntArray, fixed_point_multiplier, leading_zeros, rescale
 
 ENTRIES = 513
 STEP_BITS = 7
@@ -83,11 +83,6 @@ def softmax(x: IntArray, table: IntArray) -> np.ndarray:
     right = 31 - headroom
     result = (exponential * reciprocal + (np.int64(1) << (right - 1))) >> right
     return np.clip(result, 0, _HIGHEST).astype(np.int16)
-
-
-def leading_zeros(total: IntArray) -> np.ndarray:
-    """Of positive numbers, as 32 bits."""
-    return 32 - np.frexp(total.astype(np.float64))[1].astype(np.int64)
 
 
 def _populate(scale: float, zero_point: int, function: Function) -> np.ndarray:

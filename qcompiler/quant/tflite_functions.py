@@ -19,6 +19,7 @@ import numpy.typing as npt
 from qcompiler.quant.arithmetic import (
     IntArray,
     fixed_point_multiplier,
+    leading_zeros,
     rounding_divide_by_pot,
     saturate,
     saturating_rounding_doubling_high_mul,
@@ -76,7 +77,7 @@ def softmax(
     distance = x.max(axis=-1, keepdims=True).astype(np.int64) - x.astype(np.int64)
     exponential = table.astype(np.int64)[distance]
     total = _halved(exponential, SUM_INTEGER_BITS).sum(axis=-1, keepdims=True)
-    headroom = _leading_zeros(total)
+    headroom = leading_zeros(total)
     reciprocal = _one_over_one_plus((total << headroom) - (1 << 31))
     exponent = SUM_INTEGER_BITS - headroom + 31 - 8
     return saturate(rounding_divide_by_pot(_mul(reciprocal, exponential), exponent) + zero_point, *clamp, dtype)
@@ -157,9 +158,3 @@ def _one_over_one_plus(a: IntArray) -> np.ndarray:
     for _ in range(NEWTON_STEPS):
         x = x + (_mul(x, (1 << 29) - _mul(half, x)) << 2)
     return np.minimum(x << 1, _ONE)
-
-
-def _leading_zeros(total: IntArray) -> np.ndarray:
-    """Of a sum of exponentials in Q12.19, which is at least one, as 32 bits."""
-    bits = np.arange(31 - SUM_INTEGER_BITS + 1, 32)
-    return (total[..., None] < np.int64(1) << bits).sum(axis=-1)

@@ -120,6 +120,13 @@ static inline int64_t qarith_softmax(int32_t exponential, int64_t total, int32_t
     return (2 * (int64_t)exponential * inverse_scale + scaled) / (2 * scaled) + zero_point;
 }
 
+/* Of a positive number, as 32 bits. */
+static inline int32_t qarith_leading_zeros(int64_t positive) {
+    int32_t zeros = 0;
+    while ((positive << zeros) < (int64_t)1 << 31) ++zeros;
+    return zeros;
+}
+
 /* --- functions of 16 bits: qcompiler/quant/interpolation.py --- */
 
 enum { QARITH_ENTRIES = 513, QARITH_SOFTMAX_ENTRIES = 2 * QARITH_ENTRIES + 2 };
@@ -139,8 +146,7 @@ static inline int32_t qarith_softmax16_term(int32_t difference, const int32_t *t
 
 /* `total` is the row's sum of terms, positive and below 2^31. Stores the shift of the elements. */
 static inline int32_t qarith_softmax16_reciprocal(int64_t total, const int32_t *table, int32_t *shift) {
-    int32_t headroom = 0;
-    while ((total << headroom) < (int64_t)1 << 31) ++headroom;
+    int32_t headroom = qarith_leading_zeros(total);
     int64_t fraction = (((total << (headroom - 1)) + (1 << 13)) >> 14) - ((1 << 15) + (1 << 16));
     *shift = 31 - headroom;
     return qarith_interpolate(qarith_clamp(fraction, INT16_MIN, INT16_MAX), table + QARITH_ENTRIES);
@@ -161,8 +167,7 @@ static inline int64_t qarith_tflite_softmax_term(int32_t exponential) {
 
 /* `total` is the row's sum of terms, at least one and below 2^31. Stores the shift of the elements. */
 static inline int32_t qarith_tflite_softmax_reciprocal(int64_t total, int32_t *shift) {
-    int32_t headroom = 0;
-    while ((total << headroom) < (int64_t)1 << 31) ++headroom;
+    int32_t headroom = qarith_leading_zeros(total);
     /* Newton and Raphson on half of the denominator: 48/17 - 32/17 * half is the first guess, in Q2.29. */
     int32_t half = (int32_t)((total << headroom) >> 1);
     int32_t x = (int32_t)(1515870810 + qarith_doubling_high_mul(half, -1010580540));

@@ -294,3 +294,10 @@ def test_packed_bits_come_back(count: int, bits: int, seed: int) -> None:
 def test_the_first_number_lies_in_the_lowest_bits() -> None:
     assert arithmetic.pack_bits(np.array([1, -2, 0, -1]), 2).tolist() == [0b11_00_10_01]
     assert arithmetic.pack_bits(np.array([1, -1, -1, -1, -1, -1, -1, 1, 1]), 1).tolist() == [0b1000_0001, 1]
+
+
+def test_leading_zeros():
+    numbers = np.array([1, 2, 3, (1 << 15) - 1, 1 << 15, (1 << 31) - 1], np.int64)
+    np.testing.assert_array_equal(
+        arithmetic.leading_zeros(numbers), [32 - int(n).bit_length() for n in numbers.tolist()]
+    )

@@ -104,10 +104,3 @@ def test_the_longest_row_of_equals_stays_within_32_bits():
     assert int(table[: interpolation.ENTRIES].max()) * interpolation.SOFTMAX_LONGEST_ROW < 1 << 31
     np.testing.assert_array_equal(interpolation.softmax(x, table), 0)  # 1/65535 is half a step
     assert (interpolation.softmax(x[:, :1000], table) == 33).all()
-
-
-def test_leading_zeros():
-    numbers = np.array([1, 2, 3, (1 << 15) - 1, 1 << 15, (1 << 31) - 1], np.int64)
-    np.testing.assert_array_equal(
-        interpolation.leading_zeros(numbers), [32 - int(n).bit_length() for n in numbers.tolist()]
-    )
