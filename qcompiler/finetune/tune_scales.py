@@ -16,9 +16,9 @@ import onnx_ir as ir
 from qcompiler.calibrate import Progress, Samples
 from qcompiler.graph import const_of, data_input, input_of, is_op, shape_of, value_name
 from qcompiler.quant.dynamic import shift_bias
-from qcompiler.quant.formats import bias_format, quantize_array
+from qcompiler.quant.formats import quantize_array
 from qcompiler.quant.operators import has_weights, inherits_format, own_producer
-from qcompiler.quant.repair import SAMPLES, closest, split_samples
+from qcompiler.quant.repair import SAMPLES, closest, split_samples, with_bias
 from qcompiler.quant.types import QuantPlan
 
 _log = logging.getLogger(__name__)
@@ -131,13 +131,10 @@ def _with_integers(plan: QuantPlan, model: ir.Model) -> QuantPlan:
 
 def _with_own_biases(plan: QuantPlan, layers: list[ir.Node]) -> QuantPlan:
     """The plan with a bias of its own for each layer, if only of zeros."""
-    shifts, biases = dict(plan.bias_shifts), dict(plan.biases)
     for node in layers:
-        name = node.name or ""
-        shifts.setdefault(name, np.zeros(shape_of(node.outputs[0])[1]))
-        scale = plan.activations[value_name(data_input(node))].scale
-        biases[name] = bias_format(scale, plan.weights[value_name(data_input(node, 1))])
-    return replace(plan, bias_shifts=shifts, biases=biases)
+        shift = plan.bias_shifts.get(node.name or "")
+        plan = with_bias(node, plan, np.zeros(shape_of(node.outputs[0])[1]) if shift is None else shift)
+    return plan
 
 
 def _learned(biased: QuantPlan, tuned: QuantPlan, biases: dict[str, np.ndarray], layers: list[ir.Node]) -> QuantPlan:

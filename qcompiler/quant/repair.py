@@ -28,7 +28,7 @@ from qcompiler.graph import const_of, data_input, input_of, is_op, nodes_of, sha
 from qcompiler.passes.absorb_biases import DEVIATIONS, AbsorbBiases, ChannelMoments, reader_of
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.migrate_scales import MigrateScales
-from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, step, weight_limits
+from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, spread, step, weight_limits
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, Sample, Tap, collect
 from qcompiler.quant.operators import MAC_OPS, own_producer
@@ -340,11 +340,11 @@ def _repair_layer(
     rounded = {**plan.rounded, name: from_weight_rows(node, best).astype(np.int64)}
     repaired = replace(plan, weights={**plan.weights, name: fmt}, rounded=rounded)
     if not corrects:
-        return _with_bias(node, repaired, None)
+        return with_bias(node, repaired, None)
     found = moments.mean if "bias" in steps else moments.float_mean
     outputs = (rows @ mean[:, :, None] for rows, mean in ((exact, moments.float_mean), (problem.real(best), found)))
     wanted, reached = outputs
-    return _with_bias(node, repaired, (wanted - reached).reshape(-1))
+    return with_bias(node, repaired, (wanted - reached).reshape(-1))
 
 
 def _problem(node: ir.Node, fmt: TensorFormat, aim: np.ndarray, hessian: np.ndarray) -> Problem:
@@ -359,7 +359,7 @@ def _per_row(node: ir.Node, fmt: TensorFormat, array: np.ndarray) -> np.ndarray:
         return array.reshape(1, 1, 1)
     shape = shape_of(data_input(node, 1))
     if fmt.block is not None:
-        return weight_rows(node, array.take(np.arange(shape[fmt.axis]) // fmt.block, fmt.axis))
+        return weight_rows(node, spread(array, fmt, shape))
     groups = weight_rows(node, np.empty(shape, np.int8)).shape[0]
     return array.reshape(groups, -1, 1)
 
@@ -392,7 +392,7 @@ def _input_scale(node: ir.Node, plan: QuantPlan) -> float:
     return float(plan.read(value_name(data_input(node)), node.name or "").scale)
 
 
-def _with_bias(node: ir.Node, plan: QuantPlan, shift: np.ndarray | None) -> QuantPlan:
+def with_bias(node: ir.Node, plan: QuantPlan, shift: np.ndarray | None) -> QuantPlan:
     """Keep the bias in units of the weights' scale, which may have changed, and set what is added to it."""
     name = node.name or ""
     biases, shifts = dict(plan.biases), dict(plan.bias_shifts)
