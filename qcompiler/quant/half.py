@@ -43,7 +43,8 @@ def to_half(model: ir.Model, layers: Mapping[str, HalfType]) -> tuple[ir.Model, 
     nodes = list(result.graph)
     chosen: dict[ir.Node, HalfType] = {}
     for name, half in layers.items():
-        found = [node for node in nodes if node in named_nodes(nodes, [name], "--float16") and has_weights(node)]
+        named = named_nodes(nodes, [name], f"--{half}")
+        found = [node for node in nodes if node in named and has_weights(node)]
         if not found:
             raise QCompilerError(
                 f"--{half} {name}: this operator has no constant weights; name a convolution or product."
