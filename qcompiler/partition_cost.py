@@ -12,6 +12,7 @@ from qcompiler.graph import const_of, data_input, dtype_of, element_count, ints,
 from qcompiler.host_cpu import HALF_CONVERSIONS
 from qcompiler.integer.weight_groups import stored_bytes
 from qcompiler.integer.weight_types import as_half
+from qcompiler.quant.operators import MAC_OPS
 from qcompiler.recurrent import OPS as RECURRENT
 from qcompiler.simulator.cost import host_cost
 from qcompiler.simulator.engines import work
@@ -139,12 +140,9 @@ def tensor_bytes(value: ir.Value) -> int:
 def constant_bytes(value: ir.Value, host: Host) -> int:
     """Of a constant as it is stored: weights of float products that are 16-bit floats take two bytes where CPUs can."""
     array = const_of(value)
-    if array is None or not is_op(next(iter(users(value)), None), *_FLOAT_PRODUCTS) or array.ndim < 2:
+    if array is None or not is_op(next(iter(users(value)), None), *MAC_OPS) or array.ndim < 2:
         return 0 if array is None else tensor_bytes(value)
     return as_half(array).nbytes if HALF_CONVERSIONS & host.features() else array.nbytes
-
-
-_FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def _weight_bytes(node: ir.Node) -> int:

@@ -205,12 +205,9 @@ class _Placer:
         )
 
     def _inside_cascades(self) -> set[ir.Value]:
+        cascades = [unit for unit in self.fit.units if unit.cascaded]
         return {
-            root
-            for unit in self.fit.units
-            if unit.cascaded
-            for root, life in self.maps.lives.items()
-            if unit.first <= life.first and life.last <= unit.last and root not in self.maps.outputs
+            root for unit in cascades for root in self.maps.lives if self.maps.is_inside(root, unit.first, unit.last)
         }
 
     def _widened(self, root: ir.Value) -> tuple[int, int]:
@@ -331,7 +328,7 @@ class _Placer:
     def _cascade(self, unit: Unit, plan: CascadePlan) -> Cascade:
         buffers = [self.offsets.get(buffer_name(unit, number), -1) for number in range(len(plan.buffers))]
         rolls, streams = buffers[: len(plan.rolls)], iter(buffers[len(plan.rolls) :])
-        arriving = {(load.roll) for load in plan.loads}
+        arriving = {load.roll for load in plan.loads}
         works = tuple(
             self._cascaded(stage, plan, arriving, tuple(next(streams) for _ in stage.streams)) for stage in plan.stages
         )

@@ -121,7 +121,8 @@ class Residency:
         lives: dict[ir.Value, Life] = {}
         for root, life in self.maps.lives.items():
             first, last = unit_of[life.first], unit_of[life.last]
-            if first < last or not self.units[first].cascaded or root in self.maps.outputs:
+            unit = self.units[first]
+            if not (unit.cascaded and self.maps.is_inside(root, unit.first, unit.last)):
                 lives[root] = Life(first, last, life.reads)
         return lives
 

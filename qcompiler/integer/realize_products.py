@@ -142,9 +142,12 @@ def _matmul_plus(builder: Builder, forms: Forms, node: ir.Node, bias: ir.Value |
     a, second = forms.of(data_input(node)), data_input(node, 1)
     if a is None:
         return None
-    weights = _weights(builder, second, 1) if len(shape_of(second)) == 2 else None
-    if weights is not None or (constant_of(second) is not None and len(shape_of(second)) == 2):
-        if weights is None or len(a.shape) < 2:
+    is_matrix = len(shape_of(second)) == 2
+    weights = _weights(builder, second, 1) if is_matrix else None
+    if is_matrix and weights is None and constant_of(second) is not None:
+        return None
+    if weights is not None:
+        if len(a.shape) < 2:
             return None
         rows = builder.reshape(a.value, (_leading(a.shape), a.shape[-1]), f"{out.name}.x")
         transposed = replace(weights, array=weights.array.T)
