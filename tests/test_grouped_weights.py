@@ -7,8 +7,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import check_bit_exact, random_weights, save_network
 
-from qcompiler.backends import npu, relax
+from qcompiler.backends import relax
 from qcompiler.compile import Placed, place, schedule
 from qcompiler.errors import QCompilerError
 from qcompiler.exact_session import exact_session
@@ -17,7 +18,6 @@ from qcompiler.integer.reference import execute
 from qcompiler.integer.weight_groups import groups_of, stored_bytes
 from qcompiler.options import Options
 from qcompiler.quant.types import Quality, WeightRequest, WeightType
-from qcompiler.runtime import Executable
 
 
 def random_network(path: Path, seed: int) -> Path:
@@ -28,10 +28,7 @@ def random_network(path: Path, seed: int) -> Path:
         "w0": (inner, 3, 3, 3), "w1": (depth, inner, 2, 3), "b1": (depth,), "w2": (depth, 1, 3, 3),
         "w3": (64, depth, 1, 1), "w4": (18, 32, 1, 2), "w5": (21, 18), "w6": (21, 33), "w7": (4, 33),
     }  # fmt: skip
-    constants = [
-        numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32), name)
-        for name, shape in shapes.items()
-    ]
+    constants = random_weights(rng, shapes)
     nodes = [
         helper.make_node("Conv", ["x", "w0"], ["c0"], pads=[1, 1, 1, 1]),
         helper.make_node("Conv", ["c0", "w1", "b1"], ["c1"], strides=[int(rng.integers(1, 3))] * 2),
@@ -45,31 +42,11 @@ def random_network(path: Path, seed: int) -> Path:
         helper.make_node("MatMul", ["g", "w6"], ["m"]),
         helper.make_node("Gemm", ["m", "w7"], ["y"], transB=1),
     ]
-    for node in nodes:
-        node.name = node.output[0]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 11, 13])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])
-    graph = helper.make_graph(nodes, "random", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return save_network(path, nodes, constants, [1, 3, 11, 13], [1, 4])
 
 
 GROUPED = {"c1", "c3", "c4", "g", "m"}
 """The layers whose depth is more than a group of 8; the first and the last keep eight bits."""
-
-
-def check_bit_exact(done: Placed, folder: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """The compiled model's outputs, after comparing them with the reference's."""
-    (name,) = (value.name or "" for value in done.integer.graph.outputs)
-    wanted = execute(done.integer, feeds)[name]
-    programs_of = schedule(done)
-    lowered = relax.lower(
-        done.integer, done.partition, done.target, lambda region: npu.region_function(programs_of[region.name], 0)
-    )
-    relax.build(lowered, done.target.host, folder / "model.so")
-    (got,) = Executable(folder / "model.so", lowered.parameters).run([feeds[value] for value in feeds])
-    np.testing.assert_array_equal(got, wanted)
-    return got
 
 
 def grouped_layers(done: Placed) -> set[str]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
+from small_networks import save_network
 
 import qcompiler
 from qcompiler import cli
@@ -42,13 +42,7 @@ def network(path: Path, seed: int, scale: float = 1.0) -> Path:
         helper.make_node("Flatten", ["p"], ["f"]),
         helper.make_node("Gemm", ["f", "w3"], ["y"], transB=1),
     ]
-    for node in nodes:
-        node.name = node.output[0]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 9, 7])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 7])
-    graph = helper.make_graph(nodes, "half", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return save_network(path, nodes, constants, [1, 3, 9, 7], [1, 7])
 
 
 def ran(model: bytes | str, feeds: dict[str, np.ndarray]) -> np.ndarray:

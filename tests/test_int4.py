@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import random_weights, save_network
 
 import qcompiler
 from qcompiler import bundle as bundle_files
@@ -39,10 +40,7 @@ def random_network(path: Path, seed: int) -> Path:
         "w0": (inner, 3, 3, 3), "w1": (depth, inner, *kernel), "b1": (depth,), "w2": (depth, 1, 3, 3),
         "w3": (depth, depth, 1, 1), "w4": (9, depth), "w5": (4, 9),
     }  # fmt: skip
-    constants = [
-        numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32), name)
-        for name, shape in shapes.items()
-    ]
+    constants = random_weights(rng, shapes)
     nodes = [
         helper.make_node("Conv", ["x", "w0"], ["c0"], pads=[1, 1, 1, 1]),
         helper.make_node("Conv", ["c0", "w1", "b1"], ["c1"], strides=[int(rng.integers(1, 3))] * 2),
@@ -55,13 +53,7 @@ def random_network(path: Path, seed: int) -> Path:
         helper.make_node("Gemm", ["f", "w4"], ["g"], transB=1),
         helper.make_node("Gemm", ["g", "w5"], ["y"], transB=1),
     ]
-    for node in nodes:
-        node.name = node.output[0]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, height, width])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])
-    graph = helper.make_graph(nodes, "random", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return save_network(path, nodes, constants, [1, 3, height, width], [1, 4])
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -7,8 +7,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import check_bit_exact, random_weights, save_network
 
-from qcompiler.backends import npu, relax
+from qcompiler.backends import relax
 from qcompiler.compile import place, schedule
 from qcompiler.errors import QCompilerError
 from qcompiler.exact_session import exact_session
@@ -16,7 +17,6 @@ from qcompiler.integer.reference import execute
 from qcompiler.integer.weight_types import narrowed, stored_bits, stored_type
 from qcompiler.options import Options
 from qcompiler.quant.types import WeightRequest, WeightType
-from qcompiler.runtime import Executable
 
 TYPES: tuple[tuple[WeightType, str], ...] = (("int2", "int2"), ("binary", "int1"))
 
@@ -29,10 +29,7 @@ def random_network(path: Path, seed: int) -> Path:
         "w0": (inner, 3, 3, 3), "w1": (depth, inner, 2, 3), "b1": (depth,), "w2": (depth, 1, 3, 3),
         "w3": (64, depth, 1, 1), "w4": (16, 64, 1, 2), "w5": (9, 16), "w6": (4, 9),
     }  # fmt: skip
-    constants = [
-        numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32), name)
-        for name, shape in shapes.items()
-    ]
+    constants = random_weights(rng, shapes)
     nodes = [
         helper.make_node("Conv", ["x", "w0"], ["c0"], pads=[1, 1, 1, 1]),
         helper.make_node("Conv", ["c0", "w1", "b1"], ["c1"], strides=[int(rng.integers(1, 3))] * 2),
@@ -45,13 +42,7 @@ def random_network(path: Path, seed: int) -> Path:
         helper.make_node("Gemm", ["f", "w5"], ["g"], transB=1),
         helper.make_node("Gemm", ["g", "w6"], ["y"], transB=1),
     ]
-    for node in nodes:
-        node.name = node.output[0]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 11, 13])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])
-    graph = helper.make_graph(nodes, "random", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return save_network(path, nodes, constants, [1, 3, 11, 13], [1, 4])
 
 
 @pytest.mark.parametrize("target", ["x86-cpu", "x86-plain", "systolic-npu"])
@@ -65,14 +56,7 @@ def test_reference_cpu_and_simulator_agree(tmp_path: Path, target: str, wanted: 
         on_npu = [item for item in done.partition.placements if item.precision.endswith(f"*{stored}")]
         assert all(item.backend == "npu" for item in on_npu)
     feeds = {"x": np.random.default_rng(3).standard_normal((1, 3, 11, 13)).astype(np.float32)}
-    wanted_result = execute(done.integer, feeds)["y"]
-    programs_of = schedule(done)
-    lowered = relax.lower(
-        done.integer, done.partition, done.target, lambda region: npu.region_function(programs_of[region.name], 0)
-    )
-    relax.build(lowered, done.target.host, tmp_path / "model.so")
-    (got,) = Executable(tmp_path / "model.so", lowered.parameters).run([feeds["x"]])
-    np.testing.assert_array_equal(got, wanted_result)
+    got = check_bit_exact(done, tmp_path, feeds)
     assert len(np.unique(got)) > 1
     session = exact_session(ir.to_proto(done.quantized).SerializeToString())
     theirs = np.asarray(session.run(None, feeds)[0])

@@ -7,16 +7,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import check_bit_exact, random_weights, save_network
 
-from qcompiler.backends import npu, relax
-from qcompiler.compile import Placed, place, schedule
+from qcompiler.compile import Placed, place
 from qcompiler.errors import QCompilerError
 from qcompiler.exact_session import exact_session
-from qcompiler.graph import dtype_of, nodes_of, value_name
-from qcompiler.integer.reference import execute
+from qcompiler.graph import dtype_of, nodes_of
 from qcompiler.options import Options
 from qcompiler.quant.types import WeightRequest, WideType
-from qcompiler.runtime import Executable
 
 LAYERS = ("c0", "c1", "c2", "sig", "s", "g", "c3", "m", "y")
 """Operators that may read 16 bits: convolutions, a table, a sum, a gate's product, a pool and products."""
@@ -29,10 +27,7 @@ def residual_network(path: Path, seed: int) -> Path:
         "w0": (12, 3, 3, 3), "b0": (12,), "w1": (12, 12, 3, 3), "w2": (12, 12, 1, 1), "w3": (10, 24, 3, 3),
         "w4": (10, 7), "w5": (5, 7),
     }  # fmt: skip
-    constants = [
-        numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32), name)
-        for name, shape in shapes.items()
-    ]
+    constants = random_weights(rng, shapes)
     nodes = [
         helper.make_node("Conv", ["x", "w0", "b0"], ["c0"], pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["c0"], ["r0"]),
@@ -50,13 +45,7 @@ def residual_network(path: Path, seed: int) -> Path:
         helper.make_node("MatMul", ["f", "w4"], ["h"]),
         helper.make_node("Gemm", ["h", "w5"], ["y"], transB=1),
     ]
-    for node in nodes:
-        node.name = node.output[0]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 10, 12])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 5])
-    graph = helper.make_graph(nodes, "residual", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return save_network(path, nodes, constants, [1, 3, 10, 12], [1, 5])
 
 
 def samples(seed: int, count: int = 16) -> dict[str, np.ndarray]:
@@ -66,19 +55,6 @@ def samples(seed: int, count: int = 16) -> dict[str, np.ndarray]:
 def placed(path: Path, target: str, wide: dict[str, WideType]) -> Placed:
     formats = WeightRequest(activations_by_layer=wide)
     return place(path, target, Options(calibration=samples(1), formats=formats))
-
-
-def check_bit_exact(done: Placed, folder: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    (name,) = (value_name(value) for value in done.integer.graph.outputs)
-    wanted = execute(done.integer, feeds)[name]
-    programs_of = schedule(done)
-    lowered = relax.lower(
-        done.integer, done.partition, done.target, lambda region: npu.region_function(programs_of[region.name], 0)
-    )
-    relax.build(lowered, done.target.host, folder / "model.so")
-    (got,) = Executable(folder / "model.so", lowered.parameters).run([feeds[value] for value in feeds])
-    np.testing.assert_array_equal(got, wanted)
-    return got
 
 
 def reads(done: Placed) -> dict[str, str]:

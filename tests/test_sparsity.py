@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import save_network
 
 from qcompiler import cli
 from qcompiler.backends import npu, relax
@@ -66,13 +67,7 @@ def network(path: Path, seed: int, *, sparse: bool = True) -> Path:
         helper.make_node("Flatten", ["p"], ["f"]),
         helper.make_node("Gemm", ["f", "w4"], ["y"], transB=1),
     ]
-    for node in nodes:
-        node.name = node.output[0]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 10, 13])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 7])
-    graph = helper.make_graph(nodes, "sparse", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    return save_network(path, nodes, constants, [1, 3, 10, 13], [1, 7])
 
 
 def on_npu(model: Path, target: str | Path) -> Placed:
