@@ -36,8 +36,14 @@ def aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def live_bytes(buffers: Sequence[Buffer], step: int, alignment: int) -> int:
-    return sum(aligned(buffer.size, alignment) for buffer in buffers if buffer.first <= step <= buffer.last)
+def live_bytes(buffers: Sequence[Buffer], steps: int, alignment: int) -> list[int]:
+    """Bytes alive at each of so many steps, each buffer rounded up."""
+    changes = [0] * (steps + 1)
+    for buffer in buffers:
+        size = aligned(buffer.size, alignment)
+        changes[buffer.first] += size
+        changes[buffer.last + 1] -= size
+    return list(accumulate(changes))[:steps]
 
 
 def plan_memory(buffers: Sequence[Buffer], alignment: int, enough: int = 0) -> MemoryPlan:
@@ -47,35 +53,31 @@ def plan_memory(buffers: Sequence[Buffer], alignment: int, enough: int = 0) -> M
     best of these orders with the buffer that reaches highest moved to its front, again and again. The best plan
     wins. Deterministic; stops at the lower bound, or at a peak that is `enough`.
     """
-    lower_bound = _most_live(buffers, alignment)
-    best_peak, best_order, best_offsets = -1, list(range(len(buffers))), (0,) * len(buffers)
+    sizes = [-(-buffer.size // alignment) for buffer in buffers]
+    steps = max((buffer.last + 1 for buffer in buffers), default=0)
+    lower_bound = max(live_bytes(buffers, steps, alignment), default=0) // alignment
+    best_peak, best_order, best_offsets = -1, list(range(len(buffers))), [0] * len(buffers)
     rivals = _rivals(buffers)
     for key in _ORDERS:
+        if best_peak == lower_bound:
+            break
         order = sorted(range(len(buffers)), key=partial(_rank, buffers, key))
-        offsets = _place(buffers, order, rivals, alignment)
-        peak, _ = _highest(buffers, offsets, alignment)
+        offsets = _place(sizes, order, rivals)
+        peak, _ = _highest(sizes, offsets)
         if best_peak < 0 or peak < best_peak:
             best_peak, best_order, best_offsets = peak, order, offsets
     order, offsets = best_order, best_offsets
     for _ in range(_REPAIRS):
-        if best_peak <= max(lower_bound, enough):
+        if best_peak <= max(lower_bound, enough // alignment):
             break
-        _, highest = _highest(buffers, offsets, alignment)
+        _, highest = _highest(sizes, offsets)
         order = [highest, *(index for index in order if index != highest)]
-        offsets = _place(buffers, order, rivals, alignment)
-        peak, _ = _highest(buffers, offsets, alignment)
+        offsets = _place(sizes, order, rivals)
+        peak, _ = _highest(sizes, offsets)
         if peak < best_peak:
             best_peak, best_offsets = peak, offsets
-    return MemoryPlan(tuple(buffers), best_offsets, best_peak, lower_bound)
-
-
-def _most_live(buffers: Sequence[Buffer], alignment: int) -> int:
-    """The most `live_bytes` of any step."""
-    sizes = [aligned(buffer.size, alignment) for buffer in buffers]
-    starts = ((buffer.first, size) for buffer, size in zip(buffers, sizes, strict=True))
-    ends = ((buffer.last + 1, -size) for buffer, size in zip(buffers, sizes, strict=True))
-    # What ends before a step sorts in front of what starts with it.
-    return max(accumulate((change for _, change in sorted((*starts, *ends))), initial=0))
+    places = tuple(offset * alignment for offset in best_offsets)
+    return MemoryPlan(tuple(buffers), places, best_peak * alignment, lower_bound * alignment)
 
 
 _REPAIRS = 40
@@ -93,9 +95,12 @@ def _rank(buffers: Sequence[Buffer], key: _Key, index: int) -> tuple[int, int, s
     return key(buffers[index])
 
 
-def _highest(buffers: Sequence[Buffer], offsets: Sequence[int], alignment: int) -> tuple[int, int]:
+# From here on sizes and offsets are in units of the alignment.
+
+
+def _highest(sizes: Sequence[int], offsets: Sequence[int]) -> tuple[int, int]:
     """The highest end and the buffer that has it; (0, 0) if there is none."""
-    ends = [offset + aligned(buffer.size, alignment) for offset, buffer in zip(offsets, buffers, strict=True)]
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
     return max(((end, index) for index, end in enumerate(ends)), default=(0, 0))
 
 
@@ -113,25 +118,22 @@ def _rivals(buffers: Sequence[Buffer]) -> list[list[int]]:
     return rivals
 
 
-def _place(
-    buffers: Sequence[Buffer], order: Sequence[int], rivals: Sequence[Sequence[int]], alignment: int
-) -> tuple[int, ...]:
+def _place(sizes: Sequence[int], order: Sequence[int], rivals: Sequence[Sequence[int]]) -> list[int]:
     """One after the other into the tightest gap among the placed buffers whose lives meet."""
-    placed: dict[int, int] = {}
+    ends: list[int | None] = [None] * len(sizes)
+    offsets = [0] * len(sizes)
     for index in order:
-        taken = sorted(
-            (placed[other], placed[other] + buffers[other].size) for other in rivals[index] if other in placed
-        )
-        placed[index] = _best_gap(taken, buffers[index].size, alignment)
-    return tuple(placed[index] for index in range(len(buffers)))
+        taken = sorted((offsets[other], end) for other in rivals[index] if (end := ends[other]) is not None)
+        offsets[index] = _best_gap(taken, sizes[index])
+        ends[index] = offsets[index] + sizes[index]
+    return offsets
 
 
-def _best_gap(taken: Sequence[tuple[int, int]], size: int, alignment: int) -> int:
-    best_offset, best_gap, end = None, None, 0
+def _best_gap(taken: Sequence[tuple[int, int]], size: int) -> int:
+    best_offset, best_gap, end = -1, 0, 0
     for low, high in taken:
-        start = aligned(end, alignment)
-        gap = low - start
-        if gap >= size and (best_gap is None or gap < best_gap):
-            best_offset, best_gap = start, gap
+        gap = low - end
+        if gap >= size and (best_offset < 0 or gap < best_gap):
+            best_offset, best_gap = end, gap
         end = max(end, high)
-    return aligned(end, alignment) if best_offset is None else best_offset
+    return end if best_offset < 0 else best_offset

@@ -4,6 +4,7 @@ Two schedules compete, without cascades and with those that the search finds; th
 wins.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,13 @@ class _Placer:
         self.offsets = {
             buffer.name: offset for buffer, offset in zip(fit.memory.buffers, fit.memory.offsets, strict=True)
         }
+        self.taken: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        self.given_back: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        """Offset and bytes of the buffers whose lives begin and end with each unit."""
+        for buffer, offset in zip(fit.memory.buffers, fit.memory.offsets, strict=True):
+            span = (offset, aligned(buffer.size, alignment))
+            self.taken[buffer.first].append(span)
+            self.given_back[buffer.last].append(span)
         self.homes: dict[ir.Value, tuple[int, int]] = {
             root: (bases.blob, offset) for root, offset in constants.roots.items()
         }
@@ -224,10 +232,6 @@ class _Placer:
 
     def _steps(self, number: int) -> list[Step]:
         unit, plan, draft = self.fit.units[number], self.fit.draft.plans[number], self.fit.draft
-        spans = [
-            (buffer, (offset, aligned(buffer.size, self.alignment)))
-            for buffer, offset in zip(self.fit.memory.buffers, self.fit.memory.offsets, strict=True)
-        ]
         following = next((later for later in range(number + 1, len(draft.plans)) if draft.plans[later]), None)
         fetches = plan is not None and following in draft.prefetched
         steps: list[Step] = []
@@ -251,8 +255,8 @@ class _Placer:
                     fills,
                     copies,
                     self._exports(index),
-                    tuple(span for buffer, span in spans if is_first and buffer.first == number),
-                    tuple(span for buffer, span in spans if is_last and buffer.last == number),
+                    tuple(self.taken[number]) if is_first else (),
+                    tuple(self.given_back[number]) if is_last else (),
                     self.fit.units[following].first if is_last and fetches and following is not None else None,
                     is_first and number in draft.prefetched,
                 )

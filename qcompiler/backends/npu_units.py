@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompiler.backends.npu_cascade_plan import CascadePlan
 from qcompiler.backends.npu_layers import Moves
 from qcompiler.backends.npu_maps import Life, RegionMaps
-from qcompiler.backends.npu_memory import Buffer, MemoryPlan, live_bytes, plan_memory
+from qcompiler.backends.npu_memory import Buffer, MemoryPlan, aligned, live_bytes, plan_memory
 from qcompiler.backends.npu_tiling import Prices, Tiling, Work, choose_tiling, fills_blocks
 from qcompiler.graph import value_name
 
@@ -162,7 +162,7 @@ class Residency:
         fit = replace(fit, memory=plan_memory(fit.draft.buffers, self.alignment))
         limits = [self.capacity] * len(self.units)
         for _ in range(_SLIMMING_TRIALS):
-            live = [live_bytes(fit.memory.buffers, unit, self.alignment) for unit in range(len(self.units))]
+            live = live_bytes(fit.memory.buffers, len(self.units), self.alignment)
             fullest = max(range(len(live)), key=live.__getitem__, default=0)
             sizes = [
                 (sum(plan.buffers), unit)
@@ -193,8 +193,8 @@ class Residency:
         ]
         plans: list[Plan | None] = []
         cut: list[Buffer] = []
-        for number in range(len(self.units)):
-            free = self.capacity - live_bytes(residents, number, self.alignment)
+        for number, live in enumerate(live_bytes(residents, len(self.units), self.alignment)):
+            free = self.capacity - live
             if self._only_moves(number):
                 plans.append(None)
                 if free < 0:
@@ -232,20 +232,21 @@ class Residency:
     def _prefetch(self, plans: Sequence[Plan | None], buffers: list[Buffer], alone: set[int]) -> Draft:
         """Let constants' buffers begin at the unit before, wherever the bytes suffice."""
         by_name = {buffer.name: position for position, buffer in enumerate(buffers)}
+        live = live_bytes(buffers, len(self.units), self.alignment)
         prefetched: set[int] = set()
         previous: int | None = None
         for number, plan in enumerate(plans):
             if plan is None:
                 continue
             names = [buffer_name(self.units[number], index) for index in self._first_constants(number, plan)]
-            extra = sum(buffers[by_name[name]].size for name in names)
-            if previous is not None and names and number not in alone:
-                live = [live_bytes(buffers, step, self.alignment) for step in range(previous, number)]
-                if max(live) + extra <= self.capacity:
-                    prefetched.add(number)
-                    for name in names:
-                        old = buffers[by_name[name]]
-                        buffers[by_name[name]] = Buffer(old.name, old.size, previous, old.last)
+            extra = sum(aligned(buffers[by_name[name]].size, self.alignment) for name in names)
+            between = [] if previous is None or number in alone else live[previous:number]
+            if previous is not None and names and between and max(between) + extra <= self.capacity:
+                prefetched.add(number)
+                live[previous:number] = [size + extra for size in between]
+                for name in names:
+                    old = buffers[by_name[name]]
+                    buffers[by_name[name]] = Buffer(old.name, old.size, previous, old.last)
             previous = number
         return Draft(tuple(plans), tuple(buffers), frozenset(prefetched))
 
@@ -272,8 +273,9 @@ class Residency:
         if guilty:
             alone |= guilty
             return
-        live = {unit: live_bytes(memory.buffers, unit, self.alignment) for unit in range(first, last + 1)}
-        for unit in sorted(live, key=lambda unit: -live[unit]):
+        live = live_bytes(memory.buffers, len(self.units), self.alignment)
+        crowded = sorted(range(first, last + 1), key=lambda unit: -live[unit])
+        for unit in crowded:
             plan = draft.plans[unit]
             if plan is None:
                 continue
@@ -281,7 +283,7 @@ class Residency:
             if self._plan(unit, evicted, smaller) is not None:
                 limits[unit] = smaller
                 return
-        evicted.add(self._victim(max(live, key=lambda unit: live[unit]), evicted))
+        evicted.add(self._victim(crowded[0], evicted))
 
     def _victim(self, number: int, evicted: set[ir.Value]) -> ir.Value:
         """The largest resident map alive at a unit."""
