@@ -11,7 +11,7 @@ each integer. Numbers are `Index`: an int where it is known, else a TIR expressi
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tvm import tirx as _tirx
 from tvm.script.ir_builder import tirx as _builder
@@ -62,10 +62,8 @@ class WordEmitter:
 
     def call(self, opcode: Opcode, *arguments: Index) -> None:
         assert len(arguments) == len(opcode.arguments), f"{opcode.name} takes {opcode.arguments}"
-        self.words.append(opcode.code)
-        for argument in arguments:
-            assert isinstance(argument, int)
-            self.words.append(argument)
+        # No loop variable here is anything but an int.
+        self.words += (opcode.code, *cast("tuple[int, ...]", arguments))
 
     def loop(self, count: int) -> Iterator[Index]:
         yield from range(count)

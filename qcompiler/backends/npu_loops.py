@@ -8,7 +8,6 @@ from qcompiler.backends.npu_tiling import (
     Address,
     MapOperand,
     Repeated,
-    Stream,
     Strides4,
     Tile,
     Tiling,
@@ -112,9 +111,7 @@ def emit_fill(emit: Emitter, fill: Fill) -> None:
 
 def emit_streams(emit: Emitter, step: TiledWork) -> None:
     """Fetch the constants of a step's first tile."""
-    loops = _Loops(emit, step)
-    for index in range(len(step.work.streams)):
-        loops.load_stream(index, 0)
+    _Loops(emit, step).load_first_streams()
 
 
 def emit_work(emit: Emitter, step: TiledWork, *, prefetched: bool, meanwhile: Callable[[], None]) -> None:
@@ -125,8 +122,21 @@ def emit_work(emit: Emitter, step: TiledWork, *, prefetched: bool, meanwhile: Ca
     _Loops(emit, step).run(prefetched=prefetched, meanwhile=meanwhile)
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A tile, its number being an int or a TIR variable, and the part of the OFM that it is."""
+
+    number: Index
+    batch: Index
+    start: tuple[Index, Index, Index]
+    """First row, column, channel."""
+    length: tuple[Index, Index, Index]
+    depth: Index
+    """Which piece of the channels."""
+
+
 class _Loops:
-    """Emits one step. Tile `t` counts through the axes in the tiling's order; `t` may be a TIR variable."""
+    """Emits one step. Tiles count through the axes in the tiling's order."""
 
     def __init__(self, emit: Emitter, step: TiledWork) -> None:
         self.emit = emit
@@ -135,113 +145,117 @@ class _Loops:
         self.tiling = step.tiling
         self.counts = dict(zip("nyxc", step.tiling.counts, strict=True))
         self.sizes = (step.tiling.y, step.tiling.x, step.tiling.c)
+        self.tiles = step.tiling.tiles
+        self.lasting = [
+            period(self.tiling.order, self.counts, operand.followed)
+            for operand in (*self.work.maps, *self.work.streams)
+        ]
+        """For how many tiles each feature map's and stream's part is the same."""
+        self.streamed = self._streamed()
 
     def run(self, *, prefetched: bool, meanwhile: Callable[[], None]) -> None:
-        last = self.tiling.tiles - 1
+        last = self.tiles - 1
         if self._load_first(prefetched=prefetched):
             self.emit.call(isa.BARRIER)
         for tile in self._steps(last):
+            piece = self._piece(tile)
             if self.tiling.slots == 2:
                 self._load_next(tile + 1)
-                self._compute(tile)
+                self._compute(piece)
                 self.emit.call(isa.BARRIER)
-                self._store(tile)
+                self._store(piece)
             else:
-                self._compute(tile)
+                self._compute(piece)
                 self.emit.call(isa.BARRIER)
-                self._store(tile)
+                self._store(piece)
                 self._load_next(tile + 1)
                 self.emit.call(isa.BARRIER)
         meanwhile()
-        self._compute(last)
+        piece = self._piece(last)
+        self._compute(piece)
         self.emit.call(isa.BARRIER)
         if not self.step.ofm.resident:
-            self._store(last)
+            self._store(piece)
             self.emit.call(isa.BARRIER)
 
-    def load_stream(self, index: int, tile: Index) -> None:
-        stream = self.work.streams[index]
-        source = self._constants(index, tile)
-        size = self._length("c", tile) * stream.unit if stream.unit else len(stream.data)
-        target = self._slot(len(self.work.maps) + index, stream, tile)
-        self.emit.call(isa.DMA, isa.SCRATCHPAD, target, 0, 0, self.step.blob, source, 0, 0, 1, 1, size)
-
-    def _constants(self, index: int, tile: Index) -> Index:
-        """Where a tile's constants lie among all."""
-        return self.step.streams[index] + self._position("c", tile) * self.tiling.c * self.work.streams[index].unit
+    def load_first_streams(self) -> None:
+        piece = self._piece(0)
+        for index in range(len(self.work.streams)):
+            self._load_stream(index, piece)
 
     # --- positions ---
 
     def _steps(self, count: int) -> Iterator[Index]:
         return iter(range(count)) if self.work.unroll else self.emit.loop(count)
 
-    def _position(self, axis: str, tile: Index) -> Index:
-        """Which piece of an axis a tile is."""
-        if self.counts[axis] == 1:
-            return 0
+    def _piece(self, tile: Index) -> _Piece:
+        positions: dict[str, Index] = {}
         inner = 1
-        for other in reversed(self.tiling.order[self.tiling.order.index(axis) + 1 :]):
-            inner *= self.counts[other]
-        quotient = divide(tile, inner)
-        return quotient if inner * self.counts[axis] == self.tiling.tiles else modulo(quotient, self.counts[axis])
+        for axis in reversed(self.tiling.order):
+            count = self.counts[axis]
+            quotient = divide(tile, inner) if count > 1 else 0
+            inner *= count
+            positions[axis] = quotient if inner == self.tiles else modulo(quotient, count)
+        n, y, x, c = (positions[axis] for axis in "nyxc")
+        start = (y * self.sizes[0], x * self.sizes[1], c * self.sizes[2])
+        rows, columns, channels = (
+            piece if size % piece == 0 else minimum(size - first, piece)
+            for size, piece, first in zip(self.work.ofm[1:], self.sizes, start, strict=True)
+        )
+        return _Piece(tile, n, start, (rows, columns, channels), c)
 
-    def _start(self, axis: str, tile: Index) -> Index:
-        return self._position(axis, tile) * self.sizes["yxc".index(axis)]
-
-    def _length(self, axis: str, tile: Index) -> Index:
-        index = "yxc".index(axis)
-        size, piece = self.work.ofm[1 + index], self.sizes[index]
-        return piece if size % piece == 0 else minimum(size - self._start(axis, tile), piece)
-
-    def _windows(self, operand: MapOperand, tile: Index) -> tuple[Window, Window, Window]:
+    def _windows(self, operand: MapOperand, piece: _Piece) -> tuple[Window, Window, Window]:
         y, x, c = (
-            span.window(self._start(axis, tile), self._length(axis, tile), size)
-            for axis, span, size in zip("yxc", operand.spans, self.sizes, strict=True)
+            span.window(start, length, size)
+            for span, start, length, size in zip(operand.spans, piece.start, piece.length, self.sizes, strict=True)
         )
         return y, x, c
 
-    def _slot(self, buffer: int, operand: MapOperand | Stream, tile: Index) -> Index:
-        """The scratchpad offset of the buffer that holds an operand's part for a tile."""
-        same = period(self.tiling.order, self.counts, operand.follows)
-        return self._nth_slot(buffer, same, tile)
-
-    def _nth_slot(self, buffer: int, same: int, tile: Index) -> Index:
-        offset = self.step.buffers[buffer]
+    def _slot(self, buffer: int, tile: Index) -> Index:
+        """The scratchpad offset of the buffer that holds an operand's part for a tile; -1: the OFM's."""
+        offset, same = self.step.buffers[buffer], self.lasting[buffer] if buffer >= 0 else 1
         assert offset >= 0, "a resident operand has no buffer"
-        if self.tiling.slots == 1 or same == self.tiling.tiles:
+        if self.tiling.slots == 1 or same == self.tiles:
             return offset
         return offset + modulo(divide(tile, same), 2) * (self.tiling.buffers[buffer] // 2)
 
+    def _constants(self, index: int, piece: _Piece) -> Index:
+        """Where a tile's constants lie among all."""
+        return self.step.streams[index] + piece.depth * (self.tiling.c * self.work.streams[index].unit)
+
     # --- loads ---
 
-    def _streamed(self) -> list[tuple[int, MapOperand | Stream]]:
-        """The operands that need fetching, with the number of their buffer."""
-        maps = [(i, m) for i, m in enumerate(self.work.maps) if not self.step.maps[i].resident]
-        streams = () if self.tiling.in_place else self.work.streams
-        return [*maps, *((len(self.work.maps) + i, stream) for i, stream in enumerate(streams))]
+    def _streamed(self) -> list[int]:
+        """The numbers of the operands' buffers that need filling: feature maps first, then constants."""
+        maps = [index for index, placed in enumerate(self.step.maps) if not placed.resident]
+        first, streams = len(self.work.maps), 0 if self.tiling.in_place else len(self.work.streams)
+        return [*maps, *range(first, first + streams)]
 
     def _load_first(self, *, prefetched: bool) -> bool:
-        loaded = [(i, operand) for i, operand in self._streamed() if not (prefetched and isinstance(operand, Stream))]
-        for index, _ in loaded:
-            self._load(index, 0)
+        loaded = [index for index in self.streamed if not prefetched or index < len(self.work.maps)]
+        piece = self._piece(0)
+        for index in loaded:
+            self._load(index, piece)
         return bool(loaded)
 
     def _load_next(self, tile: Index) -> None:
         """Fetch what tile `tile` reads and the tile before did not."""
-        for index, operand in self._streamed():
-            same = period(self.tiling.order, self.counts, operand.follows)
-            if same < self.tiling.tiles:
+        piece = self._piece(tile)
+        for index in self.streamed:
+            same = self.lasting[index]
+            if same < self.tiles:
                 for _ in self.emit.when(equal(modulo(tile, same), 0)):
-                    self._load(index, tile)
+                    self._load(index, piece)
 
-    def _load(self, index: int, tile: Index) -> None:
+    def _load(self, index: int, piece: _Piece) -> None:
         if index >= len(self.work.maps):
-            self.load_stream(index - len(self.work.maps), tile)
+            self._load_stream(index - len(self.work.maps), piece)
             return
         operand, placed = self.work.maps[index], self.step.maps[index]
+        windows = self._windows(operand, piece)
         counts = tuple(
             1 if isinstance(span, Repeated) else window.count
-            for span, window in zip(operand.spans, self._windows(operand, tile), strict=True)
+            for span, window in zip(operand.spans, windows, strict=True)
         )
         rows, columns, channels = counts[0], counts[1], counts[2] * operand.element
         dst_strides, src_strides = buffer_strides(operand, self.sizes), placed.strides[1:3]
@@ -249,22 +263,29 @@ class _Loops:
             rows, columns = columns, rows
             dst_strides, src_strides = dst_strides[::-1], src_strides[::-1]
         self._dma(
-            Address(isa.SCRATCHPAD, self._slot(index, operand, tile)),
+            Address(isa.SCRATCHPAD, self._slot(index, piece.number)),
             dst_strides,
-            Address(placed.base, self._origin(operand, placed, tile)),
+            Address(placed.base, self._origin(operand, placed, piece, windows)),
             src_strides,
             (rows, columns, channels),
         )
 
-    def _store(self, tile: Index) -> None:
+    def _load_stream(self, index: int, piece: _Piece) -> None:
+        stream = self.work.streams[index]
+        source = self._constants(index, piece)
+        size = piece.length[2] * stream.unit if stream.unit else len(stream.data)
+        target = self._slot(len(self.work.maps) + index, piece.number)
+        self.emit.call(isa.DMA, isa.SCRATCHPAD, target, 0, 0, self.step.blob, source, 0, 0, 1, 1, size)
+
+    def _store(self, piece: _Piece) -> None:
         placed = self.step.ofm
         if placed.resident:
             return
-        rows, columns, channels = (self._length(axis, tile) for axis in "yxc")
+        rows, columns, channels = piece.length
         self._dma(
-            Address(placed.base, self._ofm_origin(tile)),
+            Address(placed.base, self._ofm_origin(piece)),
             placed.strides[1:3],
-            Address(isa.SCRATCHPAD, self._nth_slot(-1, 1, tile)),
+            Address(isa.SCRATCHPAD, self._slot(-1, piece.number)),
             self._ofm_strides(),
             (rows, columns, channels * self.work.element),
         )
@@ -295,32 +316,34 @@ class _Loops:
 
     # --- computation ---
 
-    def _origin(self, operand: MapOperand, placed: Placed, tile: Index) -> Index:
+    def _origin(
+        self, operand: MapOperand, placed: Placed, piece: _Piece, windows: tuple[Window, Window, Window]
+    ) -> Index:
         offset: Index = placed.offset
         if operand.shape[0] > 1:
-            offset = offset + self._position("n", tile) * placed.strides[0]
-        for span, window, stride in zip(operand.spans, self._windows(operand, tile), placed.strides[1:], strict=True):
+            offset = offset + piece.batch * placed.strides[0]
+        for span, window, stride in zip(operand.spans, windows, placed.strides[1:], strict=True):
             if not isinstance(span, Repeated):
                 offset = offset + window.first * stride
         return offset
 
-    def _ofm_origin(self, tile: Index) -> Index:
+    def _ofm_origin(self, piece: _Piece) -> Index:
         placed = self.step.ofm
-        offset = placed.offset + self._position("n", tile) * placed.strides[0]
-        for axis, stride in zip("yxc", placed.strides[1:], strict=True):
-            offset = offset + self._start(axis, tile) * stride
+        offset = placed.offset + piece.batch * placed.strides[0]
+        for start, stride in zip(piece.start, placed.strides[1:], strict=True):
+            offset = offset + start * stride
         return offset
 
-    def _compute(self, tile: Index) -> None:
+    def _compute(self, piece: _Piece) -> None:
         windows: list[tuple[Window, Window, Window]] = []
         for index, operand in enumerate(self.work.maps):
             placed = self.step.maps[index]
+            y, x, c = window = self._windows(operand, piece)
+            windows.append(window)
             if placed.resident:
-                offset, strides = self._origin(operand, placed, tile), placed.strides[1:3]
+                offset, strides = self._origin(operand, placed, piece, window), placed.strides[1:3]
             else:
-                offset, strides = self._slot(index, operand, tile), buffer_strides(operand, self.sizes)
-            y, x, c = self._windows(operand, tile)
-            windows.append((y, x, c))
+                offset, strides = self._slot(index, piece.number), buffer_strides(operand, self.sizes)
             stride_y, stride_x, stride_c = (
                 0 if isinstance(span, Repeated) else stride
                 for span, stride in zip(operand.spans, (*strides, operand.element), strict=True)
@@ -331,20 +354,18 @@ class _Loops:
                 *(stride_y, stride_x, stride_c, operand.dtype, operand.zero_point),
             )
         if self.step.ofm.resident:
-            offset, strides = self._ofm_origin(tile), self.step.ofm.strides[1:3]
+            offset, strides = self._ofm_origin(piece), self.step.ofm.strides[1:3]
         else:
-            offset, strides = self._nth_slot(-1, 1, tile), self._ofm_strides()
-        lengths = (self._length("y", tile), self._length("x", tile), self._length("c", tile))
+            offset, strides = self._slot(-1, piece.number), self._ofm_strides()
         self.emit.call(
             isa.OFM,
-            *(isa.SCRATCHPAD, offset, *lengths, *strides, self.work.dtype, self.work.zero_point, *self.work.clamp),
+            *(isa.SCRATCHPAD, offset, *piece.length, *strides, self.work.dtype, self.work.zero_point, *self.work.clamp),
         )
-        start = (self._start("y", tile), self._start("x", tile), self._start("c", tile))
         first_stream = len(self.work.maps)
         streams = tuple(
-            Address(self.step.blob, self._constants(index, tile))
+            Address(self.step.blob, self._constants(index, piece))
             if self.tiling.in_place
-            else Address(isa.SCRATCHPAD, self._slot(first_stream + index, stream, tile))
-            for index, stream in enumerate(self.work.streams)
+            else Address(isa.SCRATCHPAD, self._slot(first_stream + index, piece.number))
+            for index in range(len(self.work.streams))
         )
-        self.work.issue(self.emit, Tile(start, lengths[2], self.tiling.c, tuple(windows), streams))
+        self.work.issue(self.emit, Tile(piece.start, piece.length[2], self.tiling.c, tuple(windows), streams))

@@ -6,10 +6,11 @@ for elementwise operators, everything for the input channels of a convolution. F
 of a tile (to choose it) and the window that a tile reads (to emit it), so the two cannot disagree.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
+from math import prod
 from typing import Literal, Protocol
 
 from qcompiler.backends.npu_emit import Emitter, Index, divide, maximum, minimum
@@ -200,14 +201,15 @@ class MapOperand:
         """Bytes of one."""
         return isa.element_bytes(self.dtype)
 
-    @property
+    @cached_property
     def spans(self) -> tuple[Span, Span, Span]:
         return (self.y, self.x, self.c)
 
-    def follows(self, axis: str) -> bool:
-        if axis == "n":
-            return self.shape[0] > 1
-        return self.spans["yxc".index(axis)].follows
+    @cached_property
+    def followed(self) -> str:
+        """The axes of the output that what is read depends on."""
+        axes = zip("nyxc", (self.shape[0] > 1, *(span.follows for span in self.spans)), strict=True)
+        return "".join(axis for axis, follows in axes if follows)
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,10 @@ class Stream:
     def extent(self, tile_c: int) -> int:
         return tile_c * self.unit or len(self.data)
 
-    def follows(self, axis: str) -> bool:
-        return axis == "c" and self.unit > 0
+    @property
+    def followed(self) -> str:
+        """The axes of the output that what is read depends on."""
+        return "c" if self.unit else ""
 
 
 @dataclass(frozen=True)
@@ -407,12 +411,13 @@ def choose_tiling(work: Work, resident: tuple[bool, ...], budget: int, alignment
     for fine in (False, True):
         best: Tiling | None = None
         for tile in _candidates(work, planes=all(resident), fine=fine):
+            flows, counts = _flows(work, resident, tile, in_place=in_place), _tile_counts(work, tile)
             for slots in (2, 1):
-                buffers = _buffers(work, resident, tile, slots, alignment, in_place=in_place)
+                buffers = _buffers(flows, counts, slots, alignment)
                 if sum(buffers) > budget:
                     continue
-                for order in ("cnyx", "nyxc"):
-                    tiling = _evaluate(work, resident, tile, order, slots, buffers, prices, in_place=in_place)
+                for order in _orders(counts):
+                    tiling = _evaluate(flows, tile, counts, order, slots, buffers, prices, in_place=in_place)
                     if best is None or tiling.cycles < best.cycles:
                         best = tiling
                 break
@@ -430,7 +435,10 @@ def smallest_need(work: Work, alignment: int) -> int:
     """Scratchpad bytes of the smallest tile, nothing being resident."""
     nothing = (False,) * (len(work.maps) + 1)
     tiles = _candidates(work, planes=False, fine=True)
-    return min(sum(_buffers(work, nothing, tile, 1, alignment, in_place=False)) for tile in tiles)
+    return min(
+        sum(_buffers(_flows(work, nothing, tile, in_place=False), _tile_counts(work, tile), 1, alignment))
+        for tile in tiles
+    )
 
 
 def _candidates(work: Work, *, planes: bool, fine: bool) -> Iterator[tuple[int, int, int]]:
@@ -471,28 +479,63 @@ def _tile_counts(work: Work, tile: tuple[int, int, int]) -> tuple[int, int, int,
     return n, -(-height // tile[0]), -(-width // tile[1]), -(-depth // tile[2])
 
 
-def _buffers(
-    work: Work, resident: tuple[bool, ...], tile: tuple[int, int, int], slots: int, alignment: int, *, in_place: bool
-) -> tuple[int, ...]:
-    counts = dict(zip("nyxc", _tile_counts(work, tile), strict=True))
+def _orders(counts: tuple[int, int, int, int]) -> tuple[str, ...]:
+    """Loop orders that differ."""
+    *pixels, depths = counts
+    return ("cnyx", "nyxc") if depths > 1 and max(pixels) > 1 else ("cnyx",)
 
-    def needed(size: int, follows: Callable[[str], bool]) -> int:
-        varies = any(follows(axis) and counts[axis] > 1 for axis in "nyxc")
-        return aligned(size, alignment) * (slots if varies else 1)
 
-    sizes: list[int] = []
+@dataclass(frozen=True, slots=True)
+class _Flow:
+    """What an operator reads or writes, cut into tiles. Sizes in bytes."""
+
+    followed: str
+    """Axes that it depends on."""
+    first: int
+    """In the first tile."""
+    size: int
+    """In all tiles, each part once."""
+    run: int
+    """Contiguous ones."""
+    is_map: bool
+    streamed: bool
+    """Through a buffer of its own; the engine reaches others where they lie."""
+
+
+def _flows(work: Work, resident: tuple[bool, ...], tile: tuple[int, int, int], *, in_place: bool) -> list[_Flow]:
+    """The feature maps, the constants, the OFM."""
+    flows: list[_Flow] = []
     for operand, is_resident in zip(work.maps, resident, strict=False):
         y, x, c = extents(operand, tile)
-        sizes.append(0 if is_resident else needed(y * x * c * operand.element, operand.follows))
-    sizes += [0 if in_place else needed(stream.extent(tile[2]), stream.follows) for stream in work.streams]
-    sizes.append(0 if resident[-1] else needed(tile[0] * tile[1] * tile[2] * work.element, lambda axis: True))
-    return tuple(sizes)
+        size = operand.shape[0] * operand.element
+        for span, outputs, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
+            if not span.follows:
+                size *= span.extent(length)
+            else:
+                size *= outputs if isinstance(span, Same) else _total(span, outputs, length)
+        run = _run((x, y, c) if operand.transposed else (y, x, c), operand.memory_shape) * operand.element
+        flows.append(_Flow(operand.followed, y * x * c * operand.element, size, run, True, not is_resident))
+    for stream in work.streams:
+        first = stream.extent(tile[2])
+        flows.append(_Flow(stream.followed, first, len(stream.data), first, False, not in_place))
+    size, run = element_count(work.ofm) * work.element, _run(tile, work.ofm) * work.element
+    flows.append(_Flow("nyxc", tile[0] * tile[1] * tile[2] * work.element, size, run, True, not resident[-1]))
+    return flows
+
+
+def _buffers(flows: Sequence[_Flow], counts: tuple[int, int, int, int], slots: int, alignment: int) -> tuple[int, ...]:
+    """Bytes in the scratchpad for each; all slots for what differs between tiles."""
+    cut = {axis for axis, count in zip("nyxc", counts, strict=True) if count > 1}
+    return tuple(
+        aligned(flow.first, alignment) * (1 if cut.isdisjoint(flow.followed) else slots) if flow.streamed else 0
+        for flow in flows
+    )
 
 
 def _evaluate(
-    work: Work,
-    resident: tuple[bool, ...],
+    flows: Sequence[_Flow],
     tile: tuple[int, int, int],
+    counts: tuple[int, int, int, int],
     order: str,
     slots: int,
     buffers: tuple[int, ...],
@@ -500,39 +543,24 @@ def _evaluate(
     *,
     in_place: bool,
 ) -> Tiling:
-    counts = _tile_counts(work, tile)
     by_axis = dict(zip("nyxc", counts, strict=True))
-    tiles = counts[0] * counts[1] * counts[2] * counts[3]
+    tiles = prod(counts)
     moved = in_tile = 0
     cycles = waited = exposed = 0.0
-    for operand, is_resident in zip(work.maps, resident, strict=False):
-        y, x, c = extents(operand, tile)
-        part = y * x * c * operand.element
-        in_tile += part
-        if is_resident:
+    for flow in flows:
+        if not flow.is_map and prices.in_place is not None and in_place:
+            cycles += flow.size * prices.in_place.cycles_per_byte
             continue
-        size = operand.shape[0] * operand.element * _reloads(order, by_axis, operand.follows)
-        for span, outputs, length in zip(operand.spans, work.ofm[1:], tile, strict=True):
-            size *= _total(span, outputs, length) if span.follows else span.extent(length)
-        run = _run((x, y, c) if operand.transposed else (y, x, c), operand.memory_shape) * operand.element
-        cycles += prices.maps.cycles(tiles // period(order, by_axis, operand.follows), size, run)
-        exposed += prices.maps.cycles(1, part, run)
-        moved += size
-    if in_place and prices.in_place is not None:
-        cycles += sum(len(stream.data) for stream in work.streams) * prices.in_place.cycles_per_byte
-    for stream in () if in_place else work.streams:
-        size = len(stream.data) * _reloads(order, by_axis, stream.follows)
-        first = stream.extent(tile[2])
-        in_tile += first
-        cycles += prices.constants.cycles(tiles // period(order, by_axis, stream.follows), size, first)
-        waited += prices.constants.cycles(1, first, first)
-        moved += size
-    last = tile[0] * tile[1] * tile[2] * work.element
-    in_tile += last
-    if not resident[-1]:
-        size, run = element_count(work.ofm) * work.element, _run(tile, work.ofm) * work.element
-        cycles += prices.maps.cycles(tiles, size, run)
-        exposed += prices.maps.cycles(1, last, run)
+        in_tile += flow.first
+        if not flow.streamed:
+            continue
+        bus = prices.maps if flow.is_map else prices.constants
+        fetches = tiles // period(order, by_axis, flow.followed)
+        size = flow.size * (fetches // prod(by_axis[axis] for axis in flow.followed))
+        cycles += bus.cycles(fetches, size, flow.run)
+        beginning = bus.cycles(1, flow.first, flow.run)
+        waited += 0 if flow.is_map else beginning
+        exposed += beginning if flow.is_map else 0
         moved += size
     engine = tiles * (in_tile * prices.engine_cycles_per_byte + TILE_CYCLES)
     total = engine + cycles + (waited + exposed if slots == 2 else cycles)
@@ -558,21 +586,12 @@ def _total(span: Span, size: int, tile: int) -> int:
     return total
 
 
-def period(order: str, counts: dict[str, int], follows: Callable[[str], bool]) -> int:
-    """Consecutive tiles that read the same part of an operand."""
+def period(order: str, counts: dict[str, int], followed: str) -> int:
+    """Consecutive tiles that read the same part of an operand, which depends on the axes `followed`."""
     same = 1
     for axis in reversed(order):
         if counts[axis] > 1:
-            if follows(axis):
+            if axis in followed:
                 break
             same *= counts[axis]
     return same
-
-
-def _reloads(order: str, counts: dict[str, int], follows: Callable[[str], bool]) -> int:
-    """How often each part of an operand is fetched."""
-    total = distinct = 1
-    for axis in order:
-        total *= counts[axis]
-        distinct *= counts[axis] if follows(axis) else 1
-    return total // period(order, counts, follows) // distinct
