@@ -241,7 +241,9 @@ def _single(opcode: isa.Opcode, name: str) -> Callable[[Words], int]:
 _WORDS = {opcode.code: len(opcode.arguments) + 1 for opcode in isa.OPCODES}
 _NAMES = {opcode.code: opcode.name for opcode in isa.OPCODES}
 
-_DMA_SOURCE = _picker(isa.DMA, "src_base", "src_offset", "src_plane_stride", "src_row_stride")
+_DMA_ORIGIN = _picker(isa.DMA, "src_base", "src_offset")
+_DMA_SHAPE = _picker(isa.DMA, *(name for name in isa.DMA.arguments if not name.endswith("_offset")))
+_DMA_SOURCE = _picker(isa.DMA, "src_base", "src_plane_stride", "src_row_stride")
 _DMA_DESTINATION = _picker(isa.DMA, "dst_base", "dst_plane_stride", "dst_row_stride")
 _DMA_SIZE = _picker(isa.DMA, "planes", "rows", "row_bytes")
 _FILL_DESTINATION = _picker(isa.FILL, "base", "plane_stride", "row_stride")
@@ -472,20 +474,18 @@ class _Pricer:
         return self.scratchpad if base == isa.SCRATCHPAD else self.bases.get(base, self.external)
 
     def _copy(self, command: Words) -> _Job:
-        source_base, source_offset, *source_strides = _DMA_SOURCE(command)
-        destination_base, *destination_strides = _DMA_DESTINATION(command)
-        source, destination = self._memory(source_base), self._memory(destination_base)
-        planes, rows, row_bytes = _DMA_SIZE(command)
-        read = _run_length(planes, rows, row_bytes, *source_strides)
-        written = _run_length(planes, rows, row_bytes, *destination_strides)
-        size = planes * rows * row_bytes
-        if source_base in self.encoded:
-            # Runs shrink with the weights; nobody reads encoded ones in part.
-            ratio = ratio_at(self.encoded[source_base], source_offset)
-            size, read, written = (ceil(ratio * count) for count in (size, read, written))
-        key = (isa.DMA.code, source_base, destination_base, size, read, written)
+        # Runs shrink with encoded weights; nobody reads them in part.
+        ratio = self._ratio(*_DMA_ORIGIN(command))
+        key = (isa.DMA.code, ratio, *_DMA_SHAPE(command))
         job = self.jobs.get(key)
         if job is None:
+            source_base, *source_strides = _DMA_SOURCE(command)
+            destination_base, *destination_strides = _DMA_DESTINATION(command)
+            planes, rows, row_bytes = _DMA_SIZE(command)
+            read = _run_length(planes, rows, row_bytes, *source_strides)
+            written = _run_length(planes, rows, row_bytes, *destination_strides)
+            size, read, written = (ceil(ratio * count) for count in (planes * rows * row_bytes, read, written))
+            source, destination = self._memory(source_base), self._memory(destination_base)
             job = self.jobs[key] = self._transfer(source, destination, size, read, written)
         return job
 
@@ -556,6 +556,9 @@ class _Pricer:
         if code not in _CONVOLUTIONS:
             return 1.0
         _, base, offset, *_ = registers[isa.WEIGHTS.code]
+        return self._ratio(base, offset)
+
+    def _ratio(self, base: int, offset: int) -> float:
         return ratio_at(self.encoded[base], offset) if base in self.encoded else 1.0
 
     def _operation(self, code: int, command: Words, registers: Mapping[int, Words], ifm: Sequence[Words]) -> _Job:
