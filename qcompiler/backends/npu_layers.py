@@ -323,9 +323,11 @@ def _skips_zeros(node: ir.Node, op: ops.QConv | ops.QConvTranspose, weights: np.
     """Whether the weights have the pattern whose zeros the engine skips."""
     if isinstance(op, ops.QConvTranspose) or op.group != 1 or op.w_zero_point or weights.dtype != np.int8:
         return False
+    assert target.npu is not None
+    if all(engine.sparsity is None for engine in target.npu.engines.values()):
+        return False
     facts = facts_of_integer(node)
     match = target.match(facts)
-    assert target.npu is not None
     sparsity = target.npu.engines[match.engine].sparsity if isinstance(match, Match) else None
     return sparsity is not None and facts.precision in sparsity.precisions and is_2_of_4(weights)
 
