@@ -20,6 +20,7 @@ from qcompiler.quant.ranges import (
     mse_range,
     observed_range,
     percentile_range,
+    with_headroom,
 )
 from qcompiler.quant.types import Range, RangeMethod, Ranges
 
@@ -56,7 +57,7 @@ def calibrate(
             the outermost 0.01%; "entropy" minimises the loss of information; "mse" clips outliers where that lowers the
             expected squared error of the format described by `bits` and `symmetric`; "auto" measures for each tensor
             which of these serves the operators reading it best. With the last two, what only a Softmax reads is
-            weighted by probability.
+            weighted by probability. Of 16 bits, both leave room for values larger than those seen.
         progress: told after each sample.
         bits: width of the activation format.
         symmetric: whether the activation format has its zero point in the middle.
@@ -110,11 +111,14 @@ def calibrate(
         searched = {}
     fallback: RangeMethod = "mse" if method == "auto" else method
     means = {node: sums[key] / seen for node, key in products.items()}
+    by_name = {
+        name: searched.get(name) or _range(histogram, fallback, bits, symmetric=symmetric)
+        for name, histogram in histograms.items()
+    }
+    if bits > 8 and method in ("mse", "auto"):
+        by_name = {name: with_headroom(chosen) for name, chosen in by_name.items()}
     return Ranges(
-        by_name={
-            name: searched.get(name) or _range(histogram, fallback, bits, symmetric=symmetric)
-            for name, histogram in histograms.items()
-        },
+        by_name=by_name,
         method=method,
         samples=seen,
         synthetic=dataset.synthetic,

@@ -12,6 +12,8 @@ from qcompiler.calibrate import calibrate, observed_values
 from qcompiler.errors import QCompilerError
 from qcompiler.graph import const_of
 from qcompiler.importer import import_onnx
+from qcompiler.quant.ranges import HEADROOM
+from qcompiler.quant.types import RangeMethod
 
 TEXT = (
     "g (float[1,3,20,20] x) => (y) { c = Conv(x, w)  r = Relu(c)  p = MaxPool<kernel_shape=[2,2]>(r)"
@@ -98,6 +100,17 @@ def test_logits_spend_their_steps_where_probability_is():
     shared = softmax.replace("}", " z = Sigmoid(x) }")
     both = calibrate(_model(f"g (float[1,3,20,20] x) => (y, z) {shared}"), Logits(4), "mse").by_name["x"]
     assert both == plain
+
+
+@pytest.mark.parametrize("method", ["mse", "auto", "minmax"])
+def test_sixteen_bits_have_room_for_larger_values(method: RangeMethod):
+    seen = calibrate(_model(), Data(4), "minmax").by_name
+    room = 1.0 if method == "minmax" else HEADROOM
+    for name, chosen in calibrate(_model(), Data(4), method, bits=16, symmetric=True).by_name.items():
+        span = max(-seen[name].low, seen[name].high)
+        # Where clipping a little would err less among the values seen, a little goes.
+        assert 0.9 * room * span <= max(-chosen.low, chosen.high) <= 1.0001 * room * span
+        assert (chosen.observed_low, chosen.observed_high) == (seen[name].low, seen[name].high)
 
 
 def test_channel_means_feed_the_bias_correction():

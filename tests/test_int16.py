@@ -155,7 +155,8 @@ def test_noise_of_activations_is_gone(tmp_path: Path) -> None:
     samples = {"x": rng.uniform(-1, 1, (16, 3, 9, 9)).astype(np.float32)}
     signal = []
     for activations in ("int8", "int16"):
-        bundle = qcompiler.compile(model, "x86-cpu", calibration=samples, activations=activations)
+        # No larger values are to come, so that a range needs no room for them.
+        bundle = qcompiler.compile(model, "x86-cpu", calibration=samples, activations=activations, method="minmax")
         check = bundle.report.self_check
         assert check is not None and check.outputs[0].sqnr is not None
         signal.append(check.outputs[0].sqnr)

@@ -6,7 +6,7 @@ neighbouring bins merge, so that the result does not depend on the order of the 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,6 +21,9 @@ _CANDIDATES = np.exp2(-np.arange(96) / 16)
 
 PERCENTILE = 0.9999
 """Share of the elements that a percentile range holds."""
+
+HEADROOM = 2.0
+"""How much wider than what was seen a range of 16 bits is: one bit there, but samples to come may reach further."""
 
 _MOMENTUM = 0.9
 """Weight of what was seen before in a moving average: one over ten samples, as calibration sees few."""
@@ -100,6 +103,11 @@ def _averaged(average: float, new: float) -> float:
 def observed_range(histogram: Histogram) -> Range:
     """The interval from minimum to maximum."""
     return Range(histogram.low, histogram.high, histogram.low, histogram.high)
+
+
+def with_headroom(chosen: Range) -> Range:
+    """The interval wider by `HEADROOM` on both sides of zero."""
+    return replace(chosen, low=HEADROOM * chosen.low, high=HEADROOM * chosen.high)
 
 
 def averaged_range(histogram: Histogram) -> Range:
