@@ -1,0 +1,119 @@
+"""What each sample contributes to a metric, and how far the choice of samples moves the difference of two models.
+
+The metrics are those of the zoo's `evaluate`, taken apart by sample.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+REPETITIONS = 400
+_FACE_SCORE, _FACE_OVERLAP, _HIT = 0.7, 0.3, 0.5
+"""As in `evaluate`: the least score of a face, the overlap above which one of two goes, and that of a hit."""
+
+Detections = tuple[np.ndarray, ...]
+"""Boxes [n, 4], scores [n] (not of what is to be found) and classes [n]."""
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Of each sample, in order."""
+
+    task: str
+    terms: np.ndarray
+    """[samples, k]: whether the class is right; the squared error; hits and half of found and wanted faces."""
+    found: tuple[Detections, ...] = ()
+    wanted: tuple[Detections, ...] = ()
+    """Of detectors of many classes, whose mean precision is no sum over images."""
+
+    def metric(self, evaluation: ModuleType, counts: np.ndarray) -> float:
+        """The metric if each sample occurred so many times, [samples]."""
+        if self.task == "det":
+            repeated = np.repeat(np.arange(len(counts)), counts)
+            return float(evaluation.map50([self.found[i] for i in repeated], [self.wanted[i] for i in repeated]))
+        totals = counts @ self.terms
+        return float(totals[0] / max(totals[1], 1e-30))
+
+
+def contributions(
+    entry: Mapping[str, object], outputs: Sequence[Sequence[np.ndarray]], evaluation: ModuleType
+) -> Contributions:
+    """From what a model gave out for each sample of an entry's data."""
+    task = str(entry["task"])
+    with np.load(str(entry["data"])) as stored:
+        data = {name: stored[name] for name in stored.files}
+    match task:
+        case "cls":
+            offset = int(str(entry.get("label_offset", 0)))
+            classes = [int(each[0].reshape(-1)[offset:].argmax()) for each in outputs]
+            right = (np.array(classes) == data["labels"][: len(classes)]).astype(float)
+            return Contributions(task, np.stack([right, np.ones(len(right))], axis=1))
+        case "recon":
+            off = [np.square(each[0] - x[None]).mean() for each, x in zip(outputs, data["frames"], strict=True)]
+            return Contributions(task, np.stack([np.array(off, float), np.ones(len(off))], axis=1))
+        case "face":
+            bounds = zip(data["ref_offsets"], data["ref_offsets"][1:], strict=False)
+            wanted = [data["ref_boxes"][start:end] for start, end in bounds]
+            terms = [_faces(each, boxes, evaluation) for each, boxes in zip(outputs, wanted, strict=True)]
+            return Contributions(task, np.array(terms, float))
+        case _:
+            found = tuple(_found(entry, each, evaluation) for each in outputs)
+            bounds = zip(data["box_offsets"], data["box_offsets"][1:], strict=False)
+            wanted = tuple(_wanted(data["boxes"][start:end]) for start, end in bounds)
+            return Contributions(task, np.zeros((len(found), 0)), found, wanted)
+
+
+def _faces(outputs: Sequence[np.ndarray], wanted: np.ndarray, evaluation: ModuleType) -> tuple[float, float]:
+    """Hits, and half of the faces found and wanted: F1 is the ratio of their sums."""
+    scores, boxes = outputs[0][0, :, 1], outputs[1][0]
+    likely = scores > _FACE_SCORE
+    found = boxes[likely][evaluation.nms(boxes[likely], scores[likely], _FACE_OVERLAP)]
+    hits = int((evaluation.iou(wanted, found).max(1) > _HIT).sum()) if len(found) and len(wanted) else 0
+    return hits, (len(found) + len(wanted)) / 2
+
+
+def _found(entry: Mapping[str, object], outputs: Sequence[np.ndarray], evaluation: ModuleType) -> Detections:
+    boxes, scores = getattr(evaluation, f"dec_{entry['decoder']}")(outputs)
+    classes, best = scores.argmax(1), scores.max(1)
+    likely = best > 0.01
+    boxes, classes, best = boxes[likely], classes[likely], best[likely]
+    # Boxes of different classes are moved apart, so that they do not suppress each other.
+    kept = evaluation.nms(boxes + classes[:, None] * 4.0, best, 0.45)[:100]
+    return boxes[kept], best[kept], classes[kept]
+
+
+def _wanted(rows: np.ndarray) -> Detections:
+    """Rows of class, center and size."""
+    center, size = rows[:, 1:3], rows[:, 3:5]
+    return np.concatenate([center - size / 2, center + size / 2], axis=1), rows[:, 0].astype(int)
+
+
+def standard_error(
+    ours: Sequence[Contributions],
+    theirs: Sequence[Contributions],
+    places: Sequence[np.ndarray],
+    samples: int,
+    evaluation: ModuleType,
+) -> float:
+    """Of the difference of two models' metrics, the mean over draws, by the choice of samples.
+
+    A bootstrap: as many samples as there are, drawn with replacement, each with all it contributes to any draw.
+
+    Args:
+        ours: of each draw.
+        theirs: of the same draws.
+        places: which of all samples each draw was evaluated on.
+        samples: how many there are.
+    """
+    chance, differences = np.random.default_rng(0), list[float]()
+    for _ in range(REPETITIONS):
+        counts = chance.multinomial(samples, np.full(samples, 1 / samples))
+        drawn = [
+            mine.metric(evaluation, counts[place]) - other.metric(evaluation, counts[place])
+            for mine, other, place in zip(ours, theirs, places, strict=True)
+            if counts[place].any()
+        ]
+        differences.append(float(np.mean(drawn)))
+    return float(np.std(differences, ddof=1))
