@@ -109,7 +109,7 @@ def goal(model: Model, form: Format) -> float | None:
         case Format.W8A8:
             return 0.5 if model.task == "cls" else 1.0
         case Format.W8A16:
-            return 1.0 if model.task == "recon" else 0.1
+            return 0.1
         case Format.W4A8 | Format.W4A16 | Format.W4A8_GROUPS:
             return POINTS_W4.get(model.name)
         case Format.DYNAMIC:
