@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -310,6 +311,12 @@ def _parse(file: Path) -> Node:
         raise QCompilerError(f"cannot read the target spec {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise QCompilerError(f"{file} is not a text file in UTF-8: byte {error.start} is {error.reason}") from None
+    return _parsed(text, str(file))
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str, file: str) -> Node:
+    """The parser that keeps places takes a tenth of a second and more; most specs are read again as parents."""
     try:
         tree = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
@@ -318,10 +325,10 @@ def _parse(file: Path) -> Node:
         raise QCompilerError(f"not valid YAML: {error.problem or error.context}{place}") from None
     except YAMLError as error:
         raise QCompilerError(f"not valid YAML: {' '.join(str(error).split())} ({file})") from None
-    start = Place(str(file), 1, 1)
+    start = Place(file, 1, 1)
     if not isinstance(tree, CommentedMap):
         raise QCompilerError(f"a target spec is a mapping such as `name: my-npu`, this is not ({start})")
-    return _node(tree, str(file), start, start)
+    return _node(tree, file, start, start)
 
 
 def _node(value: object, file: str, place: Place, key: Place) -> Node:
