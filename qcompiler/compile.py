@@ -415,21 +415,19 @@ def prepare(
             if (effort.steps or effort.tuning_seconds) and learn:
                 progress.stage("repair")
                 plans = repaired_plans(graph, formats, data, effort, progress.advance)
+                formats = closest(graph, plans, data)
                 if effort.tuning_seconds:
                     progress.stage("tune scales")
-                    # Of the least effort, which knows the samples least by heart: it gains most.
                     shifts = chip.quantization.requantize == "shift"
-                    plans.append(
-                        tune_scales(
-                            graph,
-                            plans[-1],
-                            data,
-                            effort.tuning_seconds,
-                            power_of_two=shifts,
-                            progress=progress.advance,
-                        )
+                    formats = tune_scales(
+                        graph,
+                        formats,
+                        data,
+                        effort.tuning_seconds,
+                        variants=effort.variants,
+                        power_of_two=shifts,
+                        progress=progress.advance,
                     )
-                formats = closest(graph, plans, data)
         elif has_grouped_weights(graph) and options.formats in (_FLOAT, _DYNAMIC):
             note_compute(graph, options.formats)
         elif options.formats != EIGHT_BITS:

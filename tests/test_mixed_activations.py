@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from small_networks import check_bit_exact, random_weights, save_network
 
-from qcompiler.compile import Placed, place
+from qcompiler.compile import Placed, place, place_prepared, prepare
 from qcompiler.errors import QCompilerError
 from qcompiler.exact_session import exact_session
 from qcompiler.graph import dtype_of, nodes_of
@@ -146,6 +146,17 @@ def test_repair_knows_what_a_layer_reads(tmp_path: Path) -> None:
     got = check_bit_exact(done, tmp_path, feeds)
     wanted = np.asarray(exact_session(path).run(None, feeds)[0])
     assert np.abs(wanted - got).max() < 0.35 * np.abs(wanted).max()
+
+
+def test_scales_of_tensors_of_two_widths_are_not_tuned(tmp_path: Path) -> None:
+    """The best quality then ends with repair, and says so."""
+    path = residual_network(tmp_path / "model.onnx", 5)
+    formats = WeightRequest("int4", activations_by_layer={"c3": "int16", "c1": "int16"})
+    options = Options(calibration=samples(1, 32), formats=formats, quality="best")
+    prepared = prepare(path, "x86-cpu", options)
+    assert prepared.plan is not None and prepared.plan.conversions and prepared.plan.rounded
+    assert any("neither weights in groups nor tensors of two widths" in warning for warning in prepared.warnings)
+    check_bit_exact(place_prepared(prepared), tmp_path, {"x": samples(4, 1)["x"]})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from qcompiler.quant.formats import quantize_array
 from qcompiler.quant.operators import has_weights, inherits_format, own_producer
 from qcompiler.quant.repair import SAMPLES, closest, split_samples, with_bias
 from qcompiler.quant.types import QuantPlan
+from qcompiler.quant.variants import Variants
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def tune_scales(
     samples: Samples,
     seconds: float,
     *,
+    variants: int = 0,
     power_of_two: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -40,7 +42,8 @@ def tune_scales(
         model: the float model the plan was made for.
         plan: from `repair`; activations are static.
         samples: the first `SAMPLES` are used. Of synthetic ones nothing can be learned.
-        seconds: of this thread's processor time, about; where that is too short for all epochs, there are fewer.
+        seconds: of this thread's processor time, about; where that is too short for all steps, there are fewer.
+        variants: of each image that are learned from besides.
         power_of_two: whether the target wants scales that are powers of two. They stay, then, and biases are tuned.
         seed: of the order of samples. The same gives the same plan on the same kind of machine, if time suffices.
         progress: told (steps done, steps in all).
@@ -69,7 +72,7 @@ def tune_scales(
         shifted,
         replace(biased, bias_shifts={}),
         compared_tensors(model.graph, plan),
-        learned,
+        Variants(learned, model, variants),
         seconds,
         power_of_two=power_of_two,
         seed=seed,

@@ -42,6 +42,19 @@ class Moments:
         """What they would be if x̂ were x."""
         return replace(self, gram=self.float_gram, cross=self.float_gram, mean=self.float_mean)
 
+    def joined(self, other: "Moments") -> "Moments":
+        """Those of both rows together."""
+        rows = self.rows + other.rows
+        own, its = self.rows / rows, other.rows / rows
+        return Moments(
+            gram=own * self.gram + its * other.gram,
+            float_gram=own * self.float_gram + its * other.float_gram,
+            cross=own * self.cross + its * other.cross,
+            mean=own * self.mean + its * other.mean,
+            float_mean=own * self.float_mean + its * other.float_mean,
+            rows=rows,
+        )
+
     @property
     def covariance(self) -> np.ndarray:
         return self.gram - self.mean[:, :, None] * self.mean[:, None, :]

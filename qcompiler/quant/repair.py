@@ -6,17 +6,19 @@ The best Ŵ minimises E |W x - Ŵ x̂|² over the grid once the means are taken 
 - `scales`: a channel's scale shrinks where clipping its few largest weights costs less than a coarse step;
 - `gptq`, `adaround`: integers are chosen for the output's sake (`qcompiler.quant.rounding`), then polished by
   coordinate descent; what does not beat rounding to nearest is not used;
-- `feedback`: Ŵ aims at W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹, which also corrects errors in x̂ (Li et al., GPTAQ, ICML 2025, section 3);
+- `feedback`: Ŵ aims at weights that also correct errors in x̂ (`qcompiler.quant.feedback`);
 - `bias`: b̂ = b + W E[x] - Ŵ E[x̂] (empirical bias correction, Nagel et al., DFQ, ICCV 2019, section 4.2).
 
 Layers are repaired in order, some at a time, each group with inputs from a model in which those before are repaired.
-At last both plans run on samples that were not learned from, and the repaired one is returned if it is better.
+At last both plans run on samples that were not learned from, and the repaired one is returned if it is better. Of
+images there are variants, too (`qcompiler.quant.variants`), to learn from where much is learned, and to judge by.
 """
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
 from typing import Literal
 
@@ -28,13 +30,15 @@ from qcompiler.graph import const_of, data_input, input_of, is_op, nodes_of, sha
 from qcompiler.passes.absorb_biases import DEVIATIONS, AbsorbBiases, ChannelMoments, reader_of
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.migrate_scales import MigrateScales
+from qcompiler.quant.feedback import corrected
 from qcompiler.quant.formats import bias_format, bit_width, least_weight_scale, spread, step, weight_limits
 from qcompiler.quant.layer_rows import from_weight_rows, has_rows, weight_rows
 from qcompiler.quant.moments import Moments, Sample, Tap, collect
 from qcompiler.quant.operators import MAC_OPS, own_producer
 from qcompiler.quant.quantize import quantize
-from qcompiler.quant.rounding import Problem, adaround, damped, descend, gptq
+from qcompiler.quant.rounding import DAMPING, Problem, adaround, damped, descend, gptq
 from qcompiler.quant.types import Quality, QuantPlan, Ranges, Technique, TensorFormat
+from qcompiler.quant.variants import Variants
 
 Step = Literal["scales", "gptq", "adaround", "feedback", "bias"]
 
@@ -44,10 +48,14 @@ JUDGED = 4
 """Every so-manieth sample is kept for judging, if there are enough."""
 JUDGED_BY = 16
 """Samples that decide whether equalizing helps."""
+VARIANTS = 3
+"""Of each image that is judged by."""
 LOW_BITS = 6
 """Weights of fewer bits gain from smaller scales and learned rounding; eight bits hardly do."""
 LEAST_PROBABILITY = 1 / 512
 """Probabilities a network gives out in 8 bits count as at least this, half a step."""
+_MORE_DAMPING = 0.2
+"""For integers with `feedback`, instead of `DAMPING`: with so little the samples would be learned by heart."""
 _FACTORS = np.linspace(1.0, 0.4, 13)
 
 _log = logging.getLogger(__name__)
@@ -66,6 +74,8 @@ class Effort:
     """What to try besides: with few rows to learn from, less may be more."""
     tuning_seconds: float = 0.0
     """How long scales and biases are tuned as a whole (`qcompiler.finetune.tune_scales`); 0: not at all."""
+    variants: int = 0
+    """Of each image that is learned from."""
 
     def without(self, techniques: Collection[Technique]) -> "Effort":
         """The effort but for some of its steps."""
@@ -82,7 +92,14 @@ _BALANCED = Effort(("scales", "gptq", "bias"), 40.0, 4)
 EFFORTS: Mapping[Quality, Effort] = {
     "fast": Effort((), 0.0, 0),
     "balanced": _BALANCED,
-    "best": Effort(("scales", "gptq", "adaround", "feedback", "bias"), 360.0, 64, _BALANCED, 200.0),
+    "best": Effort(
+        ("scales", "gptq", "adaround", "feedback", "bias"),
+        240.0,
+        64,
+        otherwise=_BALANCED,
+        tuning_seconds=100.0,
+        variants=3,
+    ),
 }
 """`fast` keeps the plan: its ranges minimise the squared error, and its biases are corrected analytically."""
 
@@ -124,12 +141,13 @@ def repaired_plans(
 
 
 def closest(model: ir.Model, plans: Sequence[QuantPlan], samples: Samples) -> QuantPlan:
-    """The plan with the least `output_errors` on the samples that repair does not learn from."""
+    """The plan with the least `output_errors` on the samples that repair does not learn from, and their variants."""
     if len(plans) == 1:
         return plans[0]
     _, judged = split_samples(list(islice(samples, SAMPLES)))
-    errors = output_errors(model, [quantize(model, each) for each in plans], judged)
-    _log.info("repair: output errors %s on %d samples", ", ".join(f"{error:.3g}" for error in errors), len(judged))
+    varied = Variants(judged, model, VARIANTS)
+    errors = output_errors(model, [quantize(model, each) for each in plans], varied)
+    _log.info("repair: output errors %s on %d samples", ", ".join(f"{error:.3g}" for error in errors), len(varied))
     return plans[int(np.argmin(errors))]
 
 
@@ -137,32 +155,39 @@ def _repaired(
     model: ir.Model,
     plan: QuantPlan,
     layers: Sequence[ir.Node],
-    learned: Sequence[Sample],
+    samples: Sequence[Sample],
     effort: Effort,
     progress: Progress | None,
 ) -> QuantPlan:
     """The plan after one effort, good or bad."""
     start = time.thread_time()
+    learned: Sequence[Sample] = Variants(samples, model, effort.variants)
     repaired, done, size = plan, 0, max(1, -(-len(layers) // effort.groups))
     while done < len(layers):
         began = time.thread_time()
         group = layers[done : done + size]
-        moments = collect(model, quantize(model, repaired), group, learned)
+        quantized = quantize(model, repaired)
+        parts = _parts(learned, len(samples), 2 if "feedback" in effort.steps else 1)
+        moments = [collect(model, quantized, group, part) for part in parts]
         for node in group:
-            if node.name in moments:
+            seen = [part[name] for part in moments if (name := node.name or "") in part]
+            if len(seen) == len(parts):
                 hurried = time.thread_time() - start > effort.seconds
-                seen = moments[node.name]
                 if not _settled(node, group):
                     # The errors in its input are about to shrink; making up for them twice would be worse than never.
-                    seen = seen.of_float()
+                    seen = [part.of_float() for part in seen]
                 repaired = _repair_layer(node, repaired, seen, effort.steps, hurried=hurried)
         done += len(group)
         if progress is not None:
             progress(done, len(layers))
-        # Groups grow if the rest would not be done in time.
+        # If the rest would not be done in time, variants are left out first; then groups grow.
         left = effort.seconds - (time.thread_time() - start)
         affordable = max(1, int(left / max(time.thread_time() - began, 1e-3)))
-        size = max(size, -(-(len(layers) - done) // affordable))
+        wanted = -(-(len(layers) - done) // affordable)
+        if wanted > size and len(learned) > len(samples):
+            learned = samples
+        else:
+            size = max(size, wanted)
     return repaired
 
 
@@ -307,21 +332,30 @@ def _settled(node: ir.Node, group: Sequence[ir.Node]) -> bool:
     return True
 
 
+def _parts(samples: Sequence[Sample], count: int, parts: int) -> list[Iterator[Sample]]:
+    """The samples in so many parts; variants of a sample, `count` places behind each other, are in one."""
+
+    def part(which: int) -> Iterator[Sample]:
+        return (samples[index] for index in range(len(samples)) if index % count % parts == which)
+
+    return [part(which) for which in range(min(parts, count))]
+
+
 def _repair_layer(
-    node: ir.Node, plan: QuantPlan, moments: Moments, steps: Sequence[Step], *, hurried: bool
+    node: ir.Node, plan: QuantPlan, seen: Sequence[Moments], steps: Sequence[Step], *, hurried: bool
 ) -> QuantPlan:
     name = value_name(data_input(node, 1))
     fmt, weights = plan.weights[name], const_of(data_input(node, 1))
     assert weights is not None
     exact = weight_rows(node, weights).astype(np.float64)
+    moments = reduce(Moments.joined, seen)
     # A bias takes out the means; a MatMul has none.
     corrects = is_op(node, "Conv", "Gemm") and ("bias" in steps or node.name in plan.bias_shifts)
-    gram, cross = (moments.covariance, moments.cross_covariance) if corrects else (moments.gram, moments.cross)
-    hessian = damped(gram, moments.rows)
+    gram = moments.covariance if corrects else moments.gram
     aim = exact
     if "feedback" in steps:
-        # cross is E[x̂ xᵀ]; what the damping adds to the diagonal pulls towards the weights as they are.
-        aim = exact + exact @ np.linalg.solve(hessian, cross - gram).transpose(0, 2, 1)
+        aim = corrected(exact, seen, centred=corrects)
+    hessian = damped(gram, moments.rows, _MORE_DAMPING if "feedback" in steps else DAMPING)
     low_bits = bit_width(fmt.dtype) < LOW_BITS
     if "scales" in steps and low_bits and fmt.block is None and not _is_power_of_two(fmt.scale):
         fmt = _shrink_scales(node, plan, fmt, aim, hessian)

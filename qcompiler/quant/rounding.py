@@ -67,11 +67,15 @@ class Problem:
         return float(self.errors(integers).sum())
 
 
-def damped(hessian: np.ndarray, rows: int, fraction: float = 0.01) -> np.ndarray:
+DAMPING = 0.01
+"""As GPTQ has it."""
+
+
+def damped(hessian: np.ndarray, rows: int, fraction: float = DAMPING) -> np.ndarray:
     """H made safe to invert and to trust.
 
     Off-diagonal entries shrink by K / (K + rows), for what few rows say of correlations is noise; then `fraction` of
-    the mean diagonal is added to the diagonal, as GPTQ does.
+    the mean diagonal is added to the diagonal.
     """
     size = hessian.shape[-1]
     diagonal = np.einsum("gkk->gk", hessian)

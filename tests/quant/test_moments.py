@@ -5,7 +5,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.quant.moments import Tap
+from qcompiler.quant.moments import Moments, Tap, collect
+from qcompiler.quant.quantize import quantize
 
 
 def test_weights_left_in_float_are_not_rounded() -> None:
@@ -38,3 +39,19 @@ def test_weights_left_in_float_are_not_rounded() -> None:
     got = Tap(ir.from_proto(model), ["y"]).run(feeds)["y"]
     np.testing.assert_array_equal(got, np.asarray(wanted))
     assert len(np.unique(got)) > 20
+
+
+def test_moments_of_parts_join(four_bits):
+    """As if all rows had been seen at once."""
+    model, plan, data = four_bits
+    samples, layers = list(data), [node for node in model.graph if node.op_type == "Conv"]
+    quantized = quantize(model, plan)
+    whole = collect(model, quantized, layers, samples)
+    first, second = (collect(model, quantized, layers, part) for part in (samples[:10], samples[10:]))
+    for name, expected in whole.items():
+        found = first[name].joined(second[name])
+        assert found.rows == expected.rows == first[name].rows + second[name].rows
+        for field in ("gram", "float_gram", "cross", "mean", "float_mean"):
+            wanted = getattr(expected, field)
+            np.testing.assert_allclose(getattr(found, field), wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+    assert isinstance(whole["a"], Moments)

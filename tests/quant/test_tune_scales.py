@@ -13,6 +13,7 @@ from qcompiler.graph import const_of, value_name
 from qcompiler.options import Options
 from qcompiler.quant.quantize import quantize
 from qcompiler.quant.repair import EFFORTS, output_errors, repair
+from qcompiler.quant.types import Conversion, WeightRequest
 
 TIME = 1e6
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -54,6 +55,41 @@ def test_nothing_is_tuned_on_synthetic_data(four_bits, samples, caplog):
     assert not caplog.text
 
 
+def _grouped(plan):
+    blocks = np.ones((24, 1, 1, 1), np.float32)
+    fmt = replace(plan.weights["w3"], scale=blocks, zero_point=np.zeros(blocks.shape, np.int8), axis=1, block=16)
+    return replace(plan, weights={**plan.weights, "w3": fmt})
+
+
+def _of_two_widths(plan):
+    wide = replace(plan.activations["r"], dtype="int16")
+    return replace(plan, conversions={"r": Conversion(wide, frozenset({"d"}))})
+
+
+@pytest.mark.parametrize("change", [_grouped, _of_two_widths])
+def test_groups_and_two_widths_stay_as_repair_left_them(four_bits, change, caplog):
+    model, plan, data = four_bits
+    given = change(plan)
+    assert tune_scales(model, given, data, TIME) is given
+    assert "neither weights in groups nor tensors of two widths" in caplog.text
+
+
+def test_the_best_quality_of_grouped_weights_is_repair_alone():
+    formats = WeightRequest("int4", group=8)
+    options = Options(calibration=EXAMPLES / "digits_calibration.npz", samples=16, quality="best", formats=formats)
+    prepared = prepare(EXAMPLES / "digits.onnx", "systolic-npu", options)
+    repaired = prepare(EXAMPLES / "digits.onnx", "systolic-npu", replace(options, without_repair=["tune"]))
+    assert any("neither weights in groups nor" in warning for warning in prepared.warnings)
+    assert not repaired.warnings
+    assert prepared.plan is not None and repaired.plan is not None
+    assert prepared.plan.weights["conv_5.weight"].block == 8 and set(prepared.plan.rounded) == set(
+        repaired.plan.rounded
+    )
+    for name, integers in repaired.plan.rounded.items():
+        np.testing.assert_array_equal(prepared.plan.rounded[name], integers)
+        np.testing.assert_array_equal(prepared.plan.weights[name].scale, repaired.plan.weights[name].scale)
+
+
 def test_tensors_are_compared_where_they_are_rounded(four_bits):
     model, plan, _ = four_bits
     assert compared_tensors(model.graph, plan) == ["r", "s", "t", "m", "y"]
@@ -83,7 +119,7 @@ def repaired(four_bits):
 @pytest.fixture(scope="module")
 def tuned(repaired):
     model, plan, data = repaired
-    return tune_scales(model, plan, data, TIME)
+    return tune_scales(model, plan, data, TIME, variants=1)
 
 
 def test_the_network_comes_closer_on_samples_not_seen(repaired, tuned, samples):
@@ -141,9 +177,10 @@ def test_the_trained_network_computes_what_the_quantized_model_does(repaired, sa
     assert np.max(off) < 1.01 and np.mean(off) < 0.25
 
 
-def test_a_seed_decides(repaired, tuned):
+def test_a_seed_decides(repaired, monkeypatch):
     model, plan, data = repaired
-    again, other = (tune_scales(model, plan, data, TIME, seed=seed) for seed in (0, 1))
+    monkeypatch.setattr("qcompiler.finetune.tune_scales.closest", lambda model, plans, samples: plans[-1])
+    tuned, again, other = (tune_scales(model, plan, data, TIME, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(_scales(tuned), _scales(again))
     for name, shift in tuned.bias_shifts.items():
         np.testing.assert_array_equal(shift, again.bias_shifts[name])
@@ -175,6 +212,21 @@ def test_without_time_there_is_one_epoch(repaired):
     assert steps[-1] == (1, EPOCHS)
 
 
+def test_variants_make_more_samples_but_not_more_than_the_steps_there_are(repaired, monkeypatch):
+    model, plan, data = repaired
+    monkeypatch.setattr("qcompiler.finetune.scale_training.STEPS", 50)
+    counts = []
+    for variants in (0, 3):
+        steps = []
+        tune_scales(
+            model, plan, data, TIME, variants=variants, progress=lambda done, total, to=steps: to.append((done, total))
+        )
+        assert steps[-1][0] == steps[-1][1] == len(steps)
+        counts.append(len(steps))
+    # 24 samples learned from make one step an epoch, 96 make six.
+    assert counts == [40, 50]
+
+
 def test_an_unknown_operator_is_named(parse, four_bits, caplog):
     pytest.importorskip("torch")
     _, plan, data = four_bits
@@ -187,13 +239,3 @@ def test_an_unknown_operator_is_named(parse, four_bits, caplog):
     planned = replace(planned, activations={"x": plan.activations["x"], "a": plan.activations["r"]})
     assert tune_scales(model, planned, data, TIME) is planned
     assert "Selu" in caplog.text and "tuning scales" in caplog.text
-
-
-def test_three_channels_make_an_image():
-    pytest.importorskip("torch")
-    from qcompiler.finetune.scale_training import mirrored_axis
-
-    assert mirrored_axis((1, 3, 20, 24)) == 3
-    assert mirrored_axis((1, 20, 24, 3)) == 2
-    assert mirrored_axis((1, 1, 28, 28)) is None
-    assert mirrored_axis((1, 640)) is None
