@@ -18,21 +18,43 @@ Detections = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """What a detector found of one class in all images, the likeliest first."""
+
+    images: np.ndarray
+    """[found] of which image each is."""
+    hits: np.ndarray
+    """bool [found]"""
+    wanted: np.ndarray
+    """[images] how many there are to find."""
+
+    def precision(self, counts: np.ndarray) -> float:
+        """Mean precision at 101 recalls if each image occurred so many times; as in `evaluate`."""
+        weights = counts[self.images]
+        found, right = np.cumsum(weights), np.cumsum(weights * self.hits)
+        if not right.size or right[-1] == 0:
+            return 0.0
+        best = np.maximum.accumulate((right / np.maximum(found, 1))[::-1])[::-1]
+        recall, wanted = right / (counts @ self.wanted), np.linspace(0, 1, 101)
+        reached = wanted[wanted <= recall[-1]]
+        return float(best[np.searchsorted(recall, reached)].sum() / wanted.size)
+
+
+@dataclass(frozen=True)
 class Contributions:
     """Of each sample, in order."""
 
-    task: str
     terms: np.ndarray
-    """[samples, k]: whether the class is right; the squared error; hits and half of found and wanted faces."""
-    found: tuple[Detections, ...] = ()
-    wanted: tuple[Detections, ...] = ()
-    """Of detectors of many classes, whose mean precision is no sum over images."""
+    """[samples, 2], of whose sums the metric is the ratio: whether the class is right, or the squared error, and 1;
+    hits, and half of found and wanted faces."""
+    rankings: tuple[Ranking, ...] = ()
+    """Of detectors of many classes, by class: the mean of their precisions is no ratio of sums."""
 
-    def metric(self, evaluation: ModuleType, counts: np.ndarray) -> float:
+    def metric(self, counts: np.ndarray) -> float:
         """The metric if each sample occurred so many times, [samples]."""
-        if self.task == "det":
-            repeated = np.repeat(np.arange(len(counts)), counts)
-            return float(evaluation.map50([self.found[i] for i in repeated], [self.wanted[i] for i in repeated]))
+        if self.rankings:
+            present = [each for each in self.rankings if counts @ each.wanted > 0]
+            return float(np.mean([each.precision(counts) for each in present])) if present else 0.0
         totals = counts @ self.terms
         return float(totals[0] / max(totals[1], 1e-30))
 
@@ -49,20 +71,41 @@ def contributions(
             offset = int(str(entry.get("label_offset", 0)))
             classes = [int(each[0].reshape(-1)[offset:].argmax()) for each in outputs]
             right = (np.array(classes) == data["labels"][: len(classes)]).astype(float)
-            return Contributions(task, np.stack([right, np.ones(len(right))], axis=1))
+            return Contributions(np.stack([right, np.ones(len(right))], axis=1))
         case "recon":
             off = [np.square(each[0] - x[None]).mean() for each, x in zip(outputs, data["frames"], strict=True)]
-            return Contributions(task, np.stack([np.array(off, float), np.ones(len(off))], axis=1))
+            return Contributions(np.stack([np.array(off, float), np.ones(len(off))], axis=1))
         case "face":
             bounds = zip(data["ref_offsets"], data["ref_offsets"][1:], strict=False)
             wanted = [data["ref_boxes"][start:end] for start, end in bounds]
             terms = [_faces(each, boxes, evaluation) for each, boxes in zip(outputs, wanted, strict=True)]
-            return Contributions(task, np.array(terms, float))
+            return Contributions(np.array(terms, float))
         case _:
-            found = tuple(_found(entry, each, evaluation) for each in outputs)
+            found = [_found(entry, each, evaluation) for each in outputs]
             bounds = zip(data["box_offsets"], data["box_offsets"][1:], strict=False)
-            wanted = tuple(_wanted(data["boxes"][start:end]) for start, end in bounds)
-            return Contributions(task, np.zeros((len(found), 0)), found, wanted)
+            wanted = [_wanted(data["boxes"][start:end]) for start, end in bounds]
+            classes = sorted({int(each) for _, present in wanted for each in present})
+            rankings = tuple(_ranking(each, found, wanted, evaluation) for each in classes)
+            return Contributions(np.zeros((len(found), 2)), rankings)
+
+
+def _ranking(chosen: int, found: Sequence[Detections], wanted: Sequence[Detections], evaluation: ModuleType) -> Ranking:
+    """Of one class: in each image, the likeliest box takes the object that it overlaps most and nobody took."""
+    rows: list[tuple[float, int, bool]] = []
+    for image, ((all_boxes, all_scores, classes), (all_objects, kinds)) in enumerate(zip(found, wanted, strict=True)):
+        boxes, scores = all_boxes[classes == chosen], all_scores[classes == chosen]
+        objects = all_objects[kinds == chosen]
+        overlaps = evaluation.iou(boxes, objects) if len(boxes) and len(objects) else np.zeros((len(boxes), 0))
+        for box in scores.argsort()[::-1]:
+            best = int(overlaps[box].argmax()) if overlaps.shape[1] else -1
+            hit = best >= 0 and bool(overlaps[box, best] >= _HIT)
+            rows.append((float(scores[box]), image, hit))
+            if hit:
+                overlaps[:, best] = -1
+    rows.sort(key=lambda row: -row[0])
+    images = np.array([image for _, image, _ in rows], int)
+    hits = np.array([hit for _, _, hit in rows], bool)
+    return Ranking(images, hits, np.array([int((kinds == chosen).sum()) for _, kinds in wanted]))
 
 
 def _faces(outputs: Sequence[np.ndarray], wanted: np.ndarray, evaluation: ModuleType) -> tuple[float, float]:
@@ -95,7 +138,6 @@ def standard_error(
     theirs: Sequence[Contributions],
     places: Sequence[np.ndarray],
     samples: int,
-    evaluation: ModuleType,
 ) -> float:
     """Of the difference of two models' metrics, the mean over draws, by the choice of samples.
 
@@ -111,7 +153,7 @@ def standard_error(
     for _ in range(REPETITIONS):
         counts = chance.multinomial(samples, np.full(samples, 1 / samples))
         drawn = [
-            mine.metric(evaluation, counts[place]) - other.metric(evaluation, counts[place])
+            mine.metric(counts[place]) - other.metric(counts[place])
             for mine, other, place in zip(ours, theirs, places, strict=True)
             if counts[place].any()
         ]

@@ -76,7 +76,7 @@ class Row:
     found: "Mapping[str, Sequence[Result]]"
     """By quantizer, each draw's."""
 
-    def against(self, name: str, evaluation: ModuleType) -> tuple[float, float]:
+    def against(self, name: str) -> tuple[float, float]:
         """How much more one loses than ours, the mean over draws, and its standard error."""
         ours, theirs = self.found[OURS], self.found[name]
         difference = float(np.mean([b.lost - a.lost for a, b in zip(ours, theirs, strict=True)]))
@@ -85,7 +85,6 @@ class Row:
             [each.contributions for each in theirs],
             self.places,
             self.samples,
-            evaluation,
         )
         return difference, error / self.original if self.model.task == "recon" else error
 
@@ -130,7 +129,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             extended = with_more_faces(model, _session(model.path.read_bytes()), evaluation, Path(folder))
             rows.append(_row(extended, evaluation, quantizers, draws, console))
-        text = _markdown(rows, evaluation, target, quality, draws)
+        text = _markdown(rows, target, quality, draws)
         if not only:  # after each model, for all of them take long
             (RESULTS / "quantizers-w8a8.md").write_text(text)
     console.print(text)
@@ -192,7 +191,7 @@ def _measure(
         contributed, exactly = (contributions(entry, outputs, evaluation) for outputs in (coarse, kept))
         once = np.ones(len(kept), int)
         for each, value in ((contributed, quantized), (exactly, original)):
-            assert np.isclose(each.metric(evaluation, once), value, rtol=1e-5, atol=0), (model.name, metric)
+            assert np.isclose(each.metric(once), value, rtol=1e-5, atol=0), (model.name, metric)
     lost = 100 * (quantized / original - 1) if model.task == "recon" else 100 * (original - quantized)
     agreement = None
     if model.task == "cls":
@@ -255,7 +254,7 @@ def _by_nncf(model: Model, calibration: Calibration, python: Path) -> Runner:
         return _session(quantized.read_bytes(), optimize=False)
 
 
-def _markdown(rows: Sequence[Row], evaluation: ModuleType, target: str, quality: Quality, draws: int) -> str:
+def _markdown(rows: Sequence[Row], target: str, quality: Quality, draws: int) -> str:
     lines = [
         "# Accuracy lost by quantizing, 8-bit weights and activations",
         "",
@@ -282,7 +281,7 @@ def _markdown(rows: Sequence[Row], evaluation: ModuleType, target: str, quality:
             agreements = [each.agreement for each in results if each.agreement is not None]
             more = ""
             if name != OURS:
-                compared.append(row.against(name, evaluation))
+                compared.append(row.against(name))
                 more = f"{compared[-1][0]:+.2f} ± {compared[-1][1]:.2f}{unit}"
             cells = (
                 row.model.name,
