@@ -4,7 +4,7 @@ The zoo's face images are few, and one face more or less is several points. Its 
 resized to the model's input, the float model's faces in them are found, and both are appended to the entry's data.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from accuracy import Arrays, Model
 
 SOURCES = ("coco_val_352.npz", "imagenet224.npz")
+_SCORE, _OVERLAP = 0.7, 0.3
+"""As in the zoo's `evaluate`: the least score of a face, and the overlap above which one of two goes."""
 _SAME = 0.9
 """Correlation of thumbnails above which two images show the same: the collections overlap."""
 
@@ -44,8 +46,10 @@ def with_more_faces(
         fresh = (_thumbnails(others) @ known.T).max(axis=1) < _SAME
         size = (images.shape[2], images.shape[1])
         more += [np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BILINEAR)) for each in others[fresh]]
+    fed = entry["input"]
+    assert isinstance(fed, dict)
     for image in more:
-        found = _faces(entry, image, run, evaluation)
+        found = faces_found(run({fed["name"]: evaluation.prep(image, entry.get("pre", {}))}), evaluation)
         boxes.append(found)
         offsets.append(offsets[-1] + len(found))
     arrays |= {
@@ -58,18 +62,11 @@ def with_more_faces(
     return replace(model, entry=entry | {"data": str(path)}, learnable=len(images))
 
 
-def _faces(
-    entry: Mapping[str, object],
-    image: np.ndarray,
-    run: "Callable[[Arrays], list[np.ndarray]]",
-    evaluation: ModuleType,
-) -> np.ndarray:
-    """Boxes [n, 4], by the thresholds of `evaluate`."""
-    fed = entry["input"]
-    assert isinstance(fed, dict)
-    scores, boxes = run({fed["name"]: evaluation.prep(image, entry.get("pre", {}))})[:2]
-    likely = scores[0, :, 1] > 0.7
-    return boxes[0][likely][evaluation.nms(boxes[0][likely], scores[0, likely, 1], 0.3)]
+def faces_found(outputs: Sequence[np.ndarray], evaluation: ModuleType) -> np.ndarray:
+    """Boxes [n, 4] that a detector gave out for one image."""
+    scores, boxes = outputs[0][0, :, 1], outputs[1][0]
+    likely = scores > _SCORE
+    return boxes[likely][evaluation.nms(boxes[likely], scores[likely], _OVERLAP)]
 
 
 def _thumbnails(images: np.ndarray) -> np.ndarray:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+from faces import faces_found
 
 REPETITIONS = 400
-_FACE_SCORE, _FACE_OVERLAP, _HIT = 0.7, 0.3, 0.5
-"""As in `evaluate`: the least score of a face, the overlap above which one of two goes, and that of a hit."""
+_HIT = 0.5
+"""As in `evaluate`: the overlap above which something is found."""
 
 Detections = tuple[np.ndarray, ...]
 """Boxes [n, 4], scores [n] (not of what is to be found) and classes [n]."""
@@ -110,9 +111,7 @@ def _ranking(chosen: int, found: Sequence[Detections], wanted: Sequence[Detectio
 
 def _faces(outputs: Sequence[np.ndarray], wanted: np.ndarray, evaluation: ModuleType) -> tuple[float, float]:
     """Hits, and half of the faces found and wanted: F1 is the ratio of their sums."""
-    scores, boxes = outputs[0][0, :, 1], outputs[1][0]
-    likely = scores > _FACE_SCORE
-    found = boxes[likely][evaluation.nms(boxes[likely], scores[likely], _FACE_OVERLAP)]
+    found = faces_found(outputs, evaluation)
     hits = int((evaluation.iou(wanted, found).max(1) > _HIT).sum()) if len(found) and len(wanted) else 0
     return hits, (len(found) + len(wanted)) / 2
 
