@@ -146,11 +146,9 @@ class _Loops:
         self.counts = dict(zip("nyxc", step.tiling.counts, strict=True))
         self.sizes = (step.tiling.y, step.tiling.x, step.tiling.c)
         self.tiles = step.tiling.tiles
-        self.lasting = [
-            period(self.tiling.order, self.counts, operand.followed)
-            for operand in (*self.work.maps, *self.work.streams)
-        ]
-        """For how many tiles each feature map's and stream's part is the same."""
+        operands = (*self.work.maps, *self.work.streams)
+        self.lasting = [*(period(self.tiling.order, self.counts, operand.followed) for operand in operands), 1]
+        """By buffer, for how many tiles its part is the same; last the OFM's."""
         self.streamed = self._streamed()
 
     def run(self, *, prefetched: bool, meanwhile: Callable[[], None]) -> None:
@@ -213,7 +211,7 @@ class _Loops:
 
     def _slot(self, buffer: int, tile: Index) -> Index:
         """The scratchpad offset of the buffer that holds an operand's part for a tile; -1: the OFM's."""
-        offset, same = self.step.buffers[buffer], self.lasting[buffer] if buffer >= 0 else 1
+        offset, same = self.step.buffers[buffer], self.lasting[buffer]
         assert offset >= 0, "a resident operand has no buffer"
         if self.tiling.slots == 1 or same == self.tiles:
             return offset

@@ -548,7 +548,8 @@ def _evaluate(
     moved = in_tile = 0
     cycles = waited = exposed = 0.0
     for flow in flows:
-        if not flow.is_map and prices.in_place is not None and in_place:
+        if not flow.is_map and not flow.streamed:
+            assert prices.in_place is not None
             cycles += flow.size * prices.in_place.cycles_per_byte
             continue
         in_tile += flow.first

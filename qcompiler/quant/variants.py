@@ -4,7 +4,7 @@ Learning wants the float network's answers to many inputs, not labels, so any in
 come. Of other tensors than images nobody knows what leaves them alike, so they stay as they are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -37,9 +37,6 @@ class Variants(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self._samples) * (1 + self._times)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
